@@ -1,0 +1,49 @@
+"""How far the rollout engine's log-probs lie from the trainer's at equal weights (SPEC section 3).
+
+Shape letters: T tokens of a pack, N sequences of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gspo_moe.algorithms.ratios import Segments, k3, log_ratios
+from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
+
+
+class MismatchStatistics(Statistics):
+    """Mismatch figures of any number of packs."""
+
+    def to_metrics(self) -> dict[str, float]:
+        """Means over response tokens, and the sequence ratio's mean, std (ddof 0) and extremes over sequences."""
+        tokens, sequences = self.sums["tokens"].item(), self.sums["sequences"].item()
+        return {
+            "mismatch/k3": self.sums["k3"].item() / tokens,
+            "mismatch/token_ratio_above_2": self.sums["tokens_above_2"].item() / tokens,
+            **spread_metrics("sequence", "mismatch/sequence_ratio", self, sequences),
+        }
+
+
+@torch.no_grad()
+def mismatch(
+    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, cu_seqlens: torch.Tensor, response_mask: torch.Tensor
+) -> MismatchStatistics:
+    """Statistics of d = log_probs - rollout_log_probs, trainer over rollout.
+
+    log_probs, rollout_log_probs: floats [T] in nats; cu_seqlens: int [N + 1]; response_mask: [T], 0 or 1.
+    Figures: mean exp(-d) - 1 + d; share of tokens with max(p/q, q/p) > 2; sequence ratios exp(mean_t d), which, unlike
+    exp(sum_t d), keep their scale on long responses. Raises DataError for shapes that do not fit or an empty response.
+    """
+    segments = Segments.of_pack(cu_seqlens, response_mask)
+    log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
+    every_N = torch.ones_like(segments.lengths_N, dtype=torch.bool)
+    sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), every_N)
+    sums = {
+        "tokens": segments.lengths_N.sum(),
+        "sequences": every_N.double().sum(),
+        "k3": segments.sum(k3(log_ratio_T)).sum(),
+        "tokens_above_2": (log_ratio_T.abs() > math.log(2.0)).double().sum(),
+    }
+    return MismatchStatistics({**sums, **sequence_sums}, sequence_maxima)

@@ -1,0 +1,119 @@
+"""Importance ratios of packed sequences: which token belongs to which, sums and means over responses, clipping.
+
+Shape letters: T tokens of a pack, N sequences of it. All arithmetic is float64: a GSPO clip of 3e-4 leaves no room
+for the rounding of a float32 sum over thousands of tokens, and T numbers cost nothing next to a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from gspo_moe.errors import DataError
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of one pack.
+
+    sequence_T: int64, the index in N of each token's sequence.
+    response_T: bool, True on response tokens.
+    lengths_N: float64, response tokens |y_i| a sequence, at least 1.
+    """
+
+    sequence_T: torch.Tensor
+    response_T: torch.Tensor
+    lengths_N: torch.Tensor
+
+    @classmethod
+    def of_pack(cls, cu_seqlens: torch.Tensor, response_mask: torch.Tensor) -> Segments:
+        """Segments of a pack; waits for the device once, to check them.
+
+        cu_seqlens: int [N + 1], bounds of the sequences in T; response_mask: [T], bool or any number type, 0 or 1.
+        Raises DataError for bounds that do not cover T, other mask values, and a sequence without response token.
+        """
+        if response_mask.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+            raise DataError(
+                f"a pack needs integer cu_seqlens [N + 1] with N >= 1 and response_mask [T], got {cu_seqlens.dtype} "
+                f"{list(cu_seqlens.shape)} and {list(response_mask.shape)}; flatten the pack to one dimension"
+            )
+        num_tokens, num_sequences = response_mask.numel(), cu_seqlens.numel() - 1
+        positions_T = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        # Bounds that end early put tokens into an extra last segment: no index leaves the range before the check.
+        sequence_T = torch.searchsorted(cu_seqlens[1:], positions_T, right=True)
+        response_T = response_mask != 0
+        counts = torch.zeros(num_sequences + 1, dtype=torch.float64, device=cu_seqlens.device)
+        lengths_N = counts.index_add(0, sequence_T, response_T.double())[:num_sequences]
+        _check_pack(cu_seqlens, response_mask, lengths_N)
+        return cls(sequence_T, response_T, lengths_N)
+
+    def sum(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] sums over each sequence's response tokens, with gradient."""
+        kept_T = torch.where(self.response_T, values_T, 0.0)
+        return kept_T.new_zeros(self.lengths_N.shape).index_add(0, self.sequence_T, kept_T)
+
+    def mean(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] means over each sequence's response tokens, with gradient."""
+        return self.sum(values_T) / self.lengths_N
+
+
+def _check_pack(cu_seqlens: torch.Tensor, response_mask: torch.Tensor, lengths_N: torch.Tensor) -> None:
+    num_tokens = response_mask.numel()
+    faults = [
+        (cu_seqlens[0] != 0) | (cu_seqlens[-1] != num_tokens) | (cu_seqlens.diff() < 0).any(),
+        ((response_mask != 0) & (response_mask != 1)).any(),
+        (lengths_N == 0).any(),
+    ]
+    wrong_bounds, wrong_mask, empty_response = torch.stack(faults).tolist()
+    if wrong_bounds:
+        raise DataError(
+            f"cu_seqlens must rise from 0 to the pack's {num_tokens} tokens, got {cu_seqlens.tolist()}; "
+            "pass the bounds of the pack that the other tensors come from"
+        )
+    if wrong_mask:
+        raise DataError("response_mask holds values other than 0 and 1; weigh sequences through their advantages")
+    if empty_response:
+        index = int((lengths_N == 0).nonzero()[0])
+        raise DataError(f"sequence {index} of the pack has no response token; drop it when packing")
+
+
+def log_ratios(log_probs: torch.Tensor, old_log_probs: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """d_T = log_probs - old_log_probs on response tokens and 0 elsewhere; float64 [T], gradient to `log_probs` only.
+
+    log_probs, old_log_probs: floats [T] in nats; what they hold off the response, NaN included, has no effect.
+    Raises DataError for shapes other than the pack's.
+    """
+    num_tokens = segments.sequence_T.shape
+    if log_probs.shape != num_tokens or old_log_probs.shape != num_tokens:
+        raise DataError(
+            f"log_probs {list(log_probs.shape)} and old log_probs {list(old_log_probs.shape)} must both have the "
+            f"response_mask's shape {list(num_tokens)}; score the same pack twice"
+        )
+    return torch.where(segments.response_T, log_probs.double() - old_log_probs.detach().double(), 0.0)
+
+
+def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(-d) - 1 + d, the non-negative KL estimate k3 (J. Schulman, "Approximating KL divergence"), elementwise."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+class Objective(NamedTuple):
+    """What a policy loss maximises.
+
+    value_N: float64, J_i with gradient; the loss is -1/N sum_i J_i.
+    clipped_tokens_N: float64, response tokens of each sequence whose gradient the clip removed.
+    """
+
+    value_N: torch.Tensor
+    clipped_tokens_N: torch.Tensor
+
+
+def clip(
+    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) and a bool of where the min takes the clipped branch."""
+    low, high = 1.0 - clip_low, 1.0 + clip_high
+    clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+    return torch.where(clipped, ratio.detach().clamp(low, high), ratio) * advantages, clipped

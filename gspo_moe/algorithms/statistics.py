@@ -1,0 +1,71 @@
+"""Statistics that add up over micro-batches and ranks.
+
+They are detached float64 tensors where the loss was computed: nothing waits for the device until `to_metrics`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+Parts = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Statistics(ABC):
+    """Parts of a set of metrics.
+
+    sums: float64 tensors (scalars, or vectors with one entry a layer) that combine by addition.
+    maxima: float64 scalars that combine by maximum; minima are stored negated.
+    Every instance of one class has the same keys, so a reduction over ranks may rely on their order.
+    """
+
+    sums: Parts
+    maxima: Parts
+
+    def merge(self, other: Self) -> Self:
+        """The statistics of both samples together."""
+        assert self.sums.keys() == other.sums.keys()
+        assert self.maxima.keys() == other.maxima.keys()
+        assert all(value.shape == other.sums[name].shape for name, value in self.sums.items())
+        return type(self)(
+            {name: value + other.sums[name] for name, value in self.sums.items()},
+            {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
+        )
+
+    @abstractmethod
+    def to_metrics(self) -> Mapping[str, float | list[float]]:
+        """The metrics as Python numbers; waits for the device."""
+
+
+def spread(name: str, log_ratio: torch.Tensor, kept: torch.Tensor) -> tuple[Parts, Parts]:
+    """Sums and maxima from which `spread_metrics` reads mean, std and extremes of exp(log_ratio) where `kept`.
+
+    log_ratio: float64 of any shape, finite also where not kept; kept: bool of that shape.
+    Moments are taken about 1, where ratios lie, so that a std of 1e-6 survives the subtraction.
+    """
+    deviation = torch.expm1(log_ratio)
+    kept_deviation = torch.where(kept, deviation, 0.0)
+    return (
+        {f"{name}/deviation": kept_deviation.sum(), f"{name}/squared_deviation": kept_deviation.square().sum()},
+        {
+            f"{name}/max": torch.where(kept, deviation, -torch.inf).max() + 1.0,
+            f"{name}/negated_min": torch.where(kept, -deviation, -torch.inf).max() - 1.0,
+        },
+    )
+
+
+def spread_metrics(name: str, prefix: str, statistics: Statistics, count: float) -> dict[str, float]:
+    """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of `count` ratios kept by `spread`."""
+    deviation = statistics.sums[f"{name}/deviation"].item() / count
+    variance = statistics.sums[f"{name}/squared_deviation"].item() / count - deviation**2
+    return {
+        f"{prefix}_mean": 1.0 + deviation,
+        f"{prefix}_std": max(variance, 0.0) ** 0.5,
+        f"{prefix}_min": -statistics.maxima[f"{name}/negated_min"].item(),
+        f"{prefix}_max": statistics.maxima[f"{name}/max"].item(),
+    }

@@ -1,0 +1,165 @@
+"""Sizes of a Qwen3 MoE: the shipped presets and any HF `config.json` of Qwen3MoeForCausalLM. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+
+from gspo_moe.config.validation import validated
+from gspo_moe.errors import ConfigError
+
+HF_ARCHITECTURE = "Qwen3MoeForCausalLM"
+
+
+class Architecture(BaseModel):
+    """One Qwen3 MoE decoder: GQA with q/k RMSNorm, RoPE, SwiGLU experts, top-k softmax routing, no shared expert.
+
+    Names are HF's where HF has one; `head_dim` is free of `hidden_size / num_attention_heads`.
+    Built from user input by `validated`, which turns sizes that do not divide into a ConfigError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    moe_intermediate_size: PositiveInt
+    num_experts: PositiveInt
+    num_experts_per_tok: PositiveInt
+    norm_topk_prob: bool = True
+    rope_theta: PositiveFloat = 1_000_000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    max_position_embeddings: PositiveInt = 40_960
+    tie_word_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Architecture:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; choose a divisor"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; lower it"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters in all, embeddings included (tied ones once)."""
+        return self._embedding_parameters() + self.num_hidden_layers * (
+            self._dense_layer_parameters() + self.num_experts * self._expert_parameters()
+        )
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token meets: all but the experts it was not routed to."""
+        return self._embedding_parameters() + self.num_hidden_layers * (
+            self._dense_layer_parameters() + self.num_experts_per_tok * self._expert_parameters()
+        )
+
+    def _embedding_parameters(self) -> int:
+        copies = 1 if self.tie_word_embeddings else 2
+        return copies * self.vocab_size * self.hidden_size + self.hidden_size
+
+    def _dense_layer_parameters(self) -> int:
+        query = self.num_attention_heads * self.head_dim
+        key_value = 2 * self.num_key_value_heads * self.head_dim
+        norms = 2 * self.hidden_size + 2 * self.head_dim
+        return self.hidden_size * (2 * query + key_value) + norms + self.hidden_size * self.num_experts
+
+    def _expert_parameters(self) -> int:
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers reads for this architecture."""
+        return {
+            "architectures": [HF_ARCHITECTURE],
+            "model_type": "qwen3_moe",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "intermediate_size": self.moe_intermediate_size * self.num_experts_per_tok,
+            "use_sliding_window": False,
+            **self.model_dump(),
+        }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 2, "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+    },
+    "qwen3_30b_a3b": {
+        "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    "qwen3_235b_a22b": {
+        "vocab_size": 151_936, "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 1536, "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    "qwen3_coder_480b_a35b": {
+        "vocab_size": 151_936, "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96,
+        "num_key_value_heads": 8, "head_dim": 128, "moe_intermediate_size": 2560, "num_experts": 160,
+        "num_experts_per_tok": 8, "rope_theta": 10_000_000.0, "max_position_embeddings": 262_144,
+    },
+}  # fmt: skip
+
+
+def architecture_from_hf(path: str | Path) -> Architecture:
+    """Reads an HF `config.json` (or the folder that holds it).
+
+    Raises ConfigError for a missing file, another architecture, or a feature that this model code does not have
+    (dense layers among the MoE layers, scaled RoPE, sliding windows, attention bias).
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; give the folder of an HF checkpoint of {HF_ARCHITECTURE}")
+    try:
+        hf = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not JSON ({error}); export the model again") from error
+    _refuse_unsupported(hf, file)
+    rope = hf.get("rope_parameters") or {}
+    values = {name: hf[name] for name in Architecture.model_fields if name in hf}
+    values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 1_000_000.0))
+    values.setdefault("head_dim", hf.get("hidden_size", 0) // max(hf.get("num_attention_heads", 1), 1))
+    missing = [name for name, info in Architecture.model_fields.items() if info.is_required() and name not in values]
+    if missing:
+        raise ConfigError(f"{file} lacks {', '.join(missing)}; it is no complete config of {HF_ARCHITECTURE}")
+    return validated(Architecture, values, prefix=f"{file}: ")
+
+
+def _refuse_unsupported(hf: dict[str, Any], file: Path) -> None:
+    names = hf.get("architectures") or []
+    if HF_ARCHITECTURE not in names and hf.get("model_type") != "qwen3_moe":
+        raise ConfigError(f"{file} describes {names or hf.get('model_type')}; only {HF_ARCHITECTURE} is supported")
+    rope_type = (hf.get("rope_parameters") or hf.get("rope_scaling") or {}).get("rope_type", "default")
+    refused = {
+        "mlp_only_layers": (hf.get("mlp_only_layers"), "every layer must be MoE: []"),
+        "decoder_sparse_step": (hf.get("decoder_sparse_step", 1) != 1, "every layer must be MoE: 1"),
+        "rope_type": (rope_type != "default", "only unscaled RoPE is supported: default"),
+        "use_sliding_window": (hf.get("use_sliding_window"), "only full attention is supported: false"),
+        "attention_bias": (hf.get("attention_bias"), "only bias-free attention is supported: false"),
+        "hidden_act": (hf.get("hidden_act", "silu") != "silu", "only SwiGLU is supported: silu"),
+    }
+    for key, (bad, fix) in refused.items():
+        if bad:
+            raise ConfigError(f"{file}: {key}={hf.get(key)!r} is not supported; {fix}")

@@ -1,0 +1,60 @@
+"""What a config names outside itself: files, folders, packages. Checked before any process group starts. Torch-free."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.schema import Config
+from gspo_moe.errors import ConfigError
+
+WANDB_MISSING = "logging.wandb is set, but wandb is not installed; run `pip install wandb` or set logging.wandb=null"
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError with one line, naming key, value and fix, for each thing named but not there."""
+    found = [*_model(config), *_tokenizer(config), *_logging(config)]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _model(config: Config) -> Iterator[str]:
+    architecture: Architecture | None = None
+    try:
+        architecture = config.model.architecture(config.tokenizer.vocab_size)
+    except ConfigError as error:
+        yield f"model.hf={config.model.hf}: {error}" if config.model.hf else str(error)
+    hf = config.model.hf
+    needs_weights = hf is not None and Path(hf).is_dir() and not config.model.random_init
+    if needs_weights and not any(Path(str(hf)).glob("*.safetensors")):
+        yield f"model.hf={hf} holds no *.safetensors; convert its weights, or set model.random_init=true"
+    if architecture is None:
+        return
+    longest = architecture.max_position_embeddings
+    if config.rollout.max_response_tokens >= longest:
+        yield (
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt in the "
+            f"model's max_position_embeddings={longest}; lower it below {longest}"
+        )
+    trains_tokenizer = hf is None and config.tokenizer.kind != "hf" and config.tokenizer.path is None
+    if trains_tokenizer and config.tokenizer.vocab_size > architecture.vocab_size:
+        yield (
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} exceeds the model's vocab_size="
+            f"{architecture.vocab_size}; lower it to that"
+        )
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    path = config.tokenizer.path
+    if path is not None and not Path(path).exists():
+        yield f"tokenizer.path={path} does not exist; give an existing tokenizer, or null for the default"
+
+
+def _logging(config: Config) -> Iterator[str]:
+    run = config.run_path
+    if run.exists() and not run.is_dir():
+        yield f"logging.run_dir={run} is a file; name a folder, which is made where it is missing"
+    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        yield WANDB_MISSING

@@ -1,0 +1,125 @@
+"""YAML and dotted overrides in, `Config` out, and back. Torch-free.
+
+YAML is read by the 1.2 rules for plain scalars: only true and false are booleans (so `on` and `no` stay text), `1e-4`
+is a number, and there are no dates, sexagesimals or octals by a leading zero. A key that stands twice is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gspo_moe.config.schema import Config
+from gspo_moe.config.validation import validated
+from gspo_moe.errors import ConfigError
+
+FLOAT = re.compile(
+    r"^[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+)
+FLOAT_START = list("-+.0123456789")
+SCALARS_1_2 = (
+    ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")),
+    ("float", FLOAT, FLOAT_START),
+    ("merge", re.compile(r"^<<$"), ["<"]),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands twice; remove one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML version would take for something else."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _start in SCALARS_1_2:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _start)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, FLOAT_START)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config in the file `path` (None: all defaults) with `section.key=value` overrides, values in YAML.
+
+    `model=NAME` stands for `model.preset=NAME`; a section given whole (`parallel={tensor: 2}`) replaces the file's.
+    Raises ConfigError, one line for each thing that is wrong.
+    """
+    values = {} if path is None else read_yaml(path)
+    for override in overrides:
+        _apply(values, override)
+    return validated(Config, values)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every key, defaults too, so that `load_config(path)` gives an equal config; replaces the file at once."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, unchecked; raises ConfigError for a missing file and for broken YAML."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from None
+    values = _parse(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__} {values!r}; expected sections, such as `model: tiny`")
+    return values
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{line}: {error.problem or error.context}; mend the YAML there") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: {error}; mend the YAML") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *sections, name = dotted.strip().split(".")
+    if not equals or not all((*sections, name)):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value; write for example seed=2")
+    here = values
+    for depth, section in enumerate(sections):
+        inner = here.get(section)
+        if depth == 0 and section == "model" and isinstance(inner, str):
+            inner = {"preset": inner}
+        elif inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(sections[: depth + 1])}={inner!r} is a value, not a section; "
+                "override the value itself"
+            )
+        here[section] = dict(inner)
+        here = here[section]
+    here[name] = _parse(text, f"override {override!r}")

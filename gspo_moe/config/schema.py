@@ -1,0 +1,267 @@
+"""Every configuration key, typed, frozen and checked when built. Torch-free.
+
+`Config` is the whole of one run. Cross-section rules stand in `Config`; what fits which machine stands in `layout`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
+from gspo_moe.config.validation import validated
+
+WIDE_CLIP = 0.01
+SEQUENCE_LEVEL = ("gspo", "gspo_token")
+DEFAULT_CLIPS = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("neither true nor false is a value of this key; write what it takes, or leave it out")
+        return value
+
+
+class ModelConfig(Section):
+    """Which model. `preset` names sizes; `hf` is a folder with config.json and, unless `random_init`, weights."""
+
+    preset: str | None = None
+    hf: str | None = None
+    random_init: bool = False
+    overrides: dict[str, Any] = {}
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["auto", "local", "transformer_engine"] = "auto"
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"unknown preset {value!r}; known are {', '.join(PRESETS)}, or set model.hf to a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.preset is None) == (self.hf is None):
+            raise ValueError(
+                f"model.preset={self.preset!r} and model.hf={self.hf!r}: set one of them and leave the other null"
+            )
+        if self.preset is not None:
+            self.architecture(vocab_size=1)
+        return self
+
+    def architecture(self, vocab_size: int | None = None) -> Architecture:
+        """Sizes of the model; `vocab_size` fills in where the preset leaves it to the tokenizer.
+
+        Raises ConfigError for an `hf` folder that cannot be read and for overrides that do not fit.
+        """
+        if self.hf is not None:
+            values = architecture_from_hf(self.hf).model_dump()
+        else:
+            assert self.preset is not None
+            values = {"vocab_size": vocab_size, **PRESETS[self.preset]}
+        return validated(Architecture, {**values, **self.overrides}, prefix="model.overrides.")
+
+
+class TokenizerConfig(Section):
+    """`sentencepiece` trains on the task's own text when `path` is unset; `hf` reads `tokenizer.json` in `path`.
+
+    Without `kind`, the model's HF folder decides.
+    """
+
+    kind: Literal["auto", "sentencepiece", "hf"] = "auto"
+    path: str | None = None
+    vocab_size: PositiveInt = 512
+
+
+class ParallelConfig(Section):
+    """How many ranks share what; data parallelism is what is left of the world."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    expert: PositiveInt = 1
+    expert_tensor: PositiveInt | None = None
+    context: PositiveInt = 1
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    distributed_optimizer: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    timeout_minutes: PositiveFloat = 10.0
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallelism inside an expert; megatron-core's default is that of the dense layers."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+
+class AlgorithmConfig(Section):
+    """The policy loss of SPEC section 1; clips default to each paper's own values."""
+
+    name: Literal["gspo", "gspo_token", "grpo"] = "gspo"
+    clip_low: NonNegativeFloat | None = None
+    clip_high: NonNegativeFloat | None = None
+    allow_wide_clip: bool = False
+    old_log_probs: Literal["trainer", "rollout"] = "trainer"
+    mini_batches: PositiveInt = 4
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        low, high = DEFAULT_CLIPS[self.name]
+        return (low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
+
+    @model_validator(mode="after")
+    def _narrow_clip(self) -> AlgorithmConfig:
+        low, high = self.clips
+        if self.name in SEQUENCE_LEVEL and max(low, high) >= WIDE_CLIP and not self.allow_wide_clip:
+            raise ValueError(
+                f"algorithm.clip_low={low:g} with algorithm.clip_high={high:g} switches clipping off for the sequence "
+                f"ratio of {self.name} (the paper uses 3e-4 and 4e-4); lower both below {WIDE_CLIP:g} "
+                "or set algorithm.allow_wide_clip=true"
+            )
+        return self
+
+
+class RolloutConfig(Section):
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each."""
+
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    temperature: PositiveFloat = 1.0
+    top_p: Probability = 1.0
+    top_k: NonNegativeInt = 0
+    max_response_tokens: PositiveInt = 32
+    stop: tuple[str, ...] = ()
+    max_batch: PositiveInt = 512
+
+
+class RewardConfig(Section):
+    """Rewards run in worker processes; one that raises or hangs is counted and gets `failure_reward`."""
+
+    workers: PositiveInt = 1
+    timeout_seconds: PositiveFloat = 10.0
+    failure_reward: float = 0.0
+
+
+class TaskConfig(Section):
+    name: str = "sort_letters"
+    options: dict[str, Any] = {}
+    reward: RewardConfig = RewardConfig()
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then constant, cosine or linear decay to `min_lr`."""
+
+    lr: PositiveFloat = 1e-4
+    min_lr: NonNegativeFloat = 0.0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_updates: NonNegativeInt = 0
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+
+
+class ScheduleConfig(Section):
+    """`steps` RL steps (or supervised batches); a micro-batch packs up to `micro_batch_tokens` tokens."""
+
+    steps: PositiveInt = 100
+    micro_batch_tokens: PositiveInt = 4096
+    sft_batch: PositiveInt = 64
+
+
+class RoutingConfig(Section):
+    """Routing measurements and the router's own loss; `aux_loss_coeff` is 0 for RL unless chosen."""
+
+    record: bool = True
+    aux_loss_coeff: NonNegativeFloat = 0.0
+    router_dtype: Literal["model", "fp32", "fp64"] = "model"
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy: `samples` answers to each of `prompts` prompts, before, after, and every `interval` steps."""
+
+    prompts: NonNegativeInt = 512
+    samples: PositiveInt = 1
+    interval: NonNegativeInt = 0
+    temperature: NonNegativeFloat = 1.0
+
+
+class CheckpointConfig(Section):
+    """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay."""
+
+    interval: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    export_hf: bool = True
+
+
+class WandbConfig(Section):
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class LoggingConfig(Section):
+    run_dir: str = "runs/default"
+    samples_per_step: NonNegativeInt = 4
+    wandb: WandbConfig | None = None
+    progress: bool = True
+
+
+class Config(Section):
+    """The whole of one run."""
+
+    seed: NonNegativeInt = 1
+    stage: Literal["rl", "sft"] = "rl"
+    model: ModelConfig = ModelConfig(preset="tiny")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    task: TaskConfig = TaskConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    routing: RoutingConfig = RoutingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _preset_name_alone(cls, value: Any) -> Any:
+        return {"preset": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _mini_batches_divide(self) -> Config:
+        if self.stage == "rl" and self.rollout.prompts_per_step % self.algorithm.mini_batches:
+            raise ValueError(
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not a multiple of "
+                f"algorithm.mini_batches={self.algorithm.mini_batches}; change one of them"
+            )
+        return self
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.logging.run_dir)

@@ -1,0 +1,77 @@
+"""Turns what pydantic finds into one ConfigError: a line each, naming key, value and fix. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from gspo_moe.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+SAME_SECTION_BONUS = 0.2
+LONGEST_VALUE = 60
+
+
+def validated(schema: type[Schema], values: Mapping[str, Any], prefix: str = "") -> Schema:
+    """Builds `schema` from plain values.
+
+    prefix: what to print before each key, such as `model.overrides.`.
+    Raises ConfigError with one line for each thing that is wrong.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(schema, detail, prefix) for detail in error.errors())) from None
+
+
+def nearest_key(schema: type[BaseModel], dotted: str) -> str:
+    """The valid key most like `dotted`: likest last part first, its own section preferred, then likest as a whole."""
+    section, _, name = dotted.rpartition(".")
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        other_section, _, other_name = candidate.rpartition(".")
+        bonus = SAME_SECTION_BONUS if other_section == section else 0.0
+        return _similarity(name, other_name) + bonus, _similarity(dotted, candidate)
+
+    return max(_keys(schema), key=likeness)
+
+
+def _similarity(left: str, right: str) -> float:
+    return SequenceMatcher(None, left, right).ratio()
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _line(schema: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
+    dotted = ".".join(str(part) for part in detail["loc"])
+    value, message = detail["input"], detail["msg"]
+    key = f"{prefix}{dotted}={_short(value)}"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}; the nearest valid key is {prefix}{nearest_key(schema, dotted)}"
+    if detail["type"] == "missing":
+        return f"{prefix}{dotted} is missing; set it"
+    if detail["type"] == "value_error":
+        rule = str(detail["ctx"]["error"])
+        about_section = isinstance(value, Mapping | BaseModel)
+        return rule if about_section and not prefix else f"{prefix.rstrip('.:') if about_section else key}: {rule}"
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"{key}: expected a section, that is keys with values"
+    if detail["type"] == "string_type":
+        return f"{key}: expected text; put it in quotes"
+    return f"{key}: expected {message.removeprefix('Input should be ')}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

@@ -1,0 +1,5 @@
+"""The Qwen3 MoE on megatron-core, which every module of this room may import: it is made ready here."""
+
+from gspo_moe.platform import prepare_megatron
+
+prepare_megatron()

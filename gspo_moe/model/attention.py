@@ -1,0 +1,186 @@
+"""Core attention of ours: packed sequences and KV-cached decoding through torch's scaled-dot-product attention.
+
+megatron-core's own core attention refuses packed sequences without Transformer Engine. This one takes what
+megatron-core's SelfAttention hands over after the q/k norms, rotates by explicit positions, and attends within each
+sequence. Invariant: a token's result does not depend on which other sequences share its pack.
+
+Shape letters: T tokens of a pack, N sequences, S longest sequence, H query heads, G key/value heads, D head size,
+B rows of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from gspo_moe.config.architecture import Architecture
+
+
+class KVCache:
+    """Keys and values of every layer of this pipeline stage, [B, G, capacity, D] each, made at first use."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(
+        self, layer: int, rows_T: torch.Tensor, positions_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the tokens' keys and values at (row, position); returns the layer's whole buffers."""
+        if layer not in self._layers:
+            shape = (self.rows, key_TGD.shape[1], self.capacity, key_TGD.shape[2])
+            self._layers[layer] = (key_TGD.new_zeros(shape), value_TGD.new_zeros(shape))
+        keys, values = self._layers[layer]
+        keys[rows_T, :, positions_T] = key_TGD
+        values[rows_T, :, positions_T] = value_TGD
+        return keys, values
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows, in that order; a row may be named more than once to copy it."""
+        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        self.rows = rows.numel()
+
+
+@dataclass
+class AttentionParams(PackedSeqParams):
+    """What a pack's tokens may see; travels through megatron-core as its `packed_seq_params`.
+
+    cos_TD, sin_TD: rotary factors of each token's position.
+    slot_T: where each token lies in an [N, S] grid, flattened. num_sequences: N. longest: S.
+    cache, rows_T, positions_T: set when generating; `decode` is True when each row brings one new token;
+    `rows_in_order` when rows_T is 0, 1, 2, ..., which spares a copy of the cache.
+    """
+
+    cos_TD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    sin_TD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    slot_T: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    num_sequences: int = 0
+    longest: int = 0
+    cache: KVCache | None = None
+    rows_T: torch.Tensor | None = None
+    positions_T: torch.Tensor | None = None
+    decode: bool = False
+    rows_in_order: bool = False
+
+
+def attention_params(
+    position_ids_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    architecture: Architecture,
+    *,
+    cache: KVCache | None = None,
+    rows_T: torch.Tensor | None = None,
+    decode: bool = False,
+    rows_in_order: bool = False,
+) -> AttentionParams:
+    """Prepares one pack's attention, once for all layers.
+
+    position_ids_T: int64 [T]. cu_seqlens: int64 [N + 1]. rows_T: int64 [T], each token's row of `cache`.
+    """
+    half = torch.arange(0, architecture.head_dim, 2, device=position_ids_T.device, dtype=torch.float32)
+    inverse_frequency = 1.0 / architecture.rope_theta ** (half / architecture.head_dim)
+    angle_TD = torch.outer(position_ids_T.float(), inverse_frequency).repeat(1, 2)
+    lengths_N = cu_seqlens.diff()
+    longest = int(lengths_N.max())
+    row_T = torch.repeat_interleave(torch.arange(lengths_N.numel(), device=lengths_N.device), lengths_N)
+    offset_T = torch.arange(position_ids_T.numel(), device=lengths_N.device) - cu_seqlens[row_T]
+    return AttentionParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cos_TD=angle_TD.cos(),
+        sin_TD=angle_TD.sin(),
+        slot_T=row_T * longest + offset_T,
+        num_sequences=lengths_N.numel(),
+        longest=longest,
+        cache=cache,
+        rows_T=rows_T,
+        positions_T=position_ids_T,
+        decode=decode,
+        rows_in_order=rows_in_order,
+    )
+
+
+def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding in the half-split convention of Qwen3 (RoFormer, arXiv 2104.09864, eq. 34)."""
+    left, right = x_THD.chunk(2, dim=-1)
+    turned = torch.cat([-right, left], dim=-1)
+    return x_THD * cos_TD[:, None].to(x_THD.dtype) + turned * sin_TD[:, None].to(x_THD.dtype)
+
+
+class PackedAttention(torch.nn.Module):
+    """megatron-core's core-attention interface on packed `[T, heads, D]` tensors."""
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_THD: torch.Tensor,
+        key_TGD: torch.Tensor,
+        value_TGD: torch.Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: AttentionParams | None = None,
+    ) -> torch.Tensor:
+        assert isinstance(packed_seq_params, AttentionParams), "every forward goes through model.forward"
+        params = packed_seq_params
+        query_THD = rotate(query_THD, params.cos_TD, params.sin_TD)
+        key_TGD = rotate(key_TGD, params.cos_TD, params.sin_TD)
+        if params.cache is not None:
+            assert params.rows_T is not None
+            assert params.positions_T is not None
+            keys, values = params.cache.write(
+                self.layer_number, params.rows_T, params.positions_T, key_TGD, value_TGD
+            )
+            if params.decode:
+                return self._decode(query_THD, keys, values, params)
+        return self._within_sequences(query_THD, key_TGD, value_TGD, params)
+
+    def _within_sequences(
+        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        # Causal attention never looks right, so the grid's empty slots behind short sequences are never seen.
+        grid = (params.num_sequences, params.longest)
+
+        def spread(x: torch.Tensor) -> torch.Tensor:
+            flat = x.new_zeros(grid[0] * grid[1], *x.shape[1:]).index_copy(0, params.slot_T, x)
+            return flat.view(*grid, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            spread(query_THD),
+            spread(key_TGD),
+            spread(value_TGD),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
+        )
+        return out.transpose(1, 2).reshape(grid[0] * grid[1], -1)[params.slot_T]
+
+    def _decode(
+        self, query_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        assert params.positions_T is not None
+        assert params.rows_T is not None
+        used = int(params.positions_T.max()) + 1
+        visible = torch.arange(used, device=query_THD.device)[None] <= params.positions_T[:, None]
+        rows: Any = slice(query_THD.shape[0]) if params.rows_in_order else params.rows_T
+        out = F.scaled_dot_product_attention(
+            query_THD[:, :, None],
+            keys[rows, :, :used],
+            values[rows, :, :used],
+            attn_mask=visible[:, None, None],
+            scale=self.softmax_scale,
+            enable_gqa=query_THD.shape[1] != keys.shape[1],
+        )
+        return out.reshape(query_THD.shape[0], -1)

@@ -1,0 +1,70 @@
+"""Builds this rank's part of the model: one GPTModel a pipeline chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.schema import Config
+from gspo_moe.model.spec import block_spec, transformer_config
+from gspo_moe.parallel.groups import Groups
+from gspo_moe.platform import device
+
+
+@dataclass
+class Model:
+    """This rank's chunks of one policy.
+
+    chunks: GPTModels, or what training wrapped around them; more than one only under virtual pipelining.
+    padded_vocab: rows of the embedding over all tensor ranks, a multiple of their number.
+    """
+
+    architecture: Architecture
+    config: TransformerConfig
+    groups: Groups
+    chunks: list[torch.nn.Module]
+    padded_vocab: int
+
+    @property
+    def gpt_chunks(self) -> list[GPTModel]:
+        """The GPTModels inside whatever training wrapped around them."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def build_model(config: Config, architecture: Architecture, groups: Groups) -> Model:
+    """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in."""
+    layout = groups.layout
+    megatron_config = transformer_config(architecture, layout, config)
+    padded_vocab = -(-architecture.vocab_size // layout.tensor) * layout.tensor
+    stages: list[int | None] = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
+    chunks: list[torch.nn.Module] = []
+    for stage in stages:
+        first, last = groups.is_first_stage, groups.is_last_stage
+        if stage is not None:
+            first = first and is_vp_first_stage(stage, layout.virtual_pipeline)
+            last = last and is_vp_last_stage(stage, layout.virtual_pipeline)
+        chunk = GPTModel(
+            config=megatron_config,
+            transformer_layer_spec=block_spec(architecture, megatron_config, stage),
+            vocab_size=padded_vocab,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="none",
+            vp_stage=stage,
+        )
+        chunks.append(chunk.to(device().torch_device))
+    return Model(architecture, megatron_config, groups, chunks, padded_vocab)

@@ -1,0 +1,160 @@
+"""Writes the model as a Hugging Face folder, tensor by tensor: no rank ever holds more than one file's worth of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import DataError
+from gspo_moe.model.build import Model
+from gspo_moe.model.names import Entry, hf_shapes
+from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_entries
+
+MAIN = 0
+EXPORTED_BY = "gspo_moe_version"
+
+
+@torch.no_grad()
+def export_hf(
+    model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes safetensors in the parameters' dtype, config.json and the tokenizer's files; every rank calls it.
+
+    The first rank writes into a hidden folder beside `folder` and renames it when complete; an earlier export there
+    is replaced. A file holds at most `max_shard_bytes` bytes of weights, unless one tensor alone is larger.
+    Raises DataError where `folder` holds something that is no export.
+    """
+    folder = Path(folder)
+    refusal = [_refusal(folder) if dist.get_rank() == MAIN else None]
+    dist.broadcast_object_list(refusal, src=MAIN)
+    if refusal[0] is not None:
+        raise DataError(refusal[0])
+    if dist.get_rank() == MAIN:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_weights(_whole_tensors(model), partial, max_shard_bytes)
+        _write_config(model, partial, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        _replace(partial, folder)
+    else:
+        for _ in _whole_tensors(model):
+            raise AssertionError("only the first rank gets whole tensors")
+    dist.barrier()
+
+
+def _refusal(folder: Path) -> str | None:
+    if not folder.exists():
+        return None
+    if folder.is_dir() and not any(folder.iterdir()):
+        return None
+    config = folder / "config.json"
+    if config.is_file() and f'"{EXPORTED_BY}"' in config.read_text(encoding="utf-8", errors="replace"):
+        return None
+    return f"{folder} exists and was not exported by gspo_moe, so it is not replaced; name another folder"
+
+
+def _whole_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every HF tensor on the first rank's CPU, in the order of the layers; nothing on the others, which send."""
+    mine = {(entry.hf_names, entry.index): (entry, parameter) for entry, parameter in local_entries(model)}
+    plans: list[list[tuple[Entry, torch.dtype]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(plans, [(entry, parameter.dtype) for entry, parameter in mine.values()])
+    holders: dict[tuple[tuple[str, ...], int], int] = {}
+    entries: dict[tuple[str, ...], tuple[Entry, torch.dtype]] = {}
+    for rank, plan in enumerate(plans):
+        for entry, dtype in plan:
+            holders.setdefault((entry.hf_names, entry.index), rank)
+            entries.setdefault(entry.hf_names, (entry, dtype))
+    order = {name: number for number, name in enumerate(hf_shapes(model.architecture))}
+    assert {name for names in entries for name in names} == order.keys(), "some HF tensor has no parameter"
+    for names, (entry, dtype) in sorted(entries.items(), key=lambda item: order[item[0][0]]):
+        shards = []
+        for index in range(entry.count):
+            holder = holders[names, index]
+            parameter = mine[names, index][1] if holder == dist.get_rank() else None
+            shard = _fetch(entry, dtype, parameter, holder, model)
+            if shard is not None:
+                shards.append(shard)
+        if shards:
+            yield from zip(names, entry.merge(shards), strict=True)
+
+
+def _fetch(
+    entry: Entry, dtype: torch.dtype, parameter: torch.Tensor | None, holder: int, model: Model
+) -> torch.Tensor | None:
+    """One parameter, from rank `holder` to the first rank's CPU; None elsewhere. Given on `holder` only."""
+    if dist.get_rank() != MAIN:
+        if parameter is not None:
+            dist.send(parameter, dst=MAIN)
+        return None
+    if parameter is None:
+        device = next(model.chunks[0].parameters()).device
+        parameter = torch.empty(entry.shape, dtype=dtype, device=device)
+        dist.recv(parameter, src=holder)
+    return parameter.detach().cpu()
+
+
+def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int) -> None:
+    names_in: list[list[str]] = []
+    total_bytes = 0
+    for batch in _batches(tensors, max_shard_bytes):
+        save_file(batch, folder / f"{len(names_in)}.safetensors", metadata={"format": "pt"})
+        names_in.append(list(batch))
+        total_bytes += sum(tensor.nbytes for tensor in batch.values())
+    if len(names_in) == 1:
+        (folder / "0.safetensors").rename(folder / SINGLE_FILE)
+        return
+    file_of: dict[str, str] = {}
+    for number, names in enumerate(names_in):
+        file = f"model-{number + 1:05d}-of-{len(names_in):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        file_of.update(dict.fromkeys(names, file))
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": file_of})
+
+
+def _batches(tensors: Iterator[tuple[str, torch.Tensor]], max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Groups of tensors up to `max_bytes`; a group is emptied when the next one is asked for."""
+    batch: dict[str, torch.Tensor] = {}
+    batch_bytes = 0
+    for name, tensor in tensors:
+        if batch and batch_bytes + tensor.nbytes > max_bytes:
+            yield batch
+            batch.clear()
+            batch_bytes = 0
+        batch[name] = tensor.contiguous()
+        batch_bytes += tensor.nbytes
+    yield batch
+
+
+def _write_config(model: Model, folder: Path, tokenizer: Tokenizer | None) -> None:
+    config = {
+        **model.architecture.to_hf(),
+        "torch_dtype": str(model.config.params_dtype).removeprefix("torch."),
+        EXPORTED_BY: importlib.metadata.version("gspo_moe"),
+    }
+    if tokenizer is not None:
+        config["eos_token_id"] = tokenizer.eos_id
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Puts `partial` in the place of an earlier export, which is complete until the very renaming."""
+    earlier = folder.with_name(f".{folder.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        folder.rename(earlier)
+    partial.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)

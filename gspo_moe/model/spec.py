@@ -1,0 +1,131 @@
+"""The layer spec and TransformerConfig that make megatron-core's GPTModel a Qwen3 MoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.layout import Layout
+from gspo_moe.config.schema import Config
+from gspo_moe.model.attention import PackedAttention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm under megatron-core's constructor; marks its weight so that sequence parallelism reduces it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _device(config: TransformerConfig) -> torch.device | None:
+    return torch.device("meta") if getattr(config, "init_model_with_meta_device", False) else None
+
+
+def transformer_config(architecture: Architecture, layout: Layout, config: Config) -> TransformerConfig:
+    """megatron-core's config for this model under this layout."""
+    dtype = DTYPES[config.model.dtype]
+    pipelined = layout.pipeline > 1
+    interleaved = layout.virtual_pipeline is not None
+    return TransformerConfig(
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.moe_intermediate_size,
+        moe_ffn_hidden_size=architecture.moe_intermediate_size,
+        num_moe_experts=architecture.num_experts,
+        moe_router_topk=architecture.num_experts_per_tok,
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_load_balancing_type="aux_loss" if config.routing.aux_loss_coeff else "none",
+        moe_aux_loss_coeff=config.routing.aux_loss_coeff,
+        moe_router_dtype=None if config.routing.router_dtype == "model" else config.routing.router_dtype,
+        moe_token_dispatcher_type=config.parallel.dispatcher,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=pipelined,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        **_recompute(config.parallel.recompute),
+    )
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if kind == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]}
+    return {}
+
+
+def layer_spec(architecture: Architecture) -> ModuleSpec:
+    """One decoder layer: RMSNorm, GQA with q/k norm, RMSNorm, router and experts."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    experts = get_moe_module_spec_for_backend(
+        backend=LocalSpecProvider(), num_experts=architecture.num_experts, moe_grouped_gemm=False
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=experts,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(
+    architecture: Architecture, config: TransformerConfig, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (of its chunk `virtual_stage`, when interleaved) and the final norm."""
+    count = get_num_layers_to_build(config, vp_stage=virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(architecture)] * count, layer_norm=RMSNorm)

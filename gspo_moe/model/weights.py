@@ -1,0 +1,184 @@
+"""Fills the model from HF tensors: a checkpoint's safetensors, or seeded random ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.errors import DataError
+from gspo_moe.model.build import Model
+from gspo_moe.model.names import EMBEDDING, LM_HEAD, Entry, Place, entry_of, hf_shapes
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MOST_PROBLEMS = 10
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class TensorSource(Protocol):
+    """Whole tensors by HF name. `str()` of it names it in messages."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor it has."""
+        ...
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU; read at this call."""
+        ...
+
+
+class SafetensorsSource:
+    """An HF folder: `model.safetensors`, else the shards that `model.safetensors.index.json` names.
+
+    Raises DataError where files are missing or unreadable, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._files: dict[str, Any] = {}
+        if (self._folder / SINGLE_FILE).is_file():
+            self._file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        else:
+            self._file_of = self._read_index()
+        self._shapes = {name: self._shape(name) for name in self._file_of}
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def get(self, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise DataError(f"{self._folder / self._file_of[name]}: {name} cannot be read ({error})") from error
+        return tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self._folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{self._folder / file} cannot be read ({error}); copy it again") from error
+        return self._files[file]
+
+    def _read_index(self) -> dict[str, str]:
+        index = self._folder / INDEX_FILE
+        if not index.is_file():
+            raise DataError(
+                f"{self._folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give an HF checkpoint's folder"
+            )
+        try:
+            file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index} is no index of safetensors ({error!r}); copy it again") from error
+        held = {(name, file) for file in set(file_of.values()) for name in self._open(file).keys()}
+        problems = [f"{name}: in {file}, not in the index" for name, file in sorted(held - file_of.items())]
+        problems += [f"{name}: not in {file}, where the index has it" for name, file in sorted(file_of.items() - held)]
+        if problems:
+            raise _error(index, "it and its files do not agree; copy the checkpoint again", problems)
+        return file_of
+
+
+class RandomSource:
+    """Fresh weights: norms one, all else N(0, initializer_range^2), each tensor from a generator of its own.
+
+    A tensor depends on `seed` and its HF name only, so that every layout starts from the same model.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        self._shapes = hf_shapes(architecture)
+        self._deviation = architecture.initializer_range
+        self._seed = seed
+
+    def __str__(self) -> str:
+        return f"random weights of seed {self._seed}"
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def get(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.empty(shape).normal_(0.0, self._deviation, generator=generator)
+
+
+def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
+    """Every parameter of this rank with its entry in the table of names."""
+    shapes = hf_shapes(model.architecture)
+    for chunk in model.gpt_chunks:
+        groups = chunk.pg_collection
+        place = Place(
+            tensor=(groups.tp.rank(), groups.tp.size()),
+            expert_tensor=(groups.expt_tp.rank(), groups.expt_tp.size()),
+            layers=tuple(layer.layer_number - 1 for layer in chunk.decoder.layers),
+            first_expert=groups.ep.rank() * (model.architecture.num_experts // groups.ep.size()),
+        )
+        for name, parameter in chunk.named_parameters():
+            entry = entry_of(name, model.architecture, place, shapes)
+            assert entry.shape == tuple(parameter.shape), f"{name}: {entry.shape} in the table, {parameter.shape} built"
+            yield entry, parameter
+
+
+@torch.no_grad()
+def load_weights(model: Model, source: TensorSource) -> None:
+    """Fills every parameter of this rank, in the parameter's own dtype; call before an optimizer copies them.
+
+    Under tied embeddings a source may hold `lm_head.weight` too, as long as it equals the embedding.
+    Raises DataError that names up to ten tensors which are missing, unknown to the architecture, of another shape, of
+    a dtype not in `DTYPES`, or not finite (in the part that this rank reads).
+    """
+    fix = "these tensors do not fit the model; give a checkpoint that matches its config.json"
+    problems = list(_shape_problems(hf_shapes(model.architecture), source, model.architecture.tie_word_embeddings))
+    if problems:
+        raise _error(source, fix, problems)
+    for entry, parameter in local_entries(model):
+        parts = []
+        for name in entry.hf_names:
+            part = entry.cut(source.get(name))
+            if part.dtype not in DTYPES:
+                problems.append(f"{name}: dtype {part.dtype}; known are {', '.join(map(str, DTYPES))}")
+            elif not part.isfinite().all():
+                problems.append(f"{name}: holds values that are not finite")
+            parts.append(part)
+        if not problems:
+            parameter.copy_(entry.join(parts))
+    if problems:
+        raise _error(source, fix, problems)
+
+
+def _shape_problems(expected: Mapping[str, tuple[int, ...]], source: TensorSource, tied: bool) -> Iterator[str]:
+    given = source.shapes()
+    for name, shape in expected.items():
+        if name not in given:
+            yield f"{name}: missing"
+        elif given[name] != shape:
+            yield f"{name}: shape {list(given[name])}, not {list(shape)}"
+    for name in given:
+        if name in expected:
+            continue
+        if not (tied and name == LM_HEAD):
+            yield f"{name}: the architecture has no such tensor"
+        elif EMBEDDING in given and not torch.equal(source.get(LM_HEAD), source.get(EMBEDDING)):
+            yield f"{name}: differs from {EMBEDDING}, but tie_word_embeddings is true"
+
+
+def _error(where: object, fix: str, problems: list[str]) -> DataError:
+    shown = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        shown.append(f"  and {len(problems) - MOST_PROBLEMS} more")
+    return DataError("\n".join([f"{where}: {fix}", *shown]))

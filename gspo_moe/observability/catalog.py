@@ -1,0 +1,119 @@
+"""The one list of metric names, with unit and meaning; every name that is written stands here.
+
+`docs/metrics.md` is this list as a page.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MINI_BATCH = "mini_batch_{k}"
+LAYER = "layer_{l}"
+SUFFIX = re.compile(r"^(?P<base>.+)/(?:(?P<mini_batch>mini_batch_[1-9]\d*)|(?P<layer>layer_\d{2,}))$")
+
+
+@dataclass(frozen=True)
+class MetricDoc:
+    """One metric: its name, unit and meaning, and the suffixes under which it is written as well."""
+
+    name: str
+    unit: str
+    meaning: str
+    suffixes: tuple[str, ...] = ()
+
+
+FIGURES = {"mean": "mean", "std": "standard deviation", "min": "smallest value", "max": "largest value"}
+PHASES = {
+    "rollout": "generation",
+    "reward": "scoring answers",
+    "old_log_probs": "the old policy's log-probs",
+    "training": "all mini-batches: forward, backward, optimizer",
+    "evaluation": "held-out evaluation",
+    "checkpoint": "writing the checkpoint",
+    "step": "the whole step",
+}
+METRICS = (
+    MetricDoc("reward/mean", "reward", "mean over the step's rollouts"),
+    MetricDoc("reward/std", "reward", "standard deviation over the step's rollouts"),
+    MetricDoc("reward/failures", "rollouts", "rewards that raised and got `task.reward.failure_reward`"),
+    MetricDoc("reward/timeouts", "rollouts", "rewards that ran past `task.reward.timeout_seconds`"),
+    MetricDoc("groups/count", "groups", "prompt groups of the step"),
+    MetricDoc("groups/degenerate", "groups", "groups whose rewards are all equal: no advantage, no gradient"),
+    MetricDoc("response/length_mean", "tokens", "mean response length, stop token included"),
+    MetricDoc("response/length_max", "tokens", "longest response"),
+    MetricDoc("response/truncated", "fraction", "responses cut off by `rollout.max_response_tokens`"),
+    MetricDoc("eval/accuracy", "fraction", "held-out answers with full reward"),
+    MetricDoc("eval/reward", "reward", "mean reward of held-out answers"),
+    MetricDoc("eval/response_length", "tokens", "mean length of held-out answers"),
+    MetricDoc("eval/truncated", "fraction", "held-out answers cut off by the length limit"),
+    MetricDoc("loss/policy", "", "policy loss, mean over the step's mini-batches"),
+    MetricDoc("clip_fraction/sequence", "fraction", "sequences whose gradient the clip removes"),
+    MetricDoc("clip_fraction/token", "fraction", "response tokens whose gradient the clip removes"),
+    *(
+        MetricDoc(f"ratio/{level}_{figure}", "ratio", f"{words} of the {level} ratio, policy over old policy")
+        for level in ("token", "sequence")
+        for figure, words in FIGURES.items()
+    ),
+    MetricDoc("kl/old_k3", "nats", "k3 estimate of the KL from the old policy to the policy, a token"),
+    MetricDoc("mismatch/k3", "nats", "k3 estimate of the KL between rollout engine and trainer, a token"),
+    MetricDoc("mismatch/token_ratio_above_2", "fraction", "tokens with max(p/q, q/p) > 2, trainer and rollout engine"),
+    *(
+        MetricDoc(f"mismatch/sequence_ratio_{figure}", "ratio", f"{words} of trainer over rollout engine, a sequence")
+        for figure, words in FIGURES.items()
+    ),
+    MetricDoc(
+        "routing/staleness/slot_change",
+        "fraction",
+        "expert slots that differ from the old policy's",
+        (MINI_BATCH, LAYER),
+    ),
+    MetricDoc(
+        "routing/staleness/flip_rate", "fraction", "tokens and layers whose expert set differs", (MINI_BATCH, LAYER)
+    ),
+    MetricDoc("routing/staleness/any_layer_flip", "fraction", "tokens whose set differs in any layer", (MINI_BATCH,)),
+    MetricDoc(
+        "routing/staleness/flipped_layers_per_token", "layers", "layers whose set differs, a token", (MINI_BATCH,)
+    ),
+    MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
+    MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
+    MetricDoc("optimizer/skipped_updates", "updates", "updates left out because a gradient was not finite"),
+    MetricDoc("policy_version", "updates", "optimizer steps the weights have taken"),
+    MetricDoc("sft/loss", "nats", "cross-entropy a response token"),
+    MetricDoc("sft/token_accuracy", "fraction", "response tokens that are the model's first choice"),
+    MetricDoc("rollout/tokens_per_second", "tokens/s", "response tokens a second of generation, all ranks"),
+    MetricDoc("rollout/tokens", "tokens", "response tokens generated, all ranks"),
+    *(MetricDoc(f"timing/{phase}_seconds", "s", f"wall time of {words}") for phase, words in PHASES.items()),
+    MetricDoc("throughput/tokens_per_second", "tokens/s", "tokens trained on a second of the whole step, all ranks"),
+    MetricDoc("throughput/tokens", "tokens", "prompt and response tokens trained on, all ranks"),
+    MetricDoc("memory/peak_rss_gib", "GiB", "peak resident memory of the main process"),
+    MetricDoc("memory/peak_device_gib", "GiB", "peak memory allocated on the main process's device"),
+)
+CATALOG = {doc.name: doc for doc in METRICS}
+
+PAGE_HEAD = """# Metrics
+
+Every name in `metrics.jsonl`, TensorBoard and Weights & Biases. Figures are over all data-parallel ranks. A value that
+is not finite is `null` in `metrics.jsonl`. `.../mini_batch_{k}` is the step's k-th mini-batch, from 1; `.../layer_{l}`
+is the l-th MoE layer, from 00, in two digits.
+"""
+
+
+def describe(name: str) -> MetricDoc:
+    """The entry of a metric, its name perhaps with a suffix; raises KeyError for a name that is not in the catalog."""
+    if name in CATALOG:
+        return CATALOG[name]
+    match = SUFFIX.match(name)
+    doc = CATALOG.get(match["base"]) if match else None
+    if match is None or doc is None or (MINI_BATCH if match["mini_batch"] else LAYER) not in doc.suffixes:
+        raise KeyError(f"{name} is not in the catalog of metrics")
+    return doc
+
+
+def markdown() -> str:
+    """The catalog as the page docs/metrics.md."""
+    lines = [PAGE_HEAD, "| metric | unit | meaning | also as |", "|---|---|---|---|"]
+    for doc in CATALOG.values():
+        also = ", ".join(f"`.../{suffix}`" for suffix in doc.suffixes)
+        lines.append(f"| `{doc.name}` | {doc.unit} | {doc.meaning} | {also} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,68 @@
+"""Reads a run's folder back: its metrics as arrays, its config, and what was wrong with its files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gspo_moe.config.loading import read_yaml
+from gspo_moe.errors import DataError
+from gspo_moe.observability.jsonl import read_json_lines
+
+NOT_METRICS = ("step", "time")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its files tell it.
+
+    config: the resolved config as plain values, unchecked so that older runs can be read; empty without config.yaml.
+    problems: what was left out while reading, in words.
+    series: steps (int64) and values (float64, NaN where the value was not finite), ascending, by metric name; the last
+        of several values written at one step counts.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    problems: tuple[str, ...]
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.series))
+
+    def steps(self, name: str) -> np.ndarray:
+        """Steps at which `name` was written, int64; raises KeyError for a metric this run does not have."""
+        return self.series[name][0]
+
+    def values(self, name: str) -> np.ndarray:
+        """Values of `name` at `steps(name)`, float64; raises KeyError for a metric this run does not have."""
+        return self.series[name][1]
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads the run folder `path`; raises DataError when it holds no metrics.jsonl or a damaged one."""
+    folder = Path(path)
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        raise DataError(f"{metrics} does not exist; give the folder of a run (logging.run_dir)")
+    records, problems = read_json_lines(metrics)
+    by_name: dict[str, dict[int, float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in NOT_METRICS:
+                by_name.setdefault(name, {})[record["step"]] = math.nan if value is None else value
+    series = {name: _arrays(values) for name, values in by_name.items()}
+    config_file = folder / "config.yaml"
+    config = read_yaml(config_file) if config_file.is_file() else {}
+    return Run(folder, config, tuple(problems), series)
+
+
+def _arrays(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    steps = sorted(values)
+    return np.array(steps, dtype=np.int64), np.array([values[step] for step in steps], dtype=np.float64)

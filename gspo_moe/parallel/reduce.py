@@ -1,0 +1,45 @@
+"""Statistics and small objects over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.parallel.groups import Groups
+
+S = TypeVar("S", bound=Statistics)
+
+
+def reduce_statistics(statistics: S, group: dist.ProcessGroup) -> S:
+    """The statistics of all ranks of `group` together: one collective for the sums, one for the maxima."""
+    return type(statistics)(
+        _reduce(statistics.sums, dist.ReduceOp.SUM, group), _reduce(statistics.maxima, dist.ReduceOp.MAX, group)
+    )
+
+
+def _reduce(parts: dict[str, torch.Tensor], op: Any, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    if not parts:
+        return {}
+    flat = torch.cat([value.reshape(-1) for value in parts.values()])
+    dist.all_reduce(flat, op, group=group)
+    pieces = flat.split([value.numel() for value in parts.values()])
+    return {name: piece.view_as(value) for (name, value), piece in zip(parts.items(), pieces, strict=True)}
+
+
+def from_last_stage(value: Any, groups: Groups) -> Any:
+    """What the last stage of this rank's pipeline holds, on all of its stages."""
+    if groups.pipeline.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, groups.last_stage_rank, group=groups.pipeline)
+    return box[0]
+
+
+def gather_over_data(value: Any, groups: Groups) -> list[Any]:
+    """Each data-parallel rank's value, in the order of their ranks, on every rank."""
+    values: list[Any] = [None] * groups.data.size()
+    dist.all_gather_object(values, value, group=groups.data)
+    return values

@@ -1,0 +1,72 @@
+"""What this machine offers, and what each absence means."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+
+import torch
+
+from gspo_moe.errors import ConfigError
+from gspo_moe.platform.megatron_cpu import ANSWERS, check_megatron_version, megatron_version
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_nvidia_apex() -> bool:
+    """True for NVIDIA's Apex, which is built from source; the package of that name on PyPI is something else."""
+    return importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex") is not None
+
+
+def report() -> str:
+    """One line a part: what was found, and behind the dash what it means."""
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    rows = [
+        ("python", platform.python_version(), ""),
+        ("device", device, "" if gpu else "no GPU: gloo, megatron-core adapted as listed below, small models only"),
+        ("torch", torch.__version__, "" if torch.version.cuda else "CPU build: will not see a GPU"),
+        ("megatron-core", *_megatron()),
+        (
+            "Transformer Engine",
+            _version("transformer-engine") if has_transformer_engine() else "absent",
+            "" if has_transformer_engine() else "local layers, SequentialMLP experts, no context parallelism",
+        ),
+        (
+            "NVIDIA Apex",
+            "found" if has_nvidia_apex() else "absent",
+            "" if has_nvidia_apex() else "torch's AdamW, unless Transformer Engine brings its fused one",
+        ),
+        ("kernels", "PyTorch reference", "log-probs are computed with PyTorch operators; no fused kernels are built"),
+        ("nvcc", shutil.which("nvcc") or "absent", ""),
+        ("Weights & Biases", _version("wandb"), "used only when logging.wandb is set"),
+    ]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{name:<{width}}  {found}{f' - {meaning}' if meaning else ''}" for name, found, meaning in rows]
+    if not gpu:
+        lines += ["", "What megatron-core asks of CUDA, and what it gets here:"]
+        lines += [f"  {answer.asked} -> {answer.answered}: {answer.reason}" for answer in ANSWERS]
+    return "\n".join(lines)
+
+
+def _megatron() -> tuple[str, str]:
+    try:
+        version = megatron_version()
+    except ConfigError as error:
+        return "absent", str(error)
+    try:
+        check_megatron_version(version)
+    except ConfigError as error:
+        return version, str(error)
+    return version, ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

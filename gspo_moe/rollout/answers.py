@@ -1,0 +1,87 @@
+"""Answers to prompts over all ranks: encode, generate, decode, score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.parallel.groups import Groups
+from gspo_moe.parallel.reduce import gather_over_data
+from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
+from gspo_moe.tasks.rewards import RewardBatch, RewardPool
+from gspo_moe.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A prompt's rollouts and their rewards, in the same order."""
+
+    group: RolloutGroup
+    rewards: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Every rank's scored groups in the order of the prompts, and the rewards that failed among them."""
+
+    groups: tuple[ScoredGroup, ...]
+    failures: int
+    timeouts: int
+    first_error: str | None
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Generates and scores; the prompts of a call are split over data-parallel ranks in contiguous, nearly equal shares."""
+
+    engine: RolloutEngine
+    tokenizer: Tokenizer
+    rewards: RewardPool
+    groups: Groups
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, params: SamplingParams, policy_version: int
+    ) -> list[RolloutGroup]:
+        """This data-parallel rank's share of the prompts, each answered `samples` times. Collective."""
+        share = self._share(prompts)
+        requests = [Request(prompt.uid, tuple(self.tokenizer.encode(prompt.text)), samples) for prompt in share]
+        answered = self.engine.generate(requests, params, policy_version)
+        return [
+            RolloutGroup(prompt, tuple(self._with_text(rollout, params) for rollout in rollouts))
+            for prompt, rollouts in zip(share, answered, strict=True)
+        ]
+
+    def score(self, share: Sequence[RolloutGroup]) -> Answers:
+        """Scores this rank's share and gathers every rank's. Collective."""
+        batch = self._rewards([(group.prompt, rollout.text) for group in share for rollout in group.rollouts])
+        rewards = iter(batch.rewards)
+        mine = [ScoredGroup(group, tuple(next(rewards) for _ in group.rollouts)) for group in share]
+        parts = gather_over_data((mine, batch.failures, batch.timeouts, batch.first_error), self.groups)
+        return Answers(
+            groups=tuple(group for part in parts for group in part[0]),
+            failures=sum(part[1] for part in parts),
+            timeouts=sum(part[2] for part in parts),
+            first_error=next((part[3] for part in parts if part[3] is not None), None),
+        )
+
+    def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        ranks, rank, count = self.groups.data.size(), self.groups.data_rank, len(prompts)
+        return prompts[rank * count // ranks : (rank + 1) * count // ranks]
+
+    def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:
+        ids = rollout.response_ids
+        if ids and ids[-1] in params.stop_ids:
+            ids = ids[:-1]
+        return replace(rollout, text=self.tokenizer.decode(ids))
+
+    def _rewards(self, items: list[tuple[Prompt, str]]) -> RewardBatch:
+        # One process of each model replica scores; the others would only repeat it.
+        group = self.groups.model
+        box: list[RewardBatch | None] = [self.rewards.score(items) if group.rank() == 0 else None]
+        if group.size() > 1:
+            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
+        assert box[0] is not None
+        return box[0]

@@ -1,0 +1,38 @@
+"""What any rollout engine offers to training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gspo_moe.types import Rollout
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer `samples` times."""
+
+    uid: str
+    prompt_ids: tuple[int, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0 keeps every token; `seed` with a request's uid fixes its samples."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int
+    stop_ids: frozenset[int]
+    seed: str
+
+
+class RolloutEngine(Protocol):
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
+    ) -> list[list[Rollout]]:
+        """For each request its samples, in order. Collective: every rank calls it, each with its own requests."""
+        ...

@@ -1,0 +1,259 @@
+"""The embedded rollout engine: samples from the training weights themselves, with a KV cache.
+
+Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
+each unfinished sequence. Finished sequences leave the batch at once; the cache is compacted when a quarter of its rows
+stand idle. Invariants: experts span data-parallel ranks, so every rank runs the same number of forward passes (a rank
+with nothing left feeds one padding token to the cache's spare last row); a sample depends on its request's uid, its
+index and the seed alone.
+
+Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gspo_moe.errors import RolloutError
+from gspo_moe.model.attention import KVCache
+from gspo_moe.model.build import Model
+from gspo_moe.model.forward import ModelInput, mask_padded_vocab, model_input, run
+from gspo_moe.platform import device
+from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.sampling import sample, uniforms
+from gspo_moe.types import Rollout
+
+
+@dataclass
+class _Sequence:
+    """One sample under way; `row` is its row of the cache."""
+
+    request: Request
+    sample_index: int
+    row: int
+    response_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def next_position(self) -> int:
+        return len(self.request.prompt_ids) + len(self.response_ids) - 1
+
+
+class MegatronEngine:
+    """Generates with a Model in place. `max_batch` bounds the sequences a rank decodes at once, `prefill_tokens` a pack."""
+
+    def __init__(self, model: Model, max_batch: int, prefill_tokens: int) -> None:
+        self._model = model
+        self._max_batch = max_batch
+        self._prefill_tokens = prefill_tokens
+        self._device = device().torch_device
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
+    ) -> list[list[Rollout]]:
+        """For each request its samples, in order. Collective over all ranks.
+
+        Raises RolloutError for an empty prompt, a prompt longer than the model or the prefill budget takes.
+        """
+        self._check(requests, params)
+        done: dict[tuple[int, int], Rollout] = {}
+        batches = self._batches(requests)
+        for number in range(self._most(len(batches))):
+            batch = batches[number] if number < len(batches) else []
+            for index, sequence in self._run_batch(batch, params):
+                done[index, sequence.sample_index] = _rollout(sequence, policy_version)
+        return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
+
+    def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        limit = self._model.architecture.max_position_embeddings
+        for request in requests:
+            length = len(request.prompt_ids)
+            if not length:
+                raise RolloutError(f"prompt {request.uid} is empty; give at least one token")
+            if length + params.max_response_tokens > limit:
+                raise RolloutError(
+                    f"prompt {request.uid} has {length} tokens and rollout.max_response_tokens is "
+                    f"{params.max_response_tokens}, more than the model's {limit} positions; lower one of them"
+                )
+            if length > self._prefill_tokens:
+                raise RolloutError(
+                    f"prompt {request.uid} has {length} tokens, more than schedule.micro_batch_tokens="
+                    f"{self._prefill_tokens}; raise it"
+                )
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, Request, range]]]:
+        """Requests in order, cut into batches of at most `max_batch` samples; a request may span batches."""
+        batches: list[list[tuple[int, Request, range]]] = [[]]
+        free = self._max_batch
+        for index, request in enumerate(requests):
+            start = 0
+            while start < request.samples:
+                if not free:
+                    batches.append([])
+                    free = self._max_batch
+                stop = min(request.samples, start + free)
+                batches[-1].append((index, request, range(start, stop)))
+                free -= stop - start
+                start = stop
+        return batches
+
+    def _most(self, count: int) -> int:
+        """The largest `count` over the data-parallel ranks, which step in unison."""
+        value = torch.tensor(count, device=self._device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._model.groups.data)
+        return int(value)
+
+    def _run_batch(
+        self, batch: list[tuple[int, Request, range]], params: SamplingParams
+    ) -> list[tuple[int, _Sequence]]:
+        capacity = params.max_response_tokens + self._most(max((len(r.prompt_ids) for _, r, _ in batch), default=1))
+        cache = KVCache(len(batch) + 1, capacity)
+        first_logits = self._prefill([request for _, request, _ in batch], cache)
+        owner = [row for row, (_, _, samples) in enumerate(batch) for _ in samples]
+        sequences: list[tuple[int, _Sequence]] = []
+        for row, source in enumerate(owner):
+            index, request, samples = batch[source]
+            sequences.append((index, _Sequence(request, samples[row - owner.index(source)], row)))
+        cache.select(torch.tensor([*owner, len(batch)], device=self._device))
+        active = [sequence for _, sequence in sequences]
+        keys = [f"{params.seed}/{s.request.uid}/{s.sample_index}" for s in active]
+        uniforms_NR = uniforms(keys, params.max_response_tokens).to(self._device)
+        logits = None if first_logits is None else first_logits[torch.tensor(owner, dtype=torch.long)]
+        draw = dict(zip(map(id, active), uniforms_NR, strict=True))
+        for step in range(params.max_response_tokens):
+            self._append(active, logits, draw, step, params)
+            active = [sequence for sequence in active if not sequence.finished]
+            if step + 1 == params.max_response_tokens or not self._most(len(active)):
+                break
+            self._compact(cache, active)
+            logits = self._decode(active, cache)
+        return sequences
+
+    def _prefill(self, requests: list[Request], cache: KVCache) -> torch.Tensor | None:
+        """Fills each request's row; logits [N, V] behind each prompt on the last stage."""
+        packs: list[list[int]] = [[]]
+        room = self._prefill_tokens
+        for row, request in enumerate(requests):
+            if len(request.prompt_ids) > room:
+                packs.append([])
+                room = self._prefill_tokens
+            packs[-1].append(row)
+            room -= len(request.prompt_ids)
+        packs += [[] for _ in range(self._most(len(packs)) - len(packs))]
+        inputs = [self._prefill_input([(row, requests[row].prompt_ids) for row in pack], cache) for pack in packs]
+        last = [item.attention.cu_seqlens_q[1 : len(pack) + 1] - 1 for item, pack in zip(inputs, packs, strict=True)]
+        logits = self._logits(inputs, last)
+        return None if logits is None else torch.cat(logits)
+
+    def _prefill_input(self, prompts: list[tuple[int, tuple[int, ...]]], cache: KVCache) -> ModelInput:
+        prompts = prompts or [(cache.rows - 1, (0,))]
+        lengths = torch.tensor([len(ids) for _, ids in prompts], device=self._device)
+        return model_input(
+            self._model,
+            torch.tensor([token for _, ids in prompts for token in ids], device=self._device),
+            torch.cat([torch.arange(len(ids), device=self._device) for _, ids in prompts]),
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            cache=cache,
+            rows_T=torch.repeat_interleave(torch.tensor([row for row, _ in prompts], device=self._device), lengths),
+        )
+
+    def _decode(self, active: list[_Sequence], cache: KVCache) -> torch.Tensor | None:
+        """Feeds each sequence its newest token; logits [N, V] behind them on the last stage."""
+        tokens = [s.response_ids[-1] for s in active] or [0]
+        positions = [s.next_position for s in active] or [0]
+        rows = [s.row for s in active] or [cache.rows - 1]
+        item = model_input(
+            self._model,
+            torch.tensor(tokens, device=self._device),
+            torch.tensor(positions, device=self._device),
+            torch.arange(len(tokens) + 1, device=self._device),
+            cache=cache,
+            rows_T=torch.tensor(rows, device=self._device),
+            decode=True,
+            rows_in_order=rows == list(range(len(rows))),
+        )
+        logits = self._logits([item], [torch.arange(len(active), device=self._device)])
+        return None if logits is None else logits[0]
+
+    def _logits(self, inputs: list[ModelInput], positions: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Whole-vocabulary logits at the given positions of each pack, on every rank of the last stage."""
+
+        def head(index: int, logits_TV: torch.Tensor) -> tuple[None, torch.Tensor]:
+            picked, _ = mask_padded_vocab(self._model, logits_TV[positions[index]])
+            return None, self._gather_vocab(picked)
+
+        kept = run(self._model, inputs, head, backward=False)
+        return kept if self._model.groups.is_last_stage else None
+
+    def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        group = self._model.groups.tensor
+        if group.size() == 1:
+            return logits_NV
+        parts = [torch.empty_like(logits_NV) for _ in range(group.size())]
+        dist.all_gather(parts, logits_NV.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    def _append(
+        self,
+        active: list[_Sequence],
+        logits: torch.Tensor | None,
+        draw: dict[int, torch.Tensor],
+        step: int,
+        params: SamplingParams,
+    ) -> None:
+        """Samples one token for each sequence on the last stage, tells the other stages, and marks what is finished."""
+        if not active:
+            return
+        picked = torch.empty(2, len(active), dtype=torch.float64, device=self._device)
+        if logits is not None:
+            uniforms_N = torch.stack([draw[id(s)][step] for s in active])
+            tokens_N, log_probs_N = sample(logits, uniforms_N, params.temperature, params.top_p, params.top_k)
+            picked = torch.stack([tokens_N.double(), log_probs_N.double()])
+        groups = self._model.groups
+        if groups.pipeline.size() > 1:
+            dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
+        for sequence, token, log_prob in zip(active, *_columns(picked), strict=True):
+            sequence.response_ids.append(int(token))
+            sequence.log_probs.append(log_prob)
+            sequence.finished = int(token) in params.stop_ids
+
+    def _compact(self, cache: KVCache, active: list[_Sequence]) -> None:
+        if len(active) > 0.75 * (cache.rows - 1):
+            return
+        cache.select(torch.tensor([*(s.row for s in active), cache.rows - 1], device=self._device))
+        for row, sequence in enumerate(active):
+            sequence.row = row
+
+
+def _columns(picked: torch.Tensor) -> tuple[list[float], list[float]]:
+    tokens, log_probs = picked.tolist()
+    return tokens, log_probs
+
+
+def _rollout(sequence: _Sequence, policy_version: int) -> Rollout:
+    return Rollout(
+        uid=sequence.request.uid,
+        sample_index=sequence.sample_index,
+        prompt_ids=sequence.request.prompt_ids,
+        response_ids=tuple(sequence.response_ids),
+        log_probs=tuple(sequence.log_probs),
+        finished=sequence.finished,
+        policy_version=policy_version,
+    )
+
+
+def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
+    """The tokenizer's end token and each stop string's token. Raises RolloutError for a string of several tokens."""
+    ids = {tokenizer.eos_id}
+    for text in stop:
+        encoded = tokenizer.encode(text)
+        if len(encoded) != 1:
+            raise RolloutError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
+        ids.add(encoded[0])
+    return frozenset(ids)

@@ -1,0 +1,101 @@
+"""`gspo-moe score`: log-probs (and routes) of the sequences in a JSONL file, in any parallel layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo_moe.config.checks import check_files
+from gspo_moe.config.layout import check_layout
+from gspo_moe.config.schema import Config
+from gspo_moe.data.packing import pack
+from gspo_moe.data.schedule import plan_microbatches
+from gspo_moe.errors import DataError
+from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.weights import SafetensorsSource, load_weights
+from gspo_moe.parallel.groups import initialize, world_size_from_environment
+from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
+from gspo_moe.platform import device, has_transformer_engine, megatron_version
+from gspo_moe.rollout.score import score
+from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.types import TrainingSample
+
+
+def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -> None:
+    """Writes for each line `{"token_ids": [...]}` of `data` a line `{"log_probs": [...]}` to `output`, in order.
+
+    log_probs: one value (nats, temperature 1) for each token after the first. With routes, `routes` has one entry a
+    log-prob: the experts [layer][slot] that the position which predicted that token picked.
+    Raises DataError, naming the line, for what is no such line or does not fit the model.
+    """
+    check_files(config)
+    architecture = config.model.architecture()
+    sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_position_embeddings))
+    world_size = world_size_from_environment()
+    layout = check_layout(config, architecture, world_size, megatron_version(), has_transformer_engine())
+    groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
+    model = build_model(config, architecture, groups)
+    assert config.model.hf is not None
+    load_weights(model, SafetensorsSource(Path(config.model.hf)))
+    records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
+    if groups.is_main:
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(partial, output)
+
+
+def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[int, ...]]:
+    """The token ids of each line. Raises DataError for a missing file or a line that cannot be scored."""
+    if not data.is_file():
+        raise DataError(f'{data} does not exist; give a file of lines {{"token_ids": [...]}}')
+    for number, line in enumerate(data.read_text().splitlines(), start=1):
+        try:
+            ids = json.loads(line)["token_ids"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f'{data}, line {number}: not of the form {{"token_ids": [...]}} ({error!r})') from error
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+            raise DataError(f"{data}, line {number}: token_ids must be a list of one integer or more")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise DataError(f"{data}, line {number}: token ids must lie in [0, {vocab_size}), the model's vocabulary")
+        if len(ids) > longest + 1:
+            raise DataError(f"{data}, line {number}: {len(ids)} tokens exceed the model's {longest} positions")
+        yield tuple(ids)
+
+
+def _score(
+    model: Model, sequences: Sequence[tuple[int, ...]], token_budget: int, with_routes: bool
+) -> list[dict[str, Any]]:
+    """A record for each sequence, on every rank. Collective."""
+    records: dict[int, dict[str, Any]] = {
+        i: {"log_probs": []} | ({"routes": []} if with_routes else {}) for i in range(len(sequences))
+    }
+    scored = [i for i, ids in enumerate(sequences) if len(ids) > 1]
+    groups = model.groups
+    # Every data-parallel rank needs work: short files are filled up with repeats, whose results are the same.
+    indices = scored + [scored[0]] * (-len(scored) % groups.layout.data) if scored else []
+    if not indices:
+        return list(records.values())
+    lengths = [len(sequences[i]) - 1 for i in indices]
+    budget = max(token_budget, max(lengths))
+    mine = plan_microbatches(lengths, groups.layout.data, budget)[groups.data_rank]
+    samples = [TrainingSample(sequences[i], (0,) + (1,) * (len(sequences[i]) - 1)) for i in indices]
+    packs = [pack([samples[k] for k in bin], [indices[k] for k in bin]).to(device().torch_device) for bin in mine]
+    recorder = RouteRecorder(model.chunks, model.architecture, groups) if with_routes else None
+    log_probs = from_last_stage(
+        [log_probs_T.tolist() for log_probs_T in score(model, packs, recorder=recorder)], groups
+    )
+    routes = [recorder.gather_layers(routes_TLK).tolist() for routes_TLK in recorder.take()] if recorder else []
+    found: list[tuple[int, dict[str, Any]]] = []
+    for number, one in enumerate(packs):
+        bounds = one.cu_seqlens.tolist()
+        for index, start, stop in zip(one.sample_indices, bounds, bounds[1:], strict=False):
+            record = {"log_probs": log_probs[number][start:stop]}
+            if recorder is not None:
+                record["routes"] = routes[number][start:stop]
+            found.append((index, record))
+    for part in gather_over_data(found, groups):
+        records.update(dict(part))
+    return [records[i] for i in range(len(sequences))]

@@ -1,0 +1,107 @@
+"""The datasets of reasoning-gym (github.com/open-thought/reasoning-gym) as tasks, scored by reasoning-gym itself.
+
+reasoning-gym makes entry i from a random stream seeded with `dataset seed + i`. The dataset seed is 0 here and i is
+drawn from 32 bits, so entries depend on the task's own streams alone. The whole entry travels in `Prompt.reference`.
+Its scorers may run an answer through `eval`-like parsers: score answers in `rewards.RewardPool`, never in the trainer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from random import Random
+from typing import Any
+
+import reasoning_gym
+from reasoning_gym.factory import DATASETS
+
+from gspo_moe.errors import ConfigError
+from gspo_moe.tasks.splits import draw_prompt
+from gspo_moe.types import Prompt
+
+ENTRY_BITS = 32  # pool_matrix seeds NumPy, which takes no more
+OURS = ("seed", "size")
+HASH_ORDERED = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note")
+
+# The questions of these take hundreds of characters of instructions; what matters stands in the metadata.
+SHORT_PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "number_sorting": lambda metadata: f"{metadata['direction']} {', '.join(metadata['original_numbers'])} =",
+    "countdown": lambda metadata: f"{metadata['target']} from {', '.join(map(str, metadata['numbers']))} =",
+    "chain_sum": lambda metadata: f"{metadata['expression']} =",
+    "basic_arithmetic": lambda metadata: f"{metadata['expression']} =",
+}
+
+
+class ReasoningGymTask:
+    """One dataset; `options` are the fields of its config, apart from `seed` and `size`.
+
+    Raises ConfigError for an unknown dataset or option, a value that the dataset refuses, and a dataset that cannot
+    give unlimited, reproducible entries.
+    """
+
+    def __init__(self, dataset: str, options: Mapping[str, Any], seed: int) -> None:
+        self.name = f"reasoning_gym/{dataset}"
+        self._short_prompt = SHORT_PROMPTS.get(dataset)
+        self._dataset = _make_dataset(dataset, options)
+        self._seed = seed
+        self._try_out()
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return draw_prompt(self.name, self._seed, split, index, self._entry)
+
+    def demonstration(self, prompt: Prompt) -> str:
+        answer = prompt.reference["answer"]
+        if answer is None:
+            raise ConfigError(f"task.name={self.name} has no reference answers, so stage sft cannot use it; change one")
+        return str(answer)
+
+    def score(self, prompt: Prompt, answer: str) -> float:
+        return self._dataset.score_answer(answer, prompt.reference)
+
+    def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
+        entry = json.loads(json.dumps(self._dataset[random.getrandbits(ENTRY_BITS)]))
+        return self._short_prompt(entry["metadata"]) if self._short_prompt else entry["question"], entry
+
+    def _try_out(self) -> None:
+        """Draws one entry, so that what a dataset cannot do is known before the run starts."""
+        number = Random(self._seed).getrandbits(ENTRY_BITS)
+        try:
+            original = self._dataset[number]
+            entry = json.loads(json.dumps(original))
+            scores = [self._dataset.score_answer(entry["answer"], one) for one in (original, entry)]
+        except Exception as error:  # each of a hundred datasets has its own ways to refuse
+            raise ConfigError(
+                f"task.name={self.name} cannot give entry {number} ({type(error).__name__}: {error}); "
+                "change task.options or choose another dataset"
+            ) from error
+        if scores[0] != scores[1]:
+            raise ConfigError(f"task.name={self.name} has entries that JSON does not preserve; choose another dataset")
+
+
+def _make_dataset(dataset: str, options: Mapping[str, Any]) -> Any:
+    if dataset not in DATASETS:
+        nearest = get_close_matches(dataset, DATASETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"task.name=reasoning_gym/{dataset} is unknown; the nearest is reasoning_gym/{nearest}; reasoning-gym's "
+            f"datasets are {', '.join(DATASETS)}"
+        )
+    if dataset in HASH_ORDERED:
+        raise ConfigError(
+            f"task.name=reasoning_gym/{dataset} gives other entries in each process (it depends on Python's string "
+            "hashes), so runs could not be repeated; choose another dataset"
+        )
+    fields = [field.name for field in dataclasses.fields(DATASETS[dataset][1]) if field.name not in OURS]
+    for key, value in options.items():
+        if key in OURS:
+            raise ConfigError(f"task.options.{key}={value!r} is the program's own to set; remove it, and set `seed`")
+        if key not in fields:
+            nearest = get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"unknown key task.options.{key}={value!r}; the nearest valid key is task.options.{nearest}"
+            )
+    try:
+        return reasoning_gym.create_dataset(dataset, seed=0, **options)
+    except (AssertionError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"task.options={dict(options)}: reasoning_gym/{dataset} refuses them: {error}") from error

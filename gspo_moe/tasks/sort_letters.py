@@ -1,0 +1,53 @@
+"""Sort random letters: `qebaz>` asks for `abeqz`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+from string import ascii_lowercase
+from typing import Any
+
+from pydantic import PositiveInt, model_validator
+
+from gspo_moe.config.schema import Section
+from gspo_moe.config.validation import validated
+from gspo_moe.tasks.splits import draw_prompt
+from gspo_moe.types import Prompt
+
+
+class SortLettersOptions(Section):
+    """Lengths are drawn uniformly from `min_length` to `max_length`, both included."""
+
+    min_length: PositiveInt = 10
+    max_length: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SortLettersOptions:
+        if self.min_length > self.max_length:
+            raise ValueError(
+                f"min_length={self.min_length} exceeds max_length={self.max_length}; lower the one or raise the other"
+            )
+        return self
+
+
+class SortLetters:
+    """Random lowercase letters, repeats allowed; the reward is 1 for the exact answer and 0 for any other."""
+
+    name = "sort_letters"
+
+    def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        self._options = validated(SortLettersOptions, options, prefix="task.options.")
+        self._seed = seed
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return draw_prompt(self.name, self._seed, split, index, self._entry)
+
+    def demonstration(self, prompt: Prompt) -> str:
+        return "".join(sorted(prompt.text.removesuffix(">")))
+
+    def score(self, prompt: Prompt, answer: str) -> float:
+        return float(answer == self.demonstration(prompt))
+
+    def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
+        length = random.randint(self._options.min_length, self._options.max_length)
+        return "".join(random.choices(ascii_lowercase, k=length)) + ">", {}

@@ -1,0 +1,99 @@
+"""megatron-core's optimizer and learning-rate schedule for a model, and the wrapping that its gradients need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gspo_moe.config.schema import Config
+from gspo_moe.model.build import Model
+
+from megatron.core.distributed import (  # noqa: E402  isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402  isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402  isort: skip
+from megatron.core.transformer.module import Float16Module  # noqa: E402  isort: skip
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: non-finite gradients."""
+
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class Optimizer:
+    """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step."""
+
+    def __init__(self, config: Config, model: Model, total_updates: int) -> None:
+        _wrap(config, model)
+        settings = config.optimizer
+        self._model = model
+        self.megatron: Any = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                clip_grad=settings.clip_grad,
+                bf16=config.model.dtype == "bf16",
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=config.parallel.distributed_optimizer,
+            ),
+            model.chunks,
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_updates,
+            lr_decay_steps=max(total_updates, settings.warmup_updates + 1),
+            lr_decay_style=settings.decay,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        # The scheduler's first value belongs to update 0; with warm-up that would be a learning rate of zero.
+        if settings.warmup_updates:
+            self.scheduler.step(increment=1)
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.megatron.scale_loss
+
+    def zero_grad(self) -> None:
+        for chunk in self._model.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def update(self) -> UpdateResult:
+        learning_rate = float(self.megatron.param_groups[0]["lr"])
+        succeeded, grad_norm, _ = self.megatron.step()
+        self.scheduler.step(increment=1)
+        return UpdateResult(float(grad_norm), learning_rate, skipped=not succeeded)
+
+
+def _wrap(config: Config, model: Model) -> None:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    chunks: list[torch.nn.Module] = []
+    for index, chunk in enumerate(model.chunks):
+        inner = Float16Module(model.config, chunk) if config.model.dtype == "bf16" else chunk
+        chunks.append(DistributedDataParallel(model.config, ddp, inner, disable_bucketing=index > 0))
+    model.chunks = chunks
+    for chunk in chunks:
+        chunk.broadcast_params()
+    model.config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync

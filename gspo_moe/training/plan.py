@@ -1,0 +1,43 @@
+"""Settles a run before any process group starts: files, tokenizer, architecture, layout."""
+
+from __future__ import annotations
+
+from gspo_moe.config.checks import check_files
+from gspo_moe.config.layout import check_layout
+from gspo_moe.config.schema import Config
+from gspo_moe.data.tokenizers import load_tokenizer
+from gspo_moe.errors import ConfigError
+from gspo_moe.parallel.groups import world_size_from_environment
+from gspo_moe.platform import has_transformer_engine, megatron_version
+from gspo_moe.tasks import make_task
+from gspo_moe.training.session import Plan
+
+TOKENIZER_TEXTS = 1000
+
+
+def make_plan(config: Config) -> Plan:
+    """Raises ConfigError, in one message, for everything about the run that cannot work here."""
+    check_files(config)
+    task = make_task(config.task, config.seed)
+
+    def texts() -> list[str]:
+        prompts = [task.prompt("sft", index) for index in range(TOKENIZER_TEXTS)]
+        return [text for prompt in prompts for text in (prompt.text, task.demonstration(prompt))]
+
+    tokenizer = load_tokenizer(config.tokenizer, config.model.hf, texts, config.run_path)
+    architecture = config.model.architecture(tokenizer.vocab_size)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is "
+            f"{architecture.vocab_size}; give the tokenizer that the model was trained with (tokenizer.path)"
+        )
+    if config.stage == "sft":
+        task.demonstration(task.prompt("sft", 0))
+    layout = check_layout(
+        config,
+        architecture,
+        world_size_from_environment(),
+        megatron_version(),
+        has_transformer_engine(),
+    )
+    return Plan(config, layout, architecture, tokenizer, task)

@@ -1,0 +1,245 @@
+"""One RL step: rollouts, rewards, advantages, old log-probs, off-policy mini-batches, routing volatility.
+
+Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from gspo_moe.algorithms import MismatchStatistics, degenerate_groups, group_advantages, mismatch
+from gspo_moe.config.schema import Config
+from gspo_moe.data.packing import pack
+from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.schedule import plan_microbatches, split_mini_batches
+from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.platform import device
+from gspo_moe.rollout.answers import Answers
+from gspo_moe.rollout.engine import SamplingParams
+from gspo_moe.rollout.score import score
+from gspo_moe.routing import RouteSums
+from gspo_moe.training.session import Trainer
+from gspo_moe.training.step import MinibatchResult, train_minibatch
+from gspo_moe.types import Microbatch, Rollout, TrainingSample
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """This rank's packs of one mini-batch, and how many sequences it has over all ranks."""
+
+    packs: list[Microbatch]
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """metrics: over all ranks, for the log. answers and advantages: every rank's, in the order of the prompts."""
+
+    metrics: dict[str, float]
+    answers: Answers
+    advantages: list[float]
+
+
+def rl_step(trainer: Trainer) -> StepResult:
+    """Takes one RL step and moves `trainer.progress` on. Collective."""
+    timers, model = trainer.session.timers, trainer.session.model
+    with timers("step"):
+        answers = _collect(trainer)
+        advantages, figures = _advantages(trainer, answers)
+        minibatches = _minibatches(trainer, answers, advantages)
+        with timers("old_log_probs"):
+            old_log_probs, old_routes = _old_policy(trainer, minibatches)
+        with timers("training"):
+            results = _train(trainer, minibatches, old_log_probs)
+        trainer_log_probs = old_log_probs if trainer.session.config.algorithm.old_log_probs == "trainer" else None
+        figures |= _policy_metrics(results)
+        figures |= _routing_metrics(trainer, minibatches, old_routes, results)
+        if trainer_log_probs is not None:
+            figures |= _mismatch_metrics(trainer, minibatches, trainer_log_probs)
+    progress = trainer.progress
+    trainer.progress = replace(
+        progress,
+        step=progress.step + 1,
+        prompt_position=progress.prompt_position + len(answers.groups),
+        policy_version=progress.policy_version + len(minibatches),
+    )
+    assert model.groups is trainer.session.groups
+    return StepResult(figures | {"policy_version": trainer.progress.policy_version}, answers, advantages)
+
+
+def _collect(trainer: Trainer) -> Answers:
+    session, progress, config = trainer.session, trainer.progress, trainer.session.config
+    prompts = PromptSource(session.plan.task, "train", progress.prompt_position).take(config.rollout.prompts_per_step)
+    params = SamplingParams(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        max_response_tokens=config.rollout.max_response_tokens,
+        stop_ids=session.stop_ids,
+        seed=f"{config.seed}/{progress.step}",
+    )
+    with session.timers("rollout"):
+        share = session.answerer.generate(
+            prompts, config.rollout.samples_per_prompt, params, progress.policy_version
+        )
+    with session.timers("reward"):
+        return session.answerer.score(share)
+
+
+def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[str, float]]:
+    size = trainer.session.config.rollout.samples_per_prompt
+    rewards = torch.tensor([reward for group in answers.groups for reward in group.rewards], dtype=torch.float64)
+    lengths = torch.tensor([len(r.response_ids) for r in _rollouts(answers)], dtype=torch.float64)
+    metrics = {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std().item(),
+        "reward/failures": answers.failures,
+        "reward/timeouts": answers.timeouts,
+        "groups/count": len(answers.groups),
+        "groups/degenerate": degenerate_groups(rewards, size),
+        "response/length_mean": lengths.mean().item(),
+        "response/length_max": lengths.max().item(),
+        "response/truncated": sum(not r.finished for r in _rollouts(answers)) / lengths.numel(),
+        "rollout/tokens": lengths.sum().item(),
+        "throughput/tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in _rollouts(answers)),
+    }
+    return group_advantages(rewards, size).tolist(), metrics
+
+
+def _rollouts(answers: Answers) -> list[Rollout]:
+    return [rollout for group in answers.groups for rollout in group.group.rollouts]
+
+
+def _minibatches(trainer: Trainer, answers: Answers, advantages: Sequence[float]) -> list[Minibatch]:
+    config, groups = trainer.session.config, trainer.session.groups
+    samples = [
+        TrainingSample(
+            token_ids=rollout.prompt_ids + rollout.response_ids,
+            response_mask=(0,) * len(rollout.prompt_ids) + (1,) * len(rollout.response_ids),
+            advantage=advantage,
+            rollout_log_probs=rollout.log_probs,
+        )
+        for rollout, advantage in zip(_rollouts(answers), advantages, strict=True)
+    ]
+    minibatches = []
+    for indices in split_mini_batches(
+        len(answers.groups), config.rollout.samples_per_prompt, config.algorithm.mini_batches
+    ):
+        packs = pack_share([samples[i] for i in indices], groups.layout.data, groups.data_rank, config)
+        minibatches.append(Minibatch(packs, len(indices)))
+    return minibatches
+
+
+def pack_share(samples: Sequence[TrainingSample], ranks: int, rank: int, config: Config) -> list[Microbatch]:
+    """This rank's packs of a batch that all ranks know, on this process's device."""
+    lengths = [len(sample.token_ids) - 1 for sample in samples]
+    plan = plan_microbatches(lengths, ranks, config.schedule.micro_batch_tokens)
+    return [pack([samples[i] for i in indices], indices).to(device().torch_device) for indices in plan[rank]]
+
+
+def _old_policy(
+    trainer: Trainer, minibatches: Sequence[Minibatch]
+) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+    """Old log-probs and routes of each mini-batch's packs; log-probs only on the last stage."""
+    config, model, recorder = trainer.session.config, trainer.session.model, trainer.recorder
+    packs = [pack for minibatch in minibatches for pack in minibatch.packs]
+    if config.algorithm.old_log_probs == "rollout":
+        return _by_minibatch([pack.rollout_log_probs_T for pack in packs], minibatches), []
+    log_probs = score(model, packs, temperature=config.rollout.temperature, recorder=recorder)
+    routes = [] if recorder is None else recorder.take()
+    return _by_minibatch(log_probs, minibatches), _by_minibatch(routes, minibatches)
+
+
+def _by_minibatch(
+    values: Sequence[torch.Tensor], minibatches: Sequence[Minibatch]
+) -> list[list[torch.Tensor]]:
+    """Cuts one list over all packs back into mini-batches; an empty list gives empty ones."""
+    rest = iter(values)
+    return [[next(rest) for _ in minibatch.packs] if values else [] for minibatch in minibatches]
+
+
+def _train(
+    trainer: Trainer, minibatches: Sequence[Minibatch], old_log_probs: list[list[torch.Tensor]]
+) -> list[MinibatchResult]:
+    config = trainer.session.config
+    return [
+        train_minibatch(
+            trainer.session.model,
+            trainer.optimizer,
+            minibatch.packs,
+            old,
+            config.algorithm,
+            minibatch.num_sequences,
+            config.rollout.temperature,
+            trainer.recorder,
+        )
+        for minibatch, old in zip(minibatches, old_log_probs, strict=True)
+    ]
+
+
+def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
+    statistics = results[0].statistics
+    for result in results[1:]:
+        statistics = statistics.merge(result.statistics)
+    return {
+        **statistics.to_metrics(),
+        "optimizer/grad_norm": sum(result.update.grad_norm for result in results) / len(results),
+        "optimizer/learning_rate": results[-1].update.learning_rate,
+        "optimizer/skipped_updates": sum(result.update.skipped for result in results),
+    }
+
+
+def _routing_metrics(
+    trainer: Trainer,
+    minibatches: Sequence[Minibatch],
+    old_routes: list[list[torch.Tensor]],
+    results: Sequence[MinibatchResult],
+) -> dict[str, float]:
+    """Staleness of SPEC section 4: the routes of each mini-batch's training forward against the old policy's."""
+    recorder = trainer.recorder
+    if recorder is None or not old_routes:
+        return {}
+    topk = trainer.session.plan.architecture.num_experts_per_tok
+    metrics: dict[str, float] = {}
+    total: RouteSums | None = None
+    for number, (minibatch, old, result) in enumerate(zip(minibatches, old_routes, results, strict=True), start=1):
+        overlaps = [
+            recorder.overlap(o, n)[pack.route_mask_T]
+            for pack, o, n in zip(minibatch.packs, old, result.routes, strict=True)
+        ]
+        sums = reduce_statistics(RouteSums.from_overlap(torch.cat(overlaps), topk), trainer.session.groups.data)
+        metrics |= staleness_metrics(sums, f"/mini_batch_{number}")
+        total = sums if total is None else total.merge(sums)
+    assert total is not None
+    return metrics | staleness_metrics(total, "", layers=True)
+
+
+def staleness_metrics(sums: RouteSums, suffix: str, layers: bool = False) -> dict[str, float]:
+    """Route changes under their logged names; `layers` adds the per-layer figures."""
+    named: dict[str, float] = {}
+    for name, value in sums.to_metrics().items():
+        if isinstance(value, list):
+            if layers:
+                base = name.removesuffix("_by_layer")
+                named |= {f"routing/staleness/{base}/layer_{i:02d}": v for i, v in enumerate(value)}
+        else:
+            named[f"routing/staleness/{name}{suffix}"] = value
+    return named
+
+
+def _mismatch_metrics(
+    trainer: Trainer, minibatches: Sequence[Minibatch], log_probs: list[list[torch.Tensor]]
+) -> dict[str, float]:
+    """Rollout engine against trainer at equal weights, SPEC section 3."""
+    statistics: MismatchStatistics | None = None
+    for minibatch, scored in zip(minibatches, log_probs, strict=True):
+        for one, log_probs_T in zip(minibatch.packs, scored, strict=False):
+            found = mismatch(log_probs_T, one.rollout_log_probs_T, one.cu_seqlens, one.response_mask_T)
+            statistics = found if statistics is None else statistics.merge(found)
+    if statistics is not None:
+        statistics = reduce_statistics(statistics, trainer.session.groups.data)
+    reduced: MismatchStatistics = from_last_stage(statistics, trainer.session.groups)
+    return reduced.to_metrics()

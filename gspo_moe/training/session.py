@@ -1,0 +1,109 @@
+"""Everything one run holds, put together in the order in which the parts need each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.layout import Layout
+from gspo_moe.config.schema import Config
+from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
+from gspo_moe.observability.timers import Timers
+from gspo_moe.parallel.groups import Groups, initialize
+from gspo_moe.platform import device
+from gspo_moe.rollout.answers import Answerer
+from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
+from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.tasks.protocol import Task
+from gspo_moe.tasks.rewards import RewardPool
+from gspo_moe.training.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from gspo_moe.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before any process group starts; making one raises ConfigError for what cannot work."""
+
+    config: Config
+    layout: Layout
+    architecture: Architecture
+    tokenizer: Tokenizer
+    task: Task
+
+
+@dataclass
+class Session:
+    """A policy with all it needs to answer prompts; training adds an optimizer to it."""
+
+    plan: Plan
+    groups: Groups
+    model: Model
+    answerer: Answerer
+    stop_ids: frozenset[int]
+    timers: Timers
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def run_path(self) -> Path:
+        return self.plan.config.run_path
+
+    def close(self) -> None:
+        self.answerer.rewards.close()
+
+
+def open_session(plan: Plan) -> Session:
+    """Joins the process group, builds the model and fills in its first weights. Collective."""
+    config = plan.config
+    groups = initialize(plan.layout, config.seed, config.parallel.timeout_minutes)
+    model = build_model(config, plan.architecture, groups)
+    load_initial_weights(config, model)
+    engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens)
+    return Session(
+        plan=plan,
+        groups=groups,
+        model=model,
+        answerer=Answerer(engine, plan.tokenizer, RewardPool(config.task, config.seed), groups),
+        stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
+        timers=Timers(device().synchronize),
+    )
+
+
+def load_initial_weights(config: Config, model: Model) -> None:
+    """Weights from `model.hf`, or random ones that are the same in every layout."""
+    if config.model.hf is not None and not config.model.random_init:
+        load_weights(model, SafetensorsSource(Path(config.model.hf)))
+    else:
+        load_weights(model, RandomSource(model.architecture, config.seed))
+
+
+@dataclass
+class Trainer:
+    """A session under training. `progress` is where it stands; `recorder` is None when routing.record is off."""
+
+    session: Session
+    optimizer: Optimizer
+    recorder: RouteRecorder | None
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.session.run_path / "checkpoints"
+
+
+def open_trainer(session: Session) -> Trainer:
+    """Adds optimizer and recorder, and continues from the run's newest complete checkpoint if it has one. Collective."""
+    config = session.config
+    updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
+    recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups) if config.stage == "rl" and config.routing.record else None
+    optimizer = Optimizer(config, session.model, updates)
+    trainer = Trainer(session, optimizer, recorder, Progress())
+    newest = newest_checkpoint(trainer.checkpoints)
+    if newest is not None:
+        trainer.progress = load_checkpoint(newest, session.model, optimizer)
+    return trainer

@@ -1,0 +1,45 @@
+"""One step of supervised cold start: learn the task's own demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gspo_moe.data.prompts import PromptSource
+from gspo_moe.training.rl import pack_share
+from gspo_moe.training.session import Plan, Trainer
+from gspo_moe.training.step import train_supervised
+from gspo_moe.types import Prompt, TrainingSample
+
+
+def sft_step(trainer: Trainer) -> dict[str, float]:
+    """Learns the next batch of demonstrations and moves `trainer.progress` on. Collective."""
+    session, progress = trainer.session, trainer.progress
+    config, groups = session.config, session.groups
+    with session.timers("step"):
+        source = PromptSource(session.plan.task, "sft", progress.prompt_position)
+        samples = [demonstration(session.plan, prompt) for prompt in source.take(config.schedule.sft_batch)]
+        packs = pack_share(samples, groups.layout.data, groups.data_rank, config)
+        num_tokens = sum(sum(sample.response_mask) for sample in samples)
+        statistics, update = train_supervised(session.model, trainer.optimizer, packs, num_tokens)
+    trainer.progress = replace(
+        progress,
+        step=progress.step + 1,
+        prompt_position=source.position,
+        policy_version=progress.policy_version + 1,
+    )
+    return {
+        **statistics.to_metrics(),
+        "optimizer/grad_norm": update.grad_norm,
+        "optimizer/learning_rate": update.learning_rate,
+        "optimizer/skipped_updates": float(update.skipped),
+        "throughput/tokens": float(sum(len(sample.token_ids) for sample in samples)),
+    }
+
+
+def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
+    """The prompt and the answer to learn, which ends with the end token."""
+    question = plan.tokenizer.encode(prompt.text)
+    answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]
+    return TrainingSample(
+        token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer)
+    )

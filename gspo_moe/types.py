@@ -1,0 +1,110 @@
+"""Every hand-off between rooms. Shape letters: T tokens of a pack, N sequences of a pack, L MoE layers, K experts a token.
+
+A sequence of n tokens is fed as its first n - 1 tokens (inputs) and scored on its last n - 1 (targets), so position t
+of a pack holds the input token t, the target that follows it, and the routes that the router picked for the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch  # reward workers import this module and must start fast
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    uid: names the prompt for good, `<split>/<index>`; seeds its sampling.
+    text: what the model reads.
+    task: the task that made it and scores its answers.
+    reference: what the task needs to score an answer (JSON values only); empty when the text says it all.
+    """
+
+    uid: str
+    text: str
+    task: str
+    reference: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled answer.
+
+    prompt_ids, response_ids: token ids; the response ends with the stop token unless `finished` is False.
+    log_probs: one a response token, of the sampling temperature's untruncated distribution (float, nats).
+    finished: False when the length limit cut it off.
+    policy_version: optimizer steps the sampling weights had taken.
+    """
+
+    uid: str
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finished: bool
+    policy_version: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prompt, in order of `sample_index`."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A rollout (or a supervised example) ready for packing.
+
+    token_ids: prompt and response together, at least two tokens.
+    response_mask: 0 or 1 a token of `token_ids`; 1 on tokens the policy sampled (or is to learn).
+    advantage: A_i of SPEC section 2; 0 for supervised samples.
+    rollout_log_probs: the engine's log-prob a response token; empty for supervised samples.
+    """
+
+    token_ids: tuple[int, ...]
+    response_mask: tuple[int, ...]
+    advantage: float = 0.0
+    rollout_log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Whole sequences packed end to end, without padding between them.
+
+    input_ids_T, target_ids_T, position_ids_T: int64; positions restart at 0 with each sequence.
+    cu_seqlens: int64 [N + 1], bounds of the sequences in T.
+    response_mask_T: float32, 1 where the *target* is a response token.
+    route_mask_T: bool, True where the *input* is a response token (SPEC section 4).
+    advantages_N: float32.
+    rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.
+    sample_indices: position of each sequence in the mini-batch's sample list.
+    """
+
+    input_ids_T: torch.Tensor
+    target_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    response_mask_T: torch.Tensor
+    route_mask_T: torch.Tensor
+    advantages_N: torch.Tensor
+    rollout_log_probs_T: torch.Tensor
+    sample_indices: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same pack with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "sample_indices"}
+        return Microbatch(**moved, sample_indices=self.sample_indices)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.numel() - 1

@@ -1,0 +1,5 @@
+"""Installs gspo_moe; all metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

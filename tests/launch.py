@@ -1,0 +1,46 @@
+"""Runs a function in several fresh processes that talk over gloo, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 120.0) -> None:
+    """Calls `function(*args)` on each of `world_size` ranks; `function` stands at the top of its module.
+
+    Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.start_processes(
+        _rank, args=(world_size, port, function, args), nprocs=world_size, join=False, start_method="spawn"
+    )
+    assert context is not None
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{function.__name__} still runs on {world_size} ranks after {seconds} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    function(*args)

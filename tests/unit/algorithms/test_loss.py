@@ -1,0 +1,224 @@
+"""The policy losses against golden vectors, closed forms and each other."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gspo_moe.algorithms import PolicyLoss, PolicyStatistics, policy_loss
+from gspo_moe.errors import ConfigError, DataError
+
+VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "policy_loss.json").read_text())
+CLIPS = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
+LENGTHS = (3, 7, 1, 12, 5)
+
+
+def float64(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_pack(algorithm: str) -> dict[str, torch.Tensor]:
+    """Five sequences whose ratios lie on both sides of the clip."""
+    generator = torch.Generator().manual_seed(1)
+    cu_seqlens = torch.tensor([0, *np.cumsum(LENGTHS)])
+    mask = (torch.rand(sum(LENGTHS), generator=generator) < 0.7).double()
+    mask[cu_seqlens[1:] - 1] = 1.0
+    old = -torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
+    noise = torch.randn(sum(LENGTHS), generator=generator, dtype=torch.float64)
+    shift = torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64).repeat_interleave(cu_seqlens.diff())
+    return {
+        "log_probs": old + 1.5 * CLIPS[algorithm][1] * (noise + shift),
+        "old_log_probs": old,
+        "advantages": torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64),
+        "cu_seqlens": cu_seqlens,
+        "response_mask": mask,
+    }
+
+
+def part_of(pack: dict[str, torch.Tensor], sequences: Sequence[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The pack of some of the sequences, and the tokens of the whole pack that it holds."""
+    bounds = pack["cu_seqlens"].tolist()
+    tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequences])
+    lengths = [bounds[i + 1] - bounds[i] for i in sequences]
+    part = {name: pack[name][tokens] for name in ("log_probs", "old_log_probs", "response_mask")}
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
+    return {**part, "advantages": pack["advantages"][list(sequences)], "cu_seqlens": cu_seqlens}, tokens
+
+
+def run(algorithm: str, pack: dict[str, torch.Tensor], **options: Any) -> tuple[PolicyLoss, torch.Tensor]:
+    """The result and the gradient to log_probs."""
+    low, high = CLIPS[algorithm]
+    log_probs = pack["log_probs"].clone().requires_grad_()
+    arguments: dict[str, Any] = {"clip_low": low, "clip_high": high, **pack, "log_probs": log_probs, **options}
+    result = policy_loss(algorithm, **arguments)
+    (gradient,) = torch.autograd.grad(result.loss, log_probs)
+    return result, gradient
+
+
+@pytest.mark.parametrize(
+    "case", VECTORS, ids=lambda case: f"{case['algorithm']}-{case['clip_low']}-{len(case['advantages'])}"
+)
+def test_golden_vectors(case: dict[str, Any]) -> None:
+    names = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    pack = {**{name: float64(case[name]) for name in names}, "cu_seqlens": torch.tensor(case["cu_seqlens"])}
+    result, gradient = run(
+        case["algorithm"], pack, clip_low=case["clip_low"], clip_high=case["clip_high"], allow_wide_clip=True
+    )
+    assert result.loss.dtype == torch.float64
+    assert result.loss.item() == pytest.approx(case["loss"], rel=0, abs=1e-10)
+    np.testing.assert_allclose(gradient, case["grad_log_probs"], rtol=0, atol=1e-10)
+    assert result.metrics["loss/policy"] == pytest.approx(case["loss"], rel=0, abs=1e-10)
+    assert result.metrics["clip_fraction/sequence"] == pytest.approx(case["clip_fraction_sequence"], rel=0, abs=1e-10)
+    assert result.metrics["clip_fraction/token"] == pytest.approx(case["clip_fraction_token"], rel=0, abs=1e-10)
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+@pytest.mark.parametrize("split", [[[0], [1], [2], [3], [4]], [[0, 1], [2, 3, 4]], [[4, 2], [0, 3], [1]]], ids=str)
+def test_any_split_of_a_mini_batch_gives_its_loss_gradient_and_statistics(
+    algorithm: str, split: list[list[int]]
+) -> None:
+    pack = random_pack(algorithm)
+    whole, whole_gradient = run(algorithm, pack)
+    assert 0 < whole.metrics["clip_fraction/sequence"] < 1
+    loss, gradient, parts = 0.0, torch.zeros_like(whole_gradient), list[PolicyStatistics]()
+    for sequences in split:
+        part, tokens = part_of(pack, sequences)
+        result, part_gradient = run(algorithm, part, num_sequences=len(LENGTHS))
+        loss += result.loss.item()
+        gradient[tokens] = part_gradient
+        parts.append(result.sums)
+    assert loss == pytest.approx(whole.loss.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-12, atol=0)
+    assert reduce(PolicyStatistics.merge, parts).to_metrics() == pytest.approx(whole.metrics, rel=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+def test_equal_policies_give_ratio_one_and_the_policy_gradient(algorithm: str) -> None:
+    pack = random_pack(algorithm)
+    result, gradient = run(algorithm, {**pack, "log_probs": pack["old_log_probs"]})
+    assert result.loss.item() == pytest.approx(-pack["advantages"].mean().item(), rel=1e-14)
+    metrics = result.metrics
+    for level in ("token", "sequence"):
+        assert [metrics[f"ratio/{level}_{figure}"] for figure in ("mean", "std", "min", "max")] == [1.0, 0.0, 1.0, 1.0]
+        assert metrics[f"clip_fraction/{level}"] == 0.0
+    assert metrics["kl/old_k3"] == 0.0
+    start = 0
+    for advantage, length in zip(pack["advantages"], LENGTHS, strict=True):
+        mask = pack["response_mask"][start : start + length]
+        expected = -advantage * mask / mask.sum() / len(LENGTHS)
+        np.testing.assert_allclose(gradient[start : start + length], expected, rtol=1e-14)
+        start += length
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+def test_ratio_and_kl_metrics_match_numpy(algorithm: str) -> None:
+    pack = random_pack(algorithm)
+    metrics = run(algorithm, pack)[0].metrics
+    d, mask = (pack["log_probs"] - pack["old_log_probs"]).numpy(), pack["response_mask"].numpy() == 1
+    bounds = pack["cu_seqlens"].tolist()
+    token = np.exp(d[mask])
+    sequence = np.exp([d[a:b][mask[a:b]].mean() for a, b in itertools.pairwise(bounds)])
+    expected = {"kl/old_k3": (np.exp(-d[mask]) - 1 + d[mask]).mean()}
+    for level, ratio in (("token", token), ("sequence", sequence)):
+        figures = {"mean": ratio.mean(), "std": ratio.std(), "min": ratio.min(), "max": ratio.max()}
+        expected |= {f"ratio/{level}_{figure}": value for figure, value in figures.items()}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-8)
+
+
+# Sequence 0 (A > 0): tokens above, inside and below the clip, mean above. Sequence 1 (A < 0): both tokens below, then
+# one masked. Sequence 2 (A = 0): far above, never clipped.
+CLIP_PACK = {
+    "log_probs": float64([0.9, 0.0, -0.3, -0.4, -0.4, 5.0, 1.0]),
+    "old_log_probs": torch.zeros(7, dtype=torch.float64),
+    "advantages": float64([1.0, -1.0, 0.0]),
+    "cu_seqlens": torch.tensor([0, 3, 6, 7]),
+    "response_mask": float64([1, 1, 1, 1, 1, 0, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "loss", "sequence", "token"),
+    [
+        # exp(0.2) < 1.27: only sequence 1 is clipped, with its 2 of the 6 response tokens.
+        ("gspo", -(np.exp(0.2) - 0.8) / 3, 1 / 3, 2 / 6),
+        ("gspo_token", -(np.exp(0.2) - 0.8) / 3, 1 / 3, 2 / 6),
+        # Token 0 of sequence 0 and both of sequence 1; token 2 is below the clip, but its A > 0.
+        ("grpo", -((1.27 + 1 + np.exp(-0.3)) / 3 - 0.8) / 3, 2 / 3, 3 / 6),
+    ],
+)
+def test_clip_fractions_by_hand(algorithm: str, loss: float, sequence: float, token: float) -> None:
+    metrics = run(algorithm, CLIP_PACK, clip_low=0.2, clip_high=0.27, allow_wide_clip=True)[0].metrics
+    assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-14)
+    assert metrics["clip_fraction/sequence"] == pytest.approx(sequence, rel=1e-14)
+    assert metrics["clip_fraction/token"] == pytest.approx(token, rel=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+def test_values_off_the_response_have_no_effect(algorithm: str) -> None:
+    pack = random_pack(algorithm)
+    expected, expected_gradient = run(algorithm, pack)
+    off = pack["response_mask"] == 0
+    noisy = {**pack, "log_probs": pack["log_probs"].masked_fill(off, torch.nan)}
+    noisy["old_log_probs"] = pack["old_log_probs"].masked_fill(off, -torch.inf)
+    result, gradient = run(algorithm, noisy)
+    assert result.metrics == expected.metrics
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("algorithm", CLIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_takes_the_dtype_of_the_log_probs(algorithm: str, dtype: torch.dtype) -> None:
+    pack = random_pack(algorithm)
+    low = {**pack, "log_probs": pack["log_probs"].to(dtype), "old_log_probs": pack["old_log_probs"].to(dtype)}
+    exact = {**low, "log_probs": low["log_probs"].double(), "old_log_probs": low["old_log_probs"].double()}
+    (result, gradient), (expected, expected_gradient) = run(algorithm, low), run(algorithm, exact)
+    assert result.loss.dtype == gradient.dtype == dtype
+    assert result.loss.item() == expected.loss.to(dtype).item()
+    assert torch.equal(gradient, expected_gradient.to(dtype))
+    assert result.metrics == expected.metrics
+
+
+@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token"])
+@pytest.mark.parametrize("clips", [(0.2, 3e-4), (3e-4, 0.01)])
+def test_wide_clips_are_refused_unless_allowed(algorithm: str, clips: tuple[float, float]) -> None:
+    pack, options = random_pack(algorithm), {"clip_low": clips[0], "clip_high": clips[1]}
+    with pytest.raises(ConfigError, match=r"allow_wide_clip"):
+        run(algorithm, pack, **options)
+    run(algorithm, pack, **options, allow_wide_clip=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"algorithm": "gspo-tokn"}, ConfigError, "did you mean 'gspo_token'"),
+        ({"clip_low": -1e-4}, ConfigError, "must be 0 or more"),
+        ({"clip_high": float("nan")}, ConfigError, "must be 0 or more"),
+        ({"response_mask": float64([1, 1, 1, 0, 0, 0, 1])}, DataError, "sequence 1 of the pack has no response token"),
+        ({"cu_seqlens": torch.tensor([0, 3, 3, 7])}, DataError, "sequence 1 of the pack has no response token"),
+        ({"response_mask": float64([1, 1, 0.5, 1, 1, 0, 1])}, DataError, "other than 0 and 1"),
+        ({"cu_seqlens": torch.tensor([0, 3, 6])}, DataError, "rise from 0 to the pack's 7 tokens"),
+        ({"cu_seqlens": torch.tensor([0, 3, 6, 8])}, DataError, "rise from 0 to the pack's 7 tokens"),
+        ({"cu_seqlens": torch.tensor([0, 6, 3, 7])}, DataError, "rise from 0 to the pack's 7 tokens"),
+        ({"cu_seqlens": torch.tensor([1, 3, 6, 7])}, DataError, "rise from 0 to the pack's 7 tokens"),
+        ({"cu_seqlens": torch.tensor([0])}, DataError, "N >= 1"),
+        ({"old_log_probs": torch.zeros(6)}, DataError, r"\[7\] and old log_probs \[6\]"),
+        ({"advantages": torch.zeros(7)}, DataError, r"\[N\] = \[3\], got \[7\]"),
+        (
+            {"algorithm": "gspo_token", "advantages": torch.zeros(4)},
+            DataError,
+            r"\[N\] = \[3\] or \[T\] = \[7\], got \[4\]",
+        ),
+        ({"num_sequences": 2}, DataError, "less than the 3 sequences"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"algorithm": "gspo", **CLIP_PACK, "clip_low": 3e-4, "clip_high": 4e-4, **change}
+    with pytest.raises(error, match=message):
+        policy_loss(**arguments)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.tasks import make_task
+from gspo_moe.tasks.rewards import RewardPool
+from gspo_moe.types import Prompt
+
+LIMIT = 1.0
+PROMPT = Prompt(uid="train/0", text="", task="trouble")
+TROUBLE: dict[str, Any] = {
+    "none": None,
+    "text": "1.0",
+    "nan": float("nan"),
+    "infinite": float("-inf"),
+    "complex": 1j,
+    "huge": 10**400,
+    "negative": -2,
+    "true": True,
+}
+
+
+class Trouble:
+    """Does what the answer says, in the worker; a number is its own reward."""
+
+    name = "trouble"
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return PROMPT
+
+    def demonstration(self, prompt: Prompt) -> str:
+        return "1"
+
+    def score(self, prompt: Prompt, answer: str) -> float:
+        if answer == "hang":
+            time.sleep(3600)
+        if answer == "crash":
+            os._exit(3)
+        if answer == "exit":
+            sys.exit(0)
+        if answer == "raise":
+            raise ValueError("no such luck")
+        if answer == "torch":
+            return float("torch" in sys.modules)
+        if answer == "pid":
+            return float(os.getpid())
+        return TROUBLE[answer] if answer in TROUBLE else float(answer)
+
+
+def make_trouble(config: TaskConfig, seed: int) -> Trouble:
+    return Trouble()
+
+
+def make_nothing(config: TaskConfig, seed: int) -> Trouble:
+    raise RuntimeError("this worker cannot start")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    reward = RewardConfig(workers=2, timeout_seconds=LIMIT, failure_reward=-1.0)
+    with RewardPool(TaskConfig(name="trouble", reward=reward), seed=1, make=make_trouble) as pool:
+        yield pool
+
+
+def answers(*texts: str) -> list[tuple[Prompt, str]]:
+    return [(Prompt(uid=f"train/{number}", text="", task="trouble"), text) for number, text in enumerate(texts)]
+
+
+def test_rewards_come_in_order_of_the_items(pool: RewardPool) -> None:
+    batch = pool.score(answers(*(str(number / 7) for number in range(300))))
+    assert batch.rewards == tuple(number / 7 for number in range(300))
+    assert (batch.failures, batch.timeouts, batch.first_error) == (0, 0, None)
+
+
+def test_an_empty_batch_is_empty(pool: RewardPool) -> None:
+    assert pool.score([]).rewards == ()
+
+
+def test_each_kind_of_nonsense_is_counted_and_its_neighbours_keep_their_rewards(pool: RewardPool) -> None:
+    batch = pool.score(answers("0.5", "raise", *TROUBLE))
+    assert batch.rewards == (0.5, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -2.0, 1.0)
+    assert (batch.failures, batch.timeouts) == (7, 0)
+    assert batch.first_error == "train/1: ValueError: no such luck"
+
+
+def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: RewardPool) -> None:
+    texts = [str(number) for number in range(40)]
+    texts[2], texts[20], texts[21], texts[33] = "hang", "crash", "exit", "raise"
+    batch = pool.score(answers(*texts))
+    expected = [float(number) for number in range(40)]
+    for number in (2, 20, 21, 33):
+        expected[number] = -1.0
+    assert batch.rewards == tuple(expected)
+    assert (batch.failures, batch.timeouts) == (3, 1)
+    assert batch.first_error == "train/2: no reward within task.reward.timeout_seconds=1"
+
+
+def test_a_crash_says_how_the_worker_ended(pool: RewardPool) -> None:
+    assert "ProcessExpired" in str(pool.score(answers("crash")).first_error)
+
+
+def test_workers_do_not_import_torch(pool: RewardPool) -> None:
+    assert pool.score(answers("torch")).rewards == (0.0,)
+
+
+def test_the_pool_survives_workers_killed_while_idle(pool: RewardPool) -> None:
+    workers = {int(pid) for pid in pool.score(answers(*["pid"] * 64)).rewards}
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    batch = pool.score(answers("0.25", "0.5"))
+    assert (batch.rewards, batch.failures) == ((0.25, 0.5), 0)
+
+
+def test_a_batch_after_a_broken_pool_was_noticed_is_scored(pool: RewardPool) -> None:
+    for pid in {int(pid) for pid in pool.score(answers(*["pid"] * 64)).rewards}:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    assert pool.score(answers("0.25")).rewards == (0.25,)
+
+
+def test_closing_ends_busy_workers_and_a_later_batch_starts_new_ones() -> None:
+    reward = RewardConfig(timeout_seconds=LIMIT)
+    pool = RewardPool(TaskConfig(reward=reward), seed=1, make=make_trouble)
+    before = {process.pid for process in multiprocessing.active_children()}
+    assert pool.score(answers("1")).rewards == (1.0,)
+    pool.close()
+    pool.close()
+    assert {process.pid for process in multiprocessing.active_children()} == before
+    assert pool.score(answers("1")).rewards == (1.0,)
+    pool.close()
+
+
+def test_workers_that_cannot_start_fail_their_items_and_end() -> None:
+    with RewardPool(TaskConfig(), seed=1, make=make_nothing) as pool:
+        batch = pool.score(answers("1", "1"))
+    assert (batch.rewards, batch.failures) == ((0.0, 0.0), 2)
+
+
+def test_real_tasks_are_scored_and_a_runaway_expression_is_cut_off() -> None:
+    config = TaskConfig(name="reasoning_gym/countdown", reward=RewardConfig(timeout_seconds=LIMIT))
+    task = make_task(config, seed=4)
+    prompts = [task.prompt("train", index) for index in range(2)]
+    items = [(prompt, task.demonstration(prompt)) for prompt in prompts] + [(prompts[0], "9**9**9**9")]
+    with RewardPool(config, seed=4) as pool:
+        batch = pool.score(items)
+    assert (batch.rewards, batch.failures, batch.timeouts) == ((1.0, 1.0, 0.0), 0, 1)
