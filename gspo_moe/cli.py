@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
-from gspo_moe.errors import ConfigError, GspoMoeError
+from gspo_moe.errors import GspoMoeError
 
 USER_ERROR = 2
+INTERRUPTED = 130
+LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 2, with one message and no stack trace, for what the user can mend."""
     options = _parser().parse_args(arguments)
     try:
-        _under_launcher(options.run)(options)
-    except ConfigError as error:
-        _complain(error)
-        return USER_ERROR
+        error = _under_launcher(_attempt)(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if error is None:
+        return 0
+    _complain(error)
+    return USER_ERROR
+
+
+def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
+    try:
+        options.run(options)
     except GspoMoeError as error:
-        # On several ranks the error has to reach the launcher, which shows the first rank's that failed.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise
-        _complain(error)
-        return USER_ERROR
-    return 0
+        return error
+    return None
 
 
-def _under_launcher(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
-    """Under torchrun, lets a failing rank's error reach the launcher's last words."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+def _under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:
+    """Under torchrun, lets an unforeseen error of any rank reach the launcher's last words."""
+    if LAUNCHER_ERROR_FILE not in os.environ:
         return run
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    return record(run)
+    wrapped: Callable[..., GspoMoeError | None] = record(run)
+    return wrapped
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: GspoMoeError) -> None:
+    text = f"gspo-moe: {type(error).__name__}: {error}"
+    if LAUNCHER_ERROR_FILE in os.environ:
+        # torchrun prints what the first rank that failed leaves here as its last words.
+        content = {"message": text, "timestamp": int(time.time())}
+        Path(os.environ[LAUNCHER_ERROR_FILE]).write_text(json.dumps(content))
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"gspo-moe: {type(error).__name__}: {error}", file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Every hand-off between rooms. Shape letters: T tokens of a pack, N sequences of a pack, L MoE layers, K experts a token.
+"""Every hand-off between rooms. Shape letters: T tokens of a pack, N sequences of a pack.
 
 A sequence of n tokens is fed as its first n - 1 tokens (inputs) and scored on its last n - 1 (targets), so position t
 of a pack holds the input token t, the target that follows it, and the routes that the router picked for the input.

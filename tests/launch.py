@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
@@ -17,11 +18,8 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: 
 
     Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.start_processes(
-        _rank, args=(world_size, port, function, args), nprocs=world_size, join=False, start_method="spawn"
+        _rank, args=(world_size, _free_port(), function, args), nprocs=world_size, join=False, start_method="spawn"
     )
     assert context is not None
     deadline = time.monotonic() + seconds
@@ -32,6 +30,19 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: 
     finally:
         for process in context.processes:
             process.kill()
+
+
+def renew_port() -> None:
+    """Lets every rank take down its process group and join another: the old store would answer with old addresses."""
+    port = [_free_port()]
+    dist.broadcast_object_list(port, src=0)
+    os.environ["MASTER_PORT"] = str(port[0])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
+from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.forward import ModelInput, model_input, run
 from gspo_moe.model.weights import TensorSource, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
+from tests.launch import renew_port
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -55,6 +57,7 @@ def built(architecture: Architecture, layout: Layout, source: TensorSource | Non
         if source is not None:
             load_weights(model, source)
         yield model
+        renew_port()
     finally:
         shut_down()
 
@@ -115,6 +118,48 @@ def forward_logits(model: Model, packs: Sequence[Sequence[torch.Tensor]]) -> lis
         list(whole_vocabulary(model, logits_TV).split([len(sequence) for sequence in sequences]))
         for logits_TV, sequences in zip(outputs, packs, strict=False)
     ]
+
+
+def cached_logits(
+    model: Model, sequences: Sequence[torch.Tensor], prompt_lengths: Sequence[int]
+) -> list[list[torch.Tensor]]:
+    """Logits at each position, the prompts' from one prefill and the others' one token at a time from the cache.
+
+    Sequences leave when they end; halfway to the end of the longest continuation the cache's rows change places.
+    Empty lists but on the last pipeline stage.
+    """
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    # The last row takes the padding of sequence parallelism.
+    cache = KVCache(rows=len(sequences) + 1, capacity=max(map(len, sequences)))
+    row_of = list(range(len(sequences)))
+
+    def forward(item: ModelInput, owners: Sequence[int]) -> None:
+        for logits_TV in run(model, [item], lambda _, logits_TV: (None, logits_TV), backward=False):
+            for owner, logits_V in zip(owners, whole_vocabulary(model, logits_TV), strict=True):
+                found[owner].append(logits_V)
+
+    owners = [number for number, length in enumerate(prompt_lengths) for _ in range(length)]
+    prompts = [sequence[:length] for sequence, length in zip(sequences, prompt_lengths, strict=True)]
+    forward(packed(model, prompts, cache=cache, rows_T=torch.tensor(owners)), owners)
+    steps = max(len(sequence) - length for sequence, length in zip(sequences, prompt_lengths, strict=True))
+    for step in range(steps):
+        if step == steps // 2:
+            cache.select(torch.tensor([*reversed(range(len(sequences))), len(sequences)]))
+            row_of.reverse()
+        place = {n: length + step for n, length in enumerate(prompt_lengths) if length + step < len(sequences[n])}
+        rows = [row_of[number] for number in place]
+        item = model_input(
+            model,
+            torch.stack([sequences[number][position] for number, position in place.items()]),
+            torch.tensor(list(place.values())),
+            torch.arange(len(place) + 1),
+            cache=cache,
+            rows_T=torch.tensor(rows),
+            decode=True,
+            rows_in_order=rows == list(range(len(rows))),
+        )
+        forward(item, list(place))
+    return found
 
 
 def whole_vocabulary(model: Model, logits_TV: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,6 @@ def check_layout(
     architecture: Architecture,
     world_size: int,
     megatron_version: str,
-    has_transformer_engine: bool,
 ) -> Layout:
     """The layout of `world_size` processes.
 
@@ -51,7 +50,7 @@ def check_layout(
     found = [
         *_world(config, world_size),
         *_model(config, architecture),
-        *_engine(config, megatron_version, has_transformer_engine),
+        *_engine(config, megatron_version),
     ]
     parallel = config.parallel
     data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
@@ -118,7 +117,7 @@ def _model(config: Config, architecture: Architecture) -> Iterator[str]:
         )
 
 
-def _engine(config: Config, megatron_version: str, has_transformer_engine: bool) -> Iterator[str]:
+def _engine(config: Config, megatron_version: str) -> Iterator[str]:
     parallel = config.parallel
     tensor, expert_tensor = parallel.tensor, parallel.expert_tensor_size
     version = tuple(int(part) for part in megatron_version.split(".")[:2])
@@ -130,15 +129,10 @@ def _engine(config: Config, megatron_version: str, has_transformer_engine: bool)
             f"expert gradients without a word in megatron-core {megatron_version}; "
             f"set parallel.expert_tensor={tensor}{f' or parallel.expert={tensor}' if tensor > 1 else ''}"
         )
-    if parallel.context > 1 and not has_transformer_engine:
+    if parallel.context > 1:
         yield (
-            f"parallel.context={parallel.context} needs Transformer Engine, whose attention is the only one that "
-            "megatron-core can split along the sequence; install it or set parallel.context=1"
-        )
-    if config.model.attention == "transformer_engine" and not has_transformer_engine:
-        yield (
-            "model.attention=transformer_engine, but Transformer Engine is not installed; "
-            "install it or set model.attention=auto"
+            f"parallel.context={parallel.context} is not supported: the packed attention keeps whole sequences on one "
+            "rank; set parallel.context=1"
         )
 
 

@@ -53,7 +53,6 @@ class ModelConfig(Section):
     random_init: bool = False
     overrides: dict[str, Any] = {}
     dtype: Literal["fp32", "bf16"] = "fp32"
-    attention: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @field_validator("preset")
     @classmethod
@@ -105,7 +104,6 @@ class ParallelConfig(Section):
     expert: PositiveInt = 1
     expert_tensor: PositiveInt | None = None
     context: PositiveInt = 1
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_minutes: PositiveFloat = 10.0
@@ -259,6 +257,15 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not a multiple of "
                 f"algorithm.mini_batches={self.algorithm.mini_batches}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_has_old_routes(self) -> Config:
+        if self.stage == "rl" and self.routing.record and self.algorithm.old_log_probs == "rollout":
+            raise ValueError(
+                "algorithm.old_log_probs=rollout leaves out the forward pass whose routes staleness is measured "
+                "against; set routing.record=false, or algorithm.old_log_probs=trainer"
             )
         return self
 

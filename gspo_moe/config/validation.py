@@ -13,7 +13,6 @@ from gspo_moe.errors import ConfigError
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
-SAME_SECTION_BONUS = 0.2
 LONGEST_VALUE = 60
 
 
@@ -30,15 +29,9 @@ def validated(schema: type[Schema], values: Mapping[str, Any], prefix: str = "")
 
 
 def nearest_key(schema: type[BaseModel], dotted: str) -> str:
-    """The valid key most like `dotted`: likest last part first, its own section preferred, then likest as a whole."""
-    section, _, name = dotted.rpartition(".")
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        other_section, _, other_name = candidate.rpartition(".")
-        bonus = SAME_SECTION_BONUS if other_section == section else 0.0
-        return _similarity(name, other_name) + bonus, _similarity(dotted, candidate)
-
-    return max(_keys(schema), key=likeness)
+    """The valid key most like `dotted`: first by its last part, then as a whole."""
+    name = dotted.rpartition(".")[2]
+    return max(_keys(schema), key=lambda key: (_similarity(name, key.rpartition(".")[2]), _similarity(dotted, key)))
 
 
 def _similarity(left: str, right: str) -> float:

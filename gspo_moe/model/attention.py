@@ -29,7 +29,12 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def write(
-        self, layer: int, rows_T: torch.Tensor, positions_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor
+        self,
+        layer: int,
+        rows_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        key_TGD: torch.Tensor,
+        value_TGD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the tokens' keys and values at (row, position); returns the layer's whole buffers."""
         if layer not in self._layers:
@@ -140,9 +145,7 @@ class PackedAttention(torch.nn.Module):
         if params.cache is not None:
             assert params.rows_T is not None
             assert params.positions_T is not None
-            keys, values = params.cache.write(
-                self.layer_number, params.rows_T, params.positions_T, key_TGD, value_TGD
-            )
+            keys, values = params.cache.write(self.layer_number, params.rows_T, params.positions_T, key_TGD, value_TGD)
             if params.decode:
                 return self._decode(query_THD, keys, values, params)
         return self._within_sequences(query_THD, key_TGD, value_TGD, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -37,9 +38,10 @@ class Model:
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def build_model(config: Config, architecture: Architecture, groups: Groups) -> Model:

@@ -56,7 +56,7 @@ def transformer_config(architecture: Architecture, layout: Layout, config: Confi
         moe_router_load_balancing_type="aux_loss" if config.routing.aux_loss_coeff else "none",
         moe_aux_loss_coeff=config.routing.aux_loss_coeff,
         moe_router_dtype=None if config.routing.router_dtype == "model" else config.routing.router_dtype,
-        moe_token_dispatcher_type=config.parallel.dispatcher,
+        moe_token_dispatcher_type="alltoall",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,

@@ -83,7 +83,7 @@ class SafetensorsSource:
             file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index} is no index of safetensors ({error!r}); copy it again") from error
-        held = {(name, file) for file in set(file_of.values()) for name in self._open(file).keys()}
+        held = {(name, file) for file in set(file_of.values()) for name in self._open(file).keys()}  # noqa: SIM118
         problems = [f"{name}: in {file}, not in the index" for name, file in sorted(held - file_of.items())]
         problems += [f"{name}: not in {file}, where the index has it" for name, file in sorted(file_of.items() - held)]
         if problems:

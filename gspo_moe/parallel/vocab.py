@@ -64,7 +64,7 @@ def vocab_parallel_log_probs(
     """
     if temperature != 1.0:
         logits_TV = logits_TV / temperature
-    log_probs_T: torch.Tensor = _VocabParallelLogProbs.apply(logits_TV, targets_T, vocab_start, group)  # type: ignore[no-untyped-call]
+    log_probs_T: torch.Tensor = _VocabParallelLogProbs.apply(logits_TV, targets_T, vocab_start, group)
     return log_probs_T
 
 

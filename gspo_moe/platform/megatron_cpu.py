@@ -271,5 +271,5 @@ def prepare_megatron() -> bool:
         distributed=_Overlay(torch.distributed, all_to_all_single=_all_to_all_single),
     )
     sys.meta_path.insert(0, _Finder(overlay))
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment,misc]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return True

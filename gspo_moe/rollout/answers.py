@@ -35,7 +35,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Generates and scores; the prompts of a call are split over data-parallel ranks in contiguous, nearly equal shares."""
+    """Generates and scores; data-parallel ranks take contiguous, nearly equal shares of a call's prompts."""
 
     engine: RolloutEngine
     tokenizer: Tokenizer

@@ -31,8 +31,6 @@ class SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
-    ) -> list[list[Rollout]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective: every rank calls it, each with its own requests."""
         ...

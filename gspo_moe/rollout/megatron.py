@@ -45,7 +45,7 @@ class _Sequence:
 
 
 class MegatronEngine:
-    """Generates with a Model in place. `max_batch` bounds the sequences a rank decodes at once, `prefill_tokens` a pack."""
+    """Generates with a Model in place; a rank decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack."""
 
     def __init__(self, model: Model, max_batch: int, prefill_tokens: int) -> None:
         self._model = model
@@ -54,9 +54,7 @@ class MegatronEngine:
         self._device = device().torch_device
 
     @torch.no_grad()
-    def generate(
-        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
-    ) -> list[list[Rollout]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
         Raises RolloutError for an empty prompt, a prompt longer than the model or the prefill budget takes.

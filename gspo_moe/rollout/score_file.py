@@ -18,7 +18,7 @@ from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
-from gspo_moe.platform import device, has_transformer_engine, megatron_version
+from gspo_moe.platform import device, megatron_version
 from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import TrainingSample
@@ -35,7 +35,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     architecture = config.model.architecture()
     sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_position_embeddings))
     world_size = world_size_from_environment()
-    layout = check_layout(config, architecture, world_size, megatron_version(), has_transformer_engine())
+    layout = check_layout(config, architecture, world_size, megatron_version())
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
     model = build_model(config, architecture, groups)
     assert config.model.hf is not None
@@ -82,7 +82,7 @@ def _score(
     budget = max(token_budget, max(lengths))
     mine = plan_microbatches(lengths, groups.layout.data, budget)[groups.data_rank]
     samples = [TrainingSample(sequences[i], (0,) + (1,) * (len(sequences[i]) - 1)) for i in indices]
-    packs = [pack([samples[k] for k in bin], [indices[k] for k in bin]).to(device().torch_device) for bin in mine]
+    packs = [pack(samples, chosen).to(device().torch_device) for chosen in mine]
     recorder = RouteRecorder(model.chunks, model.architecture, groups) if with_routes else None
     log_probs = from_last_stage(
         [log_probs_T.tolist() for log_probs_T in score(model, packs, recorder=recorder)], groups
@@ -91,11 +91,11 @@ def _score(
     found: list[tuple[int, dict[str, Any]]] = []
     for number, one in enumerate(packs):
         bounds = one.cu_seqlens.tolist()
-        for index, start, stop in zip(one.sample_indices, bounds, bounds[1:], strict=False):
+        for sample, start, stop in zip(one.sample_indices, bounds, bounds[1:], strict=False):
             record = {"log_probs": log_probs[number][start:stop]}
             if recorder is not None:
                 record["routes"] = routes[number][start:stop]
-            found.append((index, record))
+            found.append((indices[sample], record))
     for part in gather_over_data(found, groups):
         records.update(dict(part))
     return [records[i] for i in range(len(sequences))]

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.routing.volatility import overlap_TL
-
-from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402  isort: skip
 
 
 def route_dtype(num_experts: int) -> torch.dtype:
@@ -28,7 +27,7 @@ def route_dtype(num_experts: int) -> torch.dtype:
 
 
 class RouteRecorder:
-    """Records the routes of every router inside `chunks`, this rank's parts of one model; `close` takes the hooks off."""
+    """Records the routes of every router in `chunks`, this rank's parts of one model; `close` takes the hooks off."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, groups: Groups) -> None:
         self._groups = groups

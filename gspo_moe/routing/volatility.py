@@ -66,7 +66,7 @@ class RouteSums(Statistics):
 
 
 def volatility(old_routes: torch.Tensor, new_routes: torch.Tensor) -> dict[str, float | list[float]]:
-    """`slot_change`, `flip_rate`, `any_layer_flip`, `flipped_layers_per_token`, `slot_change_by_layer`, `flip_rate_by_layer`.
+    """The metrics of `RouteSums.to_metrics` for one pair of recordings.
 
     old_routes, new_routes: expert ids [tokens, layers, topk] of response tokens. Empty for zero tokens; raises
     DataError as `overlap_TL` does.

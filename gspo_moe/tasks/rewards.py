@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from numbers import Real
@@ -26,6 +27,7 @@ from gspo_moe.types import Prompt
 GROUPS_PER_WORKER = 4
 MAX_GROUP = 64
 MAX_ROUNDS = 3
+POLL_SECONDS = 1.0  # a pool that breaks leaves what it had not handed out yet waiting for ever
 ORPHAN_GRACE_SECONDS = 30.0
 
 MakeTask = Callable[[TaskConfig, int], Task]
@@ -106,7 +108,10 @@ class RewardPool:
             ]
         except RuntimeError as error:  # the pool broke while it was being filled
             return [BrokenProcessPool(str(error))] * len(groups)
-        return [future.exception() or future.result() for future in futures]
+        while wait(futures, timeout=POLL_SECONDS).not_done and pool.active:
+            pass
+        lost = BrokenProcessPool("the pool broke before this item was handed to a worker")
+        return [(future.exception() or future.result()) if future.done() else lost for future in futures]
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:  # a worker that is killed while idle breaks the pool

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.training.optimizer import Optimizer
-
-from megatron.core import dist_checkpointing, tensor_parallel  # noqa: E402  isort: skip
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402  isort: skip
 
 _COMPLETE = re.compile(r"step_(\d+)")
 
@@ -117,7 +116,9 @@ def _check_architecture(path: Path, saved: dict[str, Any] | None, model: Model) 
     mine = model.architecture.model_dump()
     if saved is None:
         raise CheckpointError(f"{path} was not written by gspo_moe; give another logging.run_dir")
-    changed = [f"{name} is {saved.get(name)} there and {mine[name]} here" for name in mine if saved.get(name) != mine[name]]
+    changed = [
+        f"{name} is {saved.get(name)} there and {mine[name]} here" for name in mine if saved.get(name) != mine[name]
+    ]
     if changed:
         raise CheckpointError(
             f"{path} holds another model ({'; '.join(changed)}); give another logging.run_dir or the same model"

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from gspo_moe.config.schema import Config
-from gspo_moe.model.build import Model
-
-from megatron.core.distributed import (  # noqa: E402  isort: skip
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402  isort: skip
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402  isort: skip
-from megatron.core.transformer.module import Float16Module  # noqa: E402  isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from gspo_moe.config.schema import Config
+from gspo_moe.model.build import Model
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,8 @@ class Optimizer:
     """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step."""
 
     def __init__(self, config: Config, model: Model, total_updates: int) -> None:
-        _wrap(config, model)
+        self._wrapped = _wrap(config, model)
         settings = config.optimizer
-        self._model = model
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -72,7 +69,7 @@ class Optimizer:
         model.config.grad_scale_func = self.megatron.scale_loss
 
     def zero_grad(self) -> None:
-        for chunk in self._model.chunks:
+        for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
@@ -83,17 +80,18 @@ class Optimizer:
         return UpdateResult(float(grad_norm), learning_rate, skipped=not succeeded)
 
 
-def _wrap(config: Config, model: Model) -> None:
+def _wrap(config: Config, model: Model) -> list[DistributedDataParallel]:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    chunks: list[torch.nn.Module] = []
+    chunks: list[DistributedDataParallel] = []
     for index, chunk in enumerate(model.chunks):
         inner = Float16Module(model.config, chunk) if config.model.dtype == "bf16" else chunk
         chunks.append(DistributedDataParallel(model.config, ddp, inner, disable_bucketing=index > 0))
-    model.chunks = chunks
+    model.chunks = list(chunks)
     for chunk in chunks:
         chunk.broadcast_params()
     model.config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks

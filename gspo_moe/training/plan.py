@@ -8,7 +8,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
 from gspo_moe.parallel.groups import world_size_from_environment
-from gspo_moe.platform import has_transformer_engine, megatron_version
+from gspo_moe.platform import megatron_version
 from gspo_moe.tasks import make_task
 from gspo_moe.training.session import Plan
 
@@ -38,6 +38,5 @@ def make_plan(config: Config) -> Plan:
         architecture,
         world_size_from_environment(),
         megatron_version(),
-        has_transformer_engine(),
     )
     return Plan(config, layout, architecture, tokenizer, task)

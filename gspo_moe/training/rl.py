@@ -45,7 +45,7 @@ class StepResult:
 
 def rl_step(trainer: Trainer) -> StepResult:
     """Takes one RL step and moves `trainer.progress` on. Collective."""
-    timers, model = trainer.session.timers, trainer.session.model
+    timers = trainer.session.timers
     with timers("step"):
         answers = _collect(trainer)
         advantages, figures = _advantages(trainer, answers)
@@ -54,11 +54,12 @@ def rl_step(trainer: Trainer) -> StepResult:
             old_log_probs, old_routes = _old_policy(trainer, minibatches)
         with timers("training"):
             results = _train(trainer, minibatches, old_log_probs)
-        trainer_log_probs = old_log_probs if trainer.session.config.algorithm.old_log_probs == "trainer" else None
         figures |= _policy_metrics(results)
         figures |= _routing_metrics(trainer, minibatches, old_routes, results)
-        if trainer_log_probs is not None:
-            figures |= _mismatch_metrics(trainer, minibatches, trainer_log_probs)
+        if trainer.session.config.algorithm.old_log_probs == "trainer":
+            figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
+        else:  # only the first mini-batch's own forward has seen the rollout's weights
+            figures |= _mismatch_metrics(trainer, minibatches[:1], [results[0].log_probs])
     progress = trainer.progress
     trainer.progress = replace(
         progress,
@@ -66,7 +67,6 @@ def rl_step(trainer: Trainer) -> StepResult:
         prompt_position=progress.prompt_position + len(answers.groups),
         policy_version=progress.policy_version + len(minibatches),
     )
-    assert model.groups is trainer.session.groups
     return StepResult(figures | {"policy_version": trainer.progress.policy_version}, answers, advantages)
 
 
@@ -82,9 +82,7 @@ def _collect(trainer: Trainer) -> Answers:
         seed=f"{config.seed}/{progress.step}",
     )
     with session.timers("rollout"):
-        share = session.answerer.generate(
-            prompts, config.rollout.samples_per_prompt, params, progress.policy_version
-        )
+        share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, progress.policy_version)
     with session.timers("reward"):
         return session.answerer.score(share)
 
@@ -137,7 +135,7 @@ def pack_share(samples: Sequence[TrainingSample], ranks: int, rank: int, config:
     """This rank's packs of a batch that all ranks know, on this process's device."""
     lengths = [len(sample.token_ids) - 1 for sample in samples]
     plan = plan_microbatches(lengths, ranks, config.schedule.micro_batch_tokens)
-    return [pack([samples[i] for i in indices], indices).to(device().torch_device) for indices in plan[rank]]
+    return [pack(samples, indices).to(device().torch_device) for indices in plan[rank]]
 
 
 def _old_policy(
@@ -153,9 +151,7 @@ def _old_policy(
     return _by_minibatch(log_probs, minibatches), _by_minibatch(routes, minibatches)
 
 
-def _by_minibatch(
-    values: Sequence[torch.Tensor], minibatches: Sequence[Minibatch]
-) -> list[list[torch.Tensor]]:
+def _by_minibatch(values: Sequence[torch.Tensor], minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
     """Cuts one list over all packs back into mini-batches; an empty list gives empty ones."""
     rest = iter(values)
     return [[next(rest) for _ in minibatch.packs] if values else [] for minibatch in minibatches]

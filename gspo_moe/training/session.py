@@ -97,10 +97,12 @@ class Trainer:
 
 
 def open_trainer(session: Session) -> Trainer:
-    """Adds optimizer and recorder, and continues from the run's newest complete checkpoint if it has one. Collective."""
+    """Adds optimizer and recorder; continues from the run's newest complete checkpoint if there is one. Collective."""
     config = session.config
     updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
-    recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups) if config.stage == "rl" and config.routing.record else None
+    recorder = None
+    if config.stage == "rl" and config.routing.record:
+        recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups)
     optimizer = Optimizer(config, session.model, updates)
     trainer = Trainer(session, optimizer, recorder, Progress())
     newest = newest_checkpoint(trainer.checkpoints)

@@ -40,6 +40,4 @@ def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
     """The prompt and the answer to learn, which ends with the end token."""
     question = plan.tokenizer.encode(prompt.text)
     answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]
-    return TrainingSample(
-        token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer)
-    )
+    return TrainingSample(token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer))

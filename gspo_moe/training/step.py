@@ -24,10 +24,11 @@ from gspo_moe.types import Microbatch
 
 @dataclass(frozen=True)
 class MinibatchResult:
-    """statistics: over all ranks' sequences. routes: of this rank's packs, when recorded."""
+    """statistics: over all ranks. log_probs [T] (last stage) and routes (when recorded): of this rank's packs."""
 
     statistics: PolicyStatistics
     update: UpdateResult
+    log_probs: list[torch.Tensor]
     routes: list[torch.Tensor]
 
 
@@ -46,12 +47,15 @@ def train_minibatch(
     old_log_probs: [T] a pack, needed on the last stage only. num_sequences: of the mini-batch over all ranks.
     """
     clip_low, clip_high = algorithm.clips
+    log_probs: list[torch.Tensor] = []
 
     def head(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
+        log_probs_T = token_log_probs(model, logits_TV, pack.target_ids_T, temperature)
+        log_probs.append(log_probs_T.detach())
         result = policy_loss(
             algorithm.name,
-            token_log_probs(model, logits_TV, pack.target_ids_T, temperature),
+            log_probs_T,
             old_log_probs[index],
             pack.advantages_N,
             pack.cu_seqlens,
@@ -64,7 +68,7 @@ def train_minibatch(
         return result.loss, result.sums
 
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder)
-    return MinibatchResult(statistics, update, routes)
+    return MinibatchResult(statistics, update, log_probs, routes)
 
 
 class SupervisedStatistics(Statistics):

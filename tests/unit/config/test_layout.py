@@ -11,10 +11,10 @@ from gspo_moe.config import ConfigError, check_layout, load_config
 # tiny: 4 layers, 4 heads, 2 KV heads, 16 experts of width 32; 32 prompts of 8 samples in 4 mini-batches.
 
 
-def _check(world: int, parallel: str = "", *more: str, version: str = "0.16.1", engine: bool = False) -> tuple:
+def _check(world: int, parallel: str = "", *more: str, version: str = "0.16.1") -> tuple:
     config = load_config(None, ["model=tiny", f"parallel={{{parallel}}}", *more])
     architecture = config.model.architecture(vocab_size=64)
-    return astuple(check_layout(config, architecture, world, version, engine))
+    return astuple(check_layout(config, architecture, world, version))
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,7 @@ def test_layouts_that_fit(world: int, parallel: str, expected: tuple) -> None:
         (3, "pipeline: 3", (), ("parallel.pipeline=3", "num_hidden_layers=4", "1 or 2")),
         (2, "pipeline: 2, virtual_pipeline: 4", (), ("parallel.virtual_pipeline=4", "8 unequal", "1 or 2 or 4")),
         (1, "virtual_pipeline: 2", (), ("parallel.virtual_pipeline=2", "parallel.pipeline > 1", "null")),
-        (1, "", ("model.attention=transformer_engine",), ("model.attention=transformer_engine", "auto")),
-        (2, "context: 2", (), ("parallel.context=2", "Transformer Engine", "parallel.context=1")),
+        (2, "context: 2", (), ("parallel.context=2", "whole sequences", "parallel.context=1")),
         (3, "", (), ("rollout.prompts_per_step=32", "3 data-parallel", "rollout.prompts_per_step=33")),
         (3, "", ("stage=sft",), ("schedule.sft_batch=64", "3 data-parallel", "schedule.sft_batch=66")),
         (
@@ -84,8 +83,9 @@ def test_silently_wrong_expert_gradients_are_refused_where_megatron_has_them(par
     assert _check(2, parallel, version="0.19.2")[2] == int(tensor)
 
 
-def test_context_parallelism_with_transformer_engine_divides_the_data_ranks() -> None:
-    assert _check(4, "context: 2", engine=True) == (2, 4, 1, 1, None, 1, 1, 2, False)
+def test_one_sequence_a_rank_and_mini_batch_is_enough() -> None:
+    sizes = ("rollout.prompts_per_step=16", "rollout.samples_per_prompt=2", "algorithm.mini_batches=2")
+    assert _check(16, "", *sizes)[0] == 16
 
 
 def test_supervised_training_does_not_need_the_rollout_sizes() -> None:
@@ -96,7 +96,7 @@ def test_all_violations_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         _check(5, "tensor: 3, context: 2, expert: 5, virtual_pipeline: 2")
     lines = str(caught.value).splitlines()
-    keys = ("divide the 5 processes", "num_attention_heads", "num_experts=16", "virtual_pipeline", "context=2 needs")
+    keys = ("divide the 5 processes", "num_attention_heads", "num_experts=16", "virtual_pipeline", "context=2 is not")
     for key in keys:
         assert any(key in line for line in lines)
 
@@ -108,6 +108,6 @@ def test_large_presets_fit_their_published_layouts() -> None:
         ("qwen3_coder_480b_a35b", 256, "tensor: 8, pipeline: 2, expert: 32, expert_tensor: 1"),
     ):
         config = load_config(None, [f"model={preset}", f"parallel={{{parallel}}}", "rollout.prompts_per_step=64"])
-        layout = check_layout(config, config.model.architecture(), world, "0.16.1", True)
+        layout = check_layout(config, config.model.architecture(), world, "0.16.1")
         assert layout.data * layout.tensor * layout.pipeline == world
         assert layout.expert_data * layout.expert * layout.pipeline == world

@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.model.attention import KVCache
-from gspo_moe.model.forward import run
 from gspo_moe.model.weights import SafetensorsSource
 from tests.qwen3 import (
     architecture,
     built,
+    cached_logits,
     forward_logits,
     layout,
-    packed,
     random_sequences,
     reference_logits,
     reference_model,
@@ -31,7 +29,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_of_ragged_packs_match_transformers_run_sequence_by_sequence(shape: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_of_ragged_packs_match_transformers_by_sequence(shape: dict[str, Any], tmp_path: Path) -> None:
     sizes = architecture(**shape)
     reference = reference_model(sizes)
     reference.save_pretrained(tmp_path)
@@ -45,22 +43,21 @@ def test_logits_of_ragged_packs_match_transformers_run_sequence_by_sequence(shap
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_decoding_with_the_cache_equals_the_full_forward(key_value_heads: int, tmp_path: Path) -> None:
+def test_prefill_and_decoding_with_the_cache_equal_the_full_forward(key_value_heads: int, tmp_path: Path) -> None:
     sizes = architecture(num_key_value_heads=key_value_heads)
     reference_model(sizes).save_pretrained(tmp_path)
     sequences = random_sequences(sizes, (9, 6, 12), seed=3)
-    prompts = (4, 1, 7)
     with built(sizes, layout(), SafetensorsSource(tmp_path)) as model:
         (full,) = forward_logits(model, [sequences])
+        cached = cached_logits(model, sequences, prompt_lengths=(4, 4, 1))
+    for actual, expected in zip(cached, full, strict=True):
+        torch.testing.assert_close(torch.stack(actual), expected, atol=1e-5, rtol=0)
 
-        def forward(tokens: list[torch.Tensor], **cached: Any) -> torch.Tensor:
-            item = packed(model, tokens, **cached)
-            (logits_TV,) = run(model, [item], lambda _, logits_TV: (None, logits_TV), backward=False)
-            return logits_TV
 
-        cache = KVCache(rows=len(sequences), capacity=12)
-        rows = torch.repeat_interleave(torch.arange(3), torch.tensor(prompts))
-        heads = [sequence[:count] for sequence, count in zip(sequences, prompts, strict=True)]
-        prefilled = forward(heads, cache=cache, rows_T=rows).split(prompts)
-        for actual, whole, count in zip(prefilled, full, prompts, strict=True):
-            torch.testing.assert_close(actual, whole[:count], atol=1e-5, rtol=0)
+def test_a_token_does_not_see_the_other_sequences_of_its_pack(tmp_path: Path) -> None:
+    sizes = architecture()
+    reference_model(sizes).save_pretrained(tmp_path)
+    first, second, other = random_sequences(sizes, (7, 11, 15), seed=4)
+    with built(sizes, layout(), SafetensorsSource(tmp_path)) as model:
+        ((_, beside_first), (_, beside_other)) = forward_logits(model, [[first, second], [other, second]])
+    torch.testing.assert_close(beside_first, beside_other, atol=1e-5, rtol=0)

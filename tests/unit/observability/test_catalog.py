@@ -17,7 +17,7 @@ from gspo_moe.observability.catalog import METRICS, describe, markdown
         ("routing/staleness/slot_change/mini_batch_1", "routing/staleness/slot_change"),
         ("routing/staleness/any_layer_flip/mini_batch_12", "routing/staleness/any_layer_flip"),
         ("routing/staleness/flip_rate/layer_00", "routing/staleness/flip_rate"),
-        ("routing/load/entropy/layer_93", "routing/load/entropy"),
+        ("routing/staleness/slot_change/layer_93", "routing/staleness/slot_change"),
         ("timing/old_log_probs_seconds", "timing/old_log_probs_seconds"),
     ],
 )
@@ -34,7 +34,7 @@ def test_every_name_that_is_written_has_its_entry(name: str, base: str) -> None:
         "routing/staleness/slot_change/mini_batch_0",
         "routing/staleness/slot_change/layer_0",
         "routing/staleness/any_layer_flip/layer_00",
-        "routing/load/cv/mini_batch_1",
+        "reward/mean/mini_batch_1",
         "routing/staleness/slot_change/mini_batch_1/layer_00",
     ],
 )

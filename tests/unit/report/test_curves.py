@@ -13,7 +13,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.observability import load_run
 from gspo_moe.observability.jsonl import JsonLines
 from gspo_moe.report import draw_curves
-from gspo_moe.report.curves import curves_figure
+from gspo_moe.report.curves import _moving_mean, curves_figure
 
 STEPS = range(1, 61)
 
@@ -77,6 +77,12 @@ def test_thin_line_is_the_data_and_thick_line_its_moving_mean(tmp_path: Path) ->
     expected = [data[max(0, i - 2) : i + 3].mean() for i in range(len(data))]
     np.testing.assert_allclose(thick[1], expected, rtol=1e-12)
     np.testing.assert_array_equal(points[1], [_value("eval/accuracy", step) for step in STEPS])
+
+
+def test_the_moving_mean_leaves_nan_out() -> None:
+    values = np.full(60, 2.0)
+    values[[0, 30]] = np.nan
+    np.testing.assert_allclose(_moving_mean(values), 2.0, rtol=1e-12)
 
 
 def test_axes_carry_the_catalogs_units_and_the_heading_names_the_run(tmp_path: Path) -> None:

@@ -140,9 +140,11 @@ def test_closing_ends_busy_workers_and_a_later_batch_starts_new_ones() -> None:
 
 
 def test_workers_that_cannot_start_fail_their_items_and_end() -> None:
+    more_than_a_pipe_holds = "1" * 100_000
     with RewardPool(TaskConfig(), seed=1, make=make_nothing) as pool:
-        batch = pool.score(answers("1", "1"))
-    assert (batch.rewards, batch.failures) == ((0.0, 0.0), 2)
+        batch = pool.score(answers(*[more_than_a_pipe_holds] * 3))
+    assert (batch.rewards, batch.failures) == ((0.0,) * 3, 3)
+    assert "BrokenProcessPool" in str(batch.first_error)
 
 
 def test_real_tasks_are_scored_and_a_runaway_expression_is_cut_off() -> None:

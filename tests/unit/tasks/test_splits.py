@@ -38,11 +38,11 @@ def test_the_prompt_carries_its_name_and_reference() -> None:
 
 def test_a_task_with_too_few_prompts_says_so() -> None:
     only = next(text for text in "abcdefgh" if not is_held_out(text))
-    with pytest.raises(ConfigError, match="gave no prompt for eval.*widen task.options"):
+    with pytest.raises(ConfigError, match=r"gave no prompt for eval.*widen task.options"):
         draw_prompt("one", 0, "eval", 0, lambda random: (only, {}))
     assert draw_prompt("one", 0, "train", 0, lambda random: (only, {})).text == only
 
 
 def test_an_unknown_split_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown split 'test'.*train, sft, eval"):
+    with pytest.raises(ConfigError, match=r"unknown split 'test'.*train, sft, eval"):
         draw_prompt("letters", 0, "test", 0, three_letters)

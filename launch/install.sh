@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Makes .venv with pinned requirements and this project in it; a second call is quick. Prints the venv's folder.
+#   PYTHON=python3.12 bash launch/install.sh   another interpreter, in a venv of its own
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'pass' 2>/dev/null && command -v pyenv >/dev/null; then
+    # pyenv knows interpreters that its own shims refuse to start by name.
+    version=$(pyenv versions --bare | grep -E "^${python#python}(\.|$)" | tail -n 1 || true)
+    [ -n "$version" ] && python="$(pyenv root)/versions/$version/bin/python"
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "install: ${python} is no Python >= 3.11; name one with PYTHON=python3.11" >&2
+    exit 2
+fi
+
+venv=.venv
+[ -n "${PYTHON:-}" ] && venv=.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+stamp=$venv/installed
+wanted=$(cat launch/install.sh launch/requirements.txt pyproject.toml setup.py | cksum; pwd)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "install: setting up $venv" >&2
+    "$python" -m venv "$venv"
+    pip="$venv/bin/python -m pip --disable-pip-version-check install --quiet"
+    if ! nvidia-smi -L >/dev/null 2>&1; then
+        # Without a GPU the CPU build: from pip's own sources, else from PyTorch's CPU index, else what pip has.
+        cpu_index="--retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu"
+        $pip "torch==2.13.0+cpu" 2>/dev/null || $pip $cpu_index "torch==2.13.0+cpu" 2>/dev/null ||
+            echo "install: no CPU build of torch within reach; taking pip's default build, which is large" >&2
+    fi
+    $pip --requirement launch/requirements.txt >&2
+    $pip --no-deps --no-build-isolation --editable . >&2
+    echo "$wanted" >"$stamp"
+fi
+echo "$venv"

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole job, small: cold start by supervised learning, then GSPO, on two processes with the experts split over them.
+#   bash launch/quickstart.sh [section.key=value ...]      overrides for the GSPO stage
+#   RUN_DIR=runs/other SEED=2 bash launch/quickstart.sh     another folder, another seed
+# A run that was stopped goes on where its last checkpoint stands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$(bash launch/install.sh)
+run=${RUN_DIR:-runs/quickstart}
+seed=${SEED:-1}
+
+export OMP_NUM_THREADS=1
+# glibc gives big buffers back to the kernel at every step otherwise, which costs a CPU run dearly.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
+
+launch() {
+    "$venv/bin/torchrun" --standalone --nproc-per-node 2 -m gspo_moe train "$@"
+}
+if [ ! -d "$run/cold_start/hf" ]; then
+    echo "== cold start: supervised, $run/cold_start"
+    launch examples/quickstart_sft.yaml "seed=$seed" "logging.run_dir=$run/cold_start"
+fi
+echo "== GSPO: $run"
+launch examples/quickstart.yaml "seed=$seed" "model.hf=$run/cold_start/hf" "logging.run_dir=$run" "$@"

@@ -1,0 +1,84 @@
+"""The same weights in every layout: logits, cached decoding and the HF export do not depend on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.model.hf import export_hf
+from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
+from tests.launch import launch
+from tests.qwen3 import (
+    architecture,
+    built,
+    cached_logits,
+    forward_logits,
+    layout,
+    random_sequences,
+    reference_logits,
+    reference_model,
+    tensors_in,
+)
+
+# An odd vocabulary pads the last tensor rank; odd pack lengths pad under sequence parallelism.
+SIZES = {
+    "untied": architecture(num_hidden_layers=4, vocab_size=61, num_key_value_heads=2),
+    "tied": architecture(num_hidden_layers=4, vocab_size=61, num_key_value_heads=4, tie_word_embeddings=True),
+}
+LENGTHS = ((1, 9, 5), (12,))
+PROMPTS = (1, 4, 2)
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [
+        {"expert": 2},
+        {"tensor": 2, "expert_tensor": 2},
+        {"tensor": 2, "expert": 2, "expert_tensor": 1},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
+    4: [
+        {"expert": 2},
+        {"tensor": 2, "expert": 2, "expert_tensor": 1},
+        {"tensor": 2, "pipeline": 2, "expert": 2, "expert_tensor": 1},
+    ],
+}
+
+
+def packs(sizes: Architecture) -> list[list[torch.Tensor]]:
+    return [random_sequences(sizes, lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+
+
+def check_layouts(world_size: int, folder: Path) -> None:
+    for number, parallel in enumerate(LAYOUTS[world_size]):
+        for kind, sizes in SIZES.items():
+            expected = torch.load(folder / f"{kind}.pt")
+            source = SafetensorsSource(folder / kind)
+            with built(sizes, layout(world_size, **parallel), source) as model:
+                found = forward_logits(model, packs(sizes))
+                if model.groups.is_last_stage:
+                    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+                if "virtual_pipeline" not in parallel:
+                    cached = cached_logits(model, packs(sizes)[0], PROMPTS)
+                    if model.groups.is_last_stage:
+                        whole = [torch.stack(logits) for logits in cached]
+                        torch.testing.assert_close(whole, found[0], atol=1e-5, rtol=0)
+                export_hf(model, folder / f"{kind}-{number}", max_shard_bytes=50_000)
+                load_weights(model, RandomSource(sizes, seed=3))
+                export_hf(model, folder / f"{kind}-{number}-random")
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_logits_and_exports_are_the_same_in_every_layout(world_size: int, tmp_path: Path) -> None:
+    for kind, sizes in SIZES.items():
+        reference = reference_model(sizes)
+        reference.save_pretrained(tmp_path / kind)
+        torch.save([reference_logits(reference, pack) for pack in packs(sizes)], tmp_path / f"{kind}.pt")
+    launch(check_layouts, world_size, world_size, tmp_path)
+    for kind, sizes in SIZES.items():
+        source = RandomSource(sizes, seed=3)
+        loaded, drawn = tensors_in(tmp_path / kind), {name: source.get(name) for name in source.shapes()}
+        for number in range(len(LAYOUTS[world_size])):
+            for suffix, expected in (("", loaded), ("-random", drawn)):
+                found = tensors_in(tmp_path / f"{kind}-{number}{suffix}")
+                assert found.keys() == expected.keys()
+                assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), LAYOUTS[world_size]
