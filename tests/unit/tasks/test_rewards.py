@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -51,8 +50,6 @@ class Trouble:
             raise ValueError("no such luck")
         if answer == "torch":
             return float("torch" in sys.modules)
-        if answer == "pid":
-            return float(os.getpid())
         return TROUBLE[answer] if answer in TROUBLE else float(answer)
 
 
@@ -112,19 +109,14 @@ def test_workers_do_not_import_torch(pool: RewardPool) -> None:
     assert pool.score(answers("torch")).rewards == (0.0,)
 
 
-def test_the_pool_survives_workers_killed_while_idle(pool: RewardPool) -> None:
-    workers = {int(pid) for pid in pool.score(answers(*["pid"] * 64)).rewards}
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
+@pytest.mark.parametrize("seconds_to_notice", [0.0, 0.5])
+def test_the_pool_survives_workers_killed_while_idle(pool: RewardPool, seconds_to_notice: float) -> None:
+    assert pool.score(answers("1")).rewards == (1.0,)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    time.sleep(seconds_to_notice)
     batch = pool.score(answers("0.25", "0.5"))
     assert (batch.rewards, batch.failures) == ((0.25, 0.5), 0)
-
-
-def test_a_batch_after_a_broken_pool_was_noticed_is_scored(pool: RewardPool) -> None:
-    for pid in {int(pid) for pid in pool.score(answers(*["pid"] * 64)).rewards}:
-        os.kill(pid, signal.SIGKILL)
-    time.sleep(0.5)
-    assert pool.score(answers("0.25")).rewards == (0.25,)
 
 
 def test_closing_ends_busy_workers_and_a_later_batch_starts_new_ones() -> None:
