@@ -112,13 +112,13 @@ def _show_run(config: Config) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from gspo_moe.evaluation.evaluate import evaluate, evaluation_metrics
+    from gspo_moe.evaluation.evaluate import evaluation_metrics
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session
 
     plan = make_plan(config)
     session = open_session(plan)
-    answers = evaluate(config, session.answerer, plan.task, session.stop_ids, policy_version=0)
+    answers = session.evaluate(policy_version=0)
     session.close()
     if session.groups.is_main:
         for name, value in evaluation_metrics(answers).items():

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gspo_moe.config.schema import Config
 from gspo_moe.rollout.answers import Answerer, Answers
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.tasks.protocol import Task
+from gspo_moe.types import Prompt
 
 CORRECT = 1.0
 
 
-def evaluate(config: Config, answerer: Answerer, task: Task, stop_ids: frozenset[int], policy_version: int) -> Answers:
-    """Answers the task's first held-out prompts, the same ones with the same randomness at every call. Collective."""
-    prompts = [task.prompt("eval", index) for index in range(config.evaluation.prompts)]
+def held_out_prompts(config: Config, task: Task) -> list[Prompt]:
+    """The task's first held-out prompts; make them once, some tasks take long."""
+    return [task.prompt("eval", index) for index in range(config.evaluation.prompts)]
+
+
+def evaluate(
+    config: Config, answerer: Answerer, prompts: Sequence[Prompt], stop_ids: frozenset[int], policy_version: int
+) -> Answers:
+    """Answers held-out prompts, with the same randomness at every call. Collective."""
     params = SamplingParams(
         temperature=config.evaluation.temperature,
         top_p=1.0,

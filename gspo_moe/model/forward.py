@@ -98,16 +98,22 @@ def run(
 
     Other stages get an empty list. The loss that `head` returns is summed over packs: megatron-core's division by the
     number of packs is undone here. Gradients stay in the chunks' gradient buffers, reduced as megatron-core does when
-    its finalize function is set.
+    its finalize function is set. Virtual pipelining takes a multiple of the pipeline size: the last pack is run again
+    to fill up, its loss times zero (the router's auxiliary loss still counts it).
     """
-    count = len(inputs)
+    rounds_of = model.groups.pipeline.size() if len(model.chunks) > 1 else 1
+    packs = [*inputs, *[inputs[-1]] * (-len(inputs) % rounds_of)]
+    count = len(packs)
 
     def step(data: Iterator[tuple[int, ModelInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, item = next(data)
-        with record(index, chunk, item.num_tokens):
+        filler = index >= len(inputs)
+        with contextlib.nullcontext() if filler else record(index, chunk, item.num_tokens):
             output = chunk(item.input_ids_1P, item.position_ids_1P, None, packed_seq_params=item.attention)
 
         def finish(logits_1PV: torch.Tensor, non_loss_data: bool = False) -> Any:
+            if filler:
+                return None if non_loss_data else ((logits_1PV * 0.0).sum(), None)
             loss, kept = head(index, logits_1PV[0, : item.num_tokens])
             if non_loss_data:
                 return kept
@@ -116,8 +122,8 @@ def run(
 
         return output, finish
 
-    longest = max(item.input_ids_1P.shape[1] for item in inputs)
-    iterators = [iter(list(enumerate(inputs))) for _ in model.chunks]
+    longest = max(item.input_ids_1P.shape[1] for item in packs)
+    iterators = [iter(list(enumerate(packs))) for _ in model.chunks]
     with contextlib.nullcontext() if backward else torch.no_grad():
         kept: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
@@ -129,7 +135,7 @@ def run(
             forward_only=not backward,
             collect_non_loss_data=not backward,
         )
-    return kept
+    return kept[: len(inputs)]
 
 
 def mask_padded_vocab(model: Model, logits_TV: torch.Tensor) -> tuple[torch.Tensor, int]:

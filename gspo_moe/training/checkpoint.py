@@ -1,4 +1,4 @@
-"""Checkpoints through megatron-core's distributed format: weights, optimizer, schedule, RNG, data position, step.
+"""Checkpoints through megatron-core's distributed format: weights, optimizer, RNG, data position, step.
 
 Invariant: a folder named `step_<number>` is complete. It is written as `step_<number>.partial` and renamed when every
 rank is done, so a run killed at any moment leaves the newest complete one as it was.
@@ -81,10 +81,10 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
         ) from error
     for index, chunk in enumerate(model.gpt_chunks):
         chunk.load_state_dict(state[f"model_{index}"])
-    optimizer.megatron.load_state_dict(state["optimizer"])
-    optimizer.scheduler.load_state_dict(state["scheduler"])
+    progress = Progress(**state["progress"])
+    optimizer.load(state["optimizer"], progress.policy_version)
     _set_rng_state(state["rng"])
-    return Progress(**state["progress"])
+    return progress
 
 
 def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
@@ -93,7 +93,6 @@ def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, An
         state[f"model_{index}"] = chunk.sharded_state_dict(prefix=f"model_{index}." if len(model.chunks) > 1 else "")
     shards = state["model_0"] if len(model.chunks) == 1 else {k: v for s in list(state.values()) for k, v in s.items()}
     state["optimizer"] = optimizer.megatron.sharded_state_dict(shards, is_loading=loading)
-    state["scheduler"] = optimizer.scheduler.state_dict()
     state["rng"] = _rng_state(model.groups)
     return state
 

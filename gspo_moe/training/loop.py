@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gspo_moe.config.loading import save_config
-from gspo_moe.evaluation.evaluate import evaluate, evaluation_metrics
+from gspo_moe.evaluation.evaluate import evaluation_metrics
 from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.metrics import MetricsWriter
 from gspo_moe.observability.progress import Progress
@@ -119,13 +119,7 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
     if not session.config.evaluation.prompts:
         return
     with session.timers("evaluation"):
-        answers = evaluate(
-            session.config,
-            session.answerer,
-            session.plan.task,
-            session.stop_ids,
-            trainer.progress.policy_version,
-        )
+        answers = session.evaluate(trainer.progress.policy_version)
     log.metrics(trainer.progress.step, evaluation_metrics(answers) | session.timers.take())
 
 

@@ -17,6 +17,8 @@ from megatron.core.transformer.module import Float16Module
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 
+STATE = ("params", "step")  # what is state, not setting, in a parameter group
+
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -63,10 +65,19 @@ class Optimizer:
             wd_incr_style="constant",
         )
         # The scheduler's first value belongs to update 0; with warm-up that would be a learning rate of zero.
-        if settings.warmup_updates:
-            self.scheduler.step(increment=1)
+        self._ahead = 1 if settings.warmup_updates else 0
+        self.scheduler.step(increment=self._ahead)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.megatron.scale_loss
+
+    def load(self, state: dict[str, Any], updates: int) -> None:
+        """Goes on after `updates` updates from megatron-core's optimizer state; all settings stay the config's own."""
+        settings = [{k: v for k, v in group.items() if k not in STATE} for group in self.megatron.param_groups]
+        self.megatron.load_state_dict(state)
+        for group, own in zip(self.megatron.param_groups, settings, strict=True):
+            group.update(own)
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=updates + self._ahead)
 
     def zero_grad(self) -> None:
         for chunk in self._wrapped:

@@ -22,7 +22,8 @@ def make_plan(config: Config) -> Plan:
 
     def texts() -> list[str]:
         prompts = [task.prompt("sft", index) for index in range(TOKENIZER_TEXTS)]
-        return [text for prompt in prompts for text in (prompt.text, task.demonstration(prompt))]
+        answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
+        return [prompt.text for prompt in prompts] + answers
 
     tokenizer = load_tokenizer(config.tokenizer, config.model.hf, texts, config.run_path)
     architecture = config.model.architecture(tokenizer.vocab_size)

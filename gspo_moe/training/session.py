@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.platform import device
-from gspo_moe.rollout.answers import Answerer
+from gspo_moe.rollout.answers import Answerer, Answers
 from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import RewardPool
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, newest_checkpoint
 from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Session:
     @property
     def run_path(self) -> Path:
         return self.plan.config.run_path
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        return held_out_prompts(self.config, self.plan.task)
+
+    def evaluate(self, policy_version: int) -> Answers:
+        """Answers the held-out prompts with the weights as they are. Collective."""
+        return evaluate(self.config, self.answerer, self.held_out, self.stop_ids, policy_version)
 
     def close(self) -> None:
         self.answerer.rewards.close()
