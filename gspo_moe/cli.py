@@ -7,21 +7,26 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
-from gspo_moe.errors import GspoMoeError
+from gspo_moe.errors import ConfigError, GspoMoeError
 
 USER_ERROR = 2
 INTERRUPTED = 130
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+# At every start megatron-core warns of missing packages, of which `gspo-moe doctor` says more, and both of deprecations.
+LIBRARY_NOISE = ((r"megatron\.core", Warning), (r"torch\.distributed", FutureWarning))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 2, with one message and no stack trace, for what the user can mend."""
     options = _parser().parse_args(arguments)
+    for module, category in LIBRARY_NOISE:
+        warnings.filterwarnings("ignore", module=module, category=category)
     try:
         error = _under_launcher(_attempt)(options)
     except KeyboardInterrupt:
@@ -90,8 +95,13 @@ def _train(options: argparse.Namespace) -> None:
     from gspo_moe.training.loop import train
     from gspo_moe.training.plan import make_plan
 
-    train(make_plan(config))
+    trained = train(make_plan(config))
     if int(os.environ.get("RANK", "0")) == 0:
+        if not trained:
+            print(
+                f"{config.run_path} has finished its {config.schedule.steps} steps before: nothing was trained. "
+                "Start anew with another logging.run_dir, or go on with a higher schedule.steps."
+            )
         _show_run(config)
 
 
@@ -107,7 +117,11 @@ def _show_run(config: Config) -> None:
     last = {name: float(run.values(name)[-1]) for name in run.names}
     Console(width=100).print(summary_table(first, last, last))
     picture = draw_curves(config.run_path)
-    print(f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/, {picture.name}")
+    export = "hf/, " if config.checkpoint.export_hf else ""
+    print(
+        f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/, {export}"
+        f"{picture.name}"
+    )
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -116,6 +130,8 @@ def _eval(options: argparse.Namespace) -> None:
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session
 
+    if not config.evaluation.prompts:
+        raise ConfigError("evaluation.prompts=0 leaves nothing to evaluate; set it to 512, for example")
     plan = make_plan(config)
     session = open_session(plan)
     answers = session.evaluate(policy_version=0)

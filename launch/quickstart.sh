@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole job, small: cold start by supervised learning, then GSPO, on two processes with the experts split over them.
 #   bash launch/quickstart.sh [section.key=value ...]      overrides for the GSPO stage
+#   COLD_START="section.key=value ..." bash launch/quickstart.sh     overrides for the cold start
 #   RUN_DIR=runs/other SEED=2 bash launch/quickstart.sh     another folder, another seed
 # A run that was stopped goes on where its last checkpoint stands.
 set -euo pipefail
@@ -18,7 +19,8 @@ launch() {
 }
 if [ ! -d "$run/cold_start/hf" ]; then
     echo "== cold start: supervised, $run/cold_start"
-    launch examples/quickstart_sft.yaml "seed=$seed" "logging.run_dir=$run/cold_start"
+    # shellcheck disable=SC2086
+    launch examples/quickstart_sft.yaml "seed=$seed" "logging.run_dir=$run/cold_start" ${COLD_START:-}
 fi
 echo "== GSPO: $run"
 launch examples/quickstart.yaml "seed=$seed" "model.hf=$run/cold_start/hf" "logging.run_dir=$run" "$@"

@@ -15,7 +15,8 @@ from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.forward import ModelInput, model_input, run
+from gspo_moe.model.forward import run
+from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.weights import TensorSource, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from tests.launch import renew_port
@@ -102,17 +103,17 @@ def random_sequences(architecture: Architecture, lengths: Sequence[int], seed: i
     return [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def packed(model: Model, sequences: Sequence[torch.Tensor], **more: Any) -> ModelInput:
+def packed(sequences: Sequence[torch.Tensor], **more: Any) -> ModelInput:
     """The sequences end to end, positions from 0 in each."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return model_input(model, torch.cat(list(sequences)), positions, cu_seqlens, **more)
+    return ModelInput(torch.cat(list(sequences)), positions, cu_seqlens, **more)
 
 
 def forward_logits(model: Model, packs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
     """Logits [n, vocabulary] of each sequence of each pack; empty but on the last pipeline stage."""
-    inputs = [packed(model, sequences) for sequences in packs]
+    inputs = [packed(sequences) for sequences in packs]
     outputs = run(model, inputs, lambda _, logits_TV: (None, logits_TV), backward=False)
     return [
         list(whole_vocabulary(model, logits_TV).split([len(sequence) for sequence in sequences]))
@@ -140,7 +141,7 @@ def cached_logits(
 
     owners = [number for number, length in enumerate(prompt_lengths) for _ in range(length)]
     prompts = [sequence[:length] for sequence, length in zip(sequences, prompt_lengths, strict=True)]
-    forward(packed(model, prompts, cache=cache, rows_T=torch.tensor(owners)), owners)
+    forward(packed(prompts, cache=cache, rows_T=torch.tensor(owners)), owners)
     steps = max(len(sequence) - length for sequence, length in zip(sequences, prompt_lengths, strict=True))
     for step in range(steps):
         if step == steps // 2:
@@ -148,8 +149,7 @@ def cached_logits(
             row_of.reverse()
         place = {n: length + step for n, length in enumerate(prompt_lengths) if length + step < len(sequences[n])}
         rows = [row_of[number] for number in place]
-        item = model_input(
-            model,
+        item = ModelInput(
             torch.stack([sequences[number][position] for number, position in place.items()]),
             torch.tensor(list(place.values())),
             torch.arange(len(place) + 1),

@@ -12,6 +12,8 @@ from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
 
 HF_ARCHITECTURE = "Qwen3MoeForCausalLM"
+# What transformers takes for keys that a config.json leaves out.
+HF_DEFAULTS = {"norm_topk_prob": False, "rope_theta": 10_000.0, "max_position_embeddings": 32_768}
 
 
 class Architecture(BaseModel):
@@ -49,6 +51,11 @@ class Architecture(BaseModel):
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; lower it"
+            )
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "num_experts_per_tok=1 with norm_topk_prob=true weighs every expert by 1, so the router never learns; "
+                "set norm_topk_prob=false"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
@@ -138,8 +145,10 @@ def architecture_from_hf(path: str | Path) -> Architecture:
         raise ConfigError(f"{file} is not JSON ({error}); export the model again") from error
     _refuse_unsupported(hf, file)
     rope = hf.get("rope_parameters") or {}
-    values = {name: hf[name] for name in Architecture.model_fields if name in hf}
-    values["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 1_000_000.0))
+    if "num_local_experts" in hf:  # what transformers 5 writes
+        hf.setdefault("num_experts", hf["num_local_experts"])
+    values = HF_DEFAULTS | {name: hf[name] for name in Architecture.model_fields if name in hf}
+    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     values.setdefault("head_dim", hf.get("hidden_size", 0) // max(hf.get("num_attention_heads", 1), 1))
     missing = [name for name, info in Architecture.model_fields.items() if info.is_required() and name not in values]
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def _tokenizer(config: Config) -> Iterator[str]:
 
 def _logging(config: Config) -> Iterator[str]:
     run = config.run_path
-    if run.exists() and not run.is_dir():
-        yield f"logging.run_dir={run} is a file; name a folder, which is made where it is missing"
+    there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"logging.run_dir={run}: {there} is a file; name a folder, which is made where it is missing"
+    elif not os.access(there, os.W_OK):
+        yield f"logging.run_dir={run}: {there} is not writable; name another folder"
     if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
         yield WANDB_MISSING

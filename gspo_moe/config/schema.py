@@ -104,6 +104,7 @@ class ParallelConfig(Section):
     expert: PositiveInt = 1
     expert_tensor: PositiveInt | None = None
     context: PositiveInt = 1
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_minutes: PositiveFloat = 10.0
@@ -180,6 +181,12 @@ class OptimizerConfig(Section):
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     clip_grad: NonNegativeFloat = 1.0
+
+    @model_validator(mode="after")
+    def _decays(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr={self.min_lr:g} exceeds optimizer.lr={self.lr:g}; lower it to that")
+        return self
 
 
 class ScheduleConfig(Section):

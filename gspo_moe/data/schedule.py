@@ -35,13 +35,14 @@ def default_work(tokens: int) -> float:
 
 
 def plan_microbatches(
-    lengths: Sequence[int], num_ranks: int, token_budget: int, work: Work | None = None
+    lengths: Sequence[int], num_ranks: int, token_budget: int, work: Work | None = None, multiple_of: int = 1
 ) -> list[list[list[int]]]:
     """Plans one mini-batch: `plan[rank][micro_batch]` is a list of indices into `lengths`, ascending.
 
     lengths: tokens each sequence takes in a pack, at least 1 (one less than its token ids).
     token_budget: most tokens a micro-batch may hold.
     work: cost of a sequence of that length, positive and growing; `default_work` unless given.
+    multiple_of: what divides the number of micro-batches (the pipeline size, under virtual pipelining).
     Raises DataError when a sequence exceeds the budget, when there are fewer sequences than ranks, and when no count
     of micro-batches works out.
     """
@@ -60,7 +61,7 @@ def plan_microbatches(
         )
     costs = [(work or default_work)(length) for length in lengths]
     fewest = -(-sum(lengths) // (token_budget * num_ranks))
-    for count in range(fewest, len(lengths) // num_ranks + 1):
+    for count in range(fewest + -fewest % multiple_of, len(lengths) // num_ranks + 1, multiple_of):
         bins = _fill(lengths, costs, count * num_ranks, token_budget)
         if bins is not None:
             return _distribute(bins, costs, num_ranks)

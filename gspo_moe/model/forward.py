@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from gspo_moe.model.attention import AttentionParams, KVCache, attention_params
-from gspo_moe.model.build import Model
+from gspo_moe.model.build import Model, unwrap
+from gspo_moe.model.inputs import ModelInput, PaddedInput, pad_inputs
 from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
-from gspo_moe.types import Microbatch
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """One pack as the model takes it: a multiple of the tensor-parallel size long, under sequence parallelism.
-
-    num_tokens: real tokens T; the padding behind them forms sequences of its own.
-    """
-
-    input_ids_1P: torch.Tensor
-    position_ids_1P: torch.Tensor
-    attention: AttentionParams
-    num_tokens: int
 
 
 class Head(Protocol):
@@ -46,46 +31,6 @@ def no_recording(index: int, chunk: torch.nn.Module, num_tokens: int) -> context
     return contextlib.nullcontext()
 
 
-def model_input(
-    model: Model,
-    input_ids_T: torch.Tensor,
-    position_ids_T: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    cache: KVCache | None = None,
-    rows_T: torch.Tensor | None = None,
-    decode: bool = False,
-    rows_in_order: bool = False,
-) -> ModelInput:
-    """Pads a pack to what sequence parallelism divides and prepares its attention.
-
-    With a cache, padding tokens go to its last row, which the caller keeps free for them.
-    """
-    count = input_ids_T.numel()
-    multiple = model.groups.layout.tensor if model.groups.layout.sequence_parallel else 1
-    extra = -count % multiple
-    if extra:
-        input_ids_T = torch.cat([input_ids_T, input_ids_T.new_zeros(extra)])
-        position_ids_T = torch.cat([position_ids_T, torch.arange(extra, device=position_ids_T.device)])
-        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + extra])
-        if rows_T is not None and cache is not None:
-            rows_T = torch.cat([rows_T, rows_T.new_full((extra,), cache.rows - 1)])
-    attention = attention_params(
-        position_ids_T,
-        cu_seqlens,
-        model.architecture,
-        cache=cache,
-        rows_T=rows_T,
-        decode=decode,
-        rows_in_order=rows_in_order and not extra,
-    )
-    return ModelInput(input_ids_T[None], position_ids_T[None], attention, count)
-
-
-def microbatch_input(model: Model, microbatch: Microbatch) -> ModelInput:
-    return model_input(model, microbatch.input_ids_T, microbatch.position_ids_T, microbatch.cu_seqlens)
-
-
 def run(
     model: Model,
     inputs: Sequence[ModelInput],
@@ -98,22 +43,30 @@ def run(
 
     Other stages get an empty list. The loss that `head` returns is summed over packs: megatron-core's division by the
     number of packs is undone here. Gradients stay in the chunks' gradient buffers, reduced as megatron-core does when
-    its finalize function is set. Virtual pipelining takes a multiple of the pipeline size: the last pack is run again
-    to fill up, its loss times zero (the router's auxiliary loss still counts it).
+    its finalize function is set. Every data-parallel rank calls it with equally many packs; a pack may be empty.
+    Virtual pipelining takes a multiple of the pipeline size: a pass without backward is filled up with the last pack.
     """
-    rounds_of = model.groups.pipeline.size() if len(model.chunks) > 1 else 1
-    packs = [*inputs, *[inputs[-1]] * (-len(inputs) % rounds_of)]
+    fillers = -len(inputs) % model.groups.pipeline.size() if len(model.chunks) > 1 else 0
+    assert not (backward and fillers), "the router's auxiliary loss would count the fillers"
+    padded = pad_inputs(model, inputs)
+    packs = [*padded, *[padded[-1]] * fillers]
     count = len(packs)
 
-    def step(data: Iterator[tuple[int, ModelInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    def step(data: Iterator[tuple[int, PaddedInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, item = next(data)
         filler = index >= len(inputs)
         with contextlib.nullcontext() if filler else record(index, chunk, item.num_tokens):
-            output = chunk(item.input_ids_1P, item.position_ids_1P, None, packed_seq_params=item.attention)
+            output = chunk(
+                item.input_ids_1P,
+                item.position_ids_1P,
+                None,
+                packed_seq_params=item.attention,
+                padding_mask=_stage_mask(model, chunk, item.padding_mask),
+            )
 
         def finish(logits_1PV: torch.Tensor, non_loss_data: bool = False) -> Any:
             if filler:
-                return None if non_loss_data else ((logits_1PV * 0.0).sum(), None)
+                return None
             loss, kept = head(index, logits_1PV[0, : item.num_tokens])
             if non_loss_data:
                 return kept
@@ -136,6 +89,13 @@ def run(
             collect_non_loss_data=not backward,
         )
     return kept[: len(inputs)]
+
+
+def _stage_mask(model: Model, chunk: torch.nn.Module, mask_1P: torch.Tensor | None) -> torch.Tensor | None:
+    """The padding mask as GPTModel wants it: it scatters the mask along the sequence on the first stage alone."""
+    if mask_1P is None or not model.config.sequence_parallel or unwrap(chunk).pre_process:
+        return mask_1P
+    return mask_1P.chunk(model.groups.tensor.size(), dim=1)[model.groups.tensor.rank()]
 
 
 def mask_padded_vocab(model: Model, logits_TV: torch.Tensor) -> tuple[torch.Tensor, int]:

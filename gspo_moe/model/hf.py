@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,12 @@ from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_entries
 
 MAIN = 0
 EXPORTED_BY = "gspo_moe_version"
+
+TensorStream = Iterator[tuple[str, torch.Tensor]]
+
+
+def itself(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter
 
 
 @torch.no_grad()
@@ -41,13 +47,13 @@ def export_hf(
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_weights(_whole_tensors(model), partial, max_shard_bytes)
+        _write_weights(whole_tensors(model), partial, max_shard_bytes)
         _write_config(model, partial, tokenizer)
         if tokenizer is not None:
             tokenizer.save(partial)
         _replace(partial, folder)
     else:
-        for _ in _whole_tensors(model):
+        for _ in whole_tensors(model):
             raise AssertionError("only the first rank gets whole tensors")
     dist.barrier()
 
@@ -63,9 +69,12 @@ def _refusal(folder: Path) -> str | None:
     return f"{folder} exists and was not exported by gspo_moe, so it is not replaced; name another folder"
 
 
-def _whole_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every HF tensor on the first rank's CPU, in the order of the layers; nothing on the others, which send."""
-    mine = {(entry.hf_names, entry.index): (entry, parameter) for entry, parameter in local_entries(model)}
+def whole_tensors(model: Model, read: Callable[[torch.nn.Parameter], torch.Tensor] = itself) -> TensorStream:
+    """Every HF tensor on the first rank's CPU, in the order of the layers; nothing on the others, which send.
+
+    read: what of a parameter is meant, of its shape: itself, or its gradient.
+    """
+    mine = {(entry.hf_names, entry.index): (entry, read(parameter)) for entry, parameter in local_entries(model)}
     plans: list[list[tuple[Entry, torch.dtype]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(plans, [(entry, parameter.dtype) for entry, parameter in mine.values()])
     holders: dict[tuple[tuple[str, ...], int], int] = {}

@@ -21,6 +21,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.model.attention import PackedAttention
+from gspo_moe.model.router import PaddingAwareRouter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,7 +57,7 @@ def transformer_config(architecture: Architecture, layout: Layout, config: Confi
         moe_router_load_balancing_type="aux_loss" if config.routing.aux_loss_coeff else "none",
         moe_aux_loss_coeff=config.routing.aux_loss_coeff,
         moe_router_dtype=None if config.routing.router_dtype == "model" else config.routing.router_dtype,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=config.parallel.dispatcher,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -79,7 +80,8 @@ def transformer_config(architecture: Architecture, layout: Layout, config: Confi
         expert_tensor_parallel_size=layout.expert_tensor,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=pipelined,
+        # megatron-core refuses variable lengths with the allgather dispatcher, for which packs are equally long anyway.
+        variable_seq_lengths=pipelined and config.parallel.dispatcher != "allgather",
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         **_recompute(config.parallel.recompute),
@@ -110,6 +112,7 @@ def layer_spec(architecture: Architecture) -> ModuleSpec:
     experts = get_moe_module_spec_for_backend(
         backend=LocalSpecProvider(), num_experts=architecture.num_experts, moe_grouped_gemm=False
     )
+    experts.submodules.router = PaddingAwareRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

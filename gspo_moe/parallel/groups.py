@@ -65,13 +65,9 @@ def world_size_from_environment() -> int:
 
 
 def initialize(layout: Layout, seed: int, timeout_minutes: float = 10.0) -> Groups:
-    """Joins the job's process group and builds megatron-core's groups for `layout`; `seed` feeds its RNG tracker."""
-    here = device()
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
-        dist.init_process_group(here.backend, timeout=timeout)
-    else:
-        dist.init_process_group(here.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    """Joins the job, unless this process has, and builds megatron-core's groups for `layout`; `seed` feeds its RNGs."""
+    if not dist.is_initialized():
+        _join(datetime.timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -96,8 +92,21 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float = 10.0) -> Grou
     )
 
 
+def _join(timeout: datetime.timedelta) -> None:
+    here = device()
+    if "RANK" in os.environ:
+        dist.init_process_group(here.backend, timeout=timeout)
+    else:
+        dist.init_process_group(here.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def leave_layout() -> None:
+    """Takes down the groups of one layout and stays in the job; `initialize` may build another layout's."""
+    parallel_state.destroy_model_parallel()
+
+
 def shut_down() -> None:
-    """Takes the groups down; a later `initialize` may build others in the same process."""
+    """Takes the groups down. Before another `initialize` the ranks need a new MASTER_PORT: the old store stays."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

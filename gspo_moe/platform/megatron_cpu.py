@@ -53,6 +53,11 @@ ANSWERS = (
         "the same call with lists",
         "the token dispatcher keeps split sizes as CPU tensors; gloo wants lists",
     ),
+    Answer(
+        "torch.distributed.all_gather and reduce_scatter of uneven parts",
+        "the same through all_to_all_single",
+        "with expert and expert tensor parallelism ranks gather unequal token counts; gloo wants equal parts",
+    ),
     Answer("torch.compile and torch.jit.script fusions", "plain Python", "small fusions cost more to compile on CPU"),
     Answer(
         "moe_utils.te_general_gemm",
@@ -151,6 +156,30 @@ def _all_to_all_single(
     return torch.distributed.all_to_all_single(
         output, input, _splits_as_list(output_split_sizes), _splits_as_list(input_split_sizes), **kwargs
     )
+
+
+def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+    sizes = [len(output) for output in outputs]
+    if len(set(sizes)) == 1:
+        return torch.distributed.all_gather(outputs, tensor, group=group, **kwargs)
+    received = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+    copies = torch.cat([tensor] * len(sizes))
+    torch.distributed.all_to_all_single(received, copies, sizes, [len(tensor)] * len(sizes), group=group)
+    for output, part in zip(outputs, received.split(sizes), strict=True):
+        output.copy_(part)
+    return None
+
+
+def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
+    sizes = [len(part) for part in inputs]
+    if len(set(sizes)) == 1:
+        return torch.distributed.reduce_scatter(output, inputs, group=group, **kwargs)
+    received = output.new_empty(len(sizes), *output.shape)
+    torch.distributed.all_to_all_single(
+        received.flatten(0, 1), torch.cat(inputs), [len(output)] * len(sizes), sizes, group=group
+    )
+    torch.sum(received, dim=0, out=output)
+    return None
 
 
 def _constants_for_cpu(code: CodeType) -> CodeType:
@@ -268,7 +297,12 @@ def prepare_megatron() -> bool:
     overlay = _Overlay(
         torch,
         cuda=_cuda_overlay(),
-        distributed=_Overlay(torch.distributed, all_to_all_single=_all_to_all_single),
+        distributed=_Overlay(
+            torch.distributed,
+            all_to_all_single=_all_to_all_single,
+            all_gather=_all_gather,
+            reduce_scatter=_reduce_scatter,
+        ),
     )
     sys.meta_path.insert(0, _Finder(overlay))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]

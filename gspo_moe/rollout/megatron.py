@@ -3,7 +3,7 @@
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
 each unfinished sequence. Finished sequences leave the batch at once; the cache is compacted when a quarter of its rows
 stand idle. Invariants: experts span data-parallel ranks, so every rank runs the same number of forward passes (a rank
-with nothing left feeds one padding token to the cache's spare last row); a sample depends on its request's uid, its
+with nothing left feeds an empty pack); a sample depends on its request's uid, its
 index and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most.
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from gspo_moe.errors import RolloutError
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import ModelInput, mask_padded_vocab, model_input, run
+from gspo_moe.model.forward import mask_padded_vocab, run
+from gspo_moe.model.inputs import ModelInput
 from gspo_moe.platform import device
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.sampling import sample, uniforms
@@ -45,7 +46,7 @@ class _Sequence:
 
 
 class MegatronEngine:
-    """Generates with a Model in place; a rank decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack."""
+    """Generates with a Model in place. max_batch: sequences a rank decodes at once. prefill_tokens: most a pack holds."""
 
     def __init__(self, model: Model, max_batch: int, prefill_tokens: int) -> None:
         self._model = model
@@ -145,39 +146,37 @@ class MegatronEngine:
             room -= len(request.prompt_ids)
         packs += [[] for _ in range(self._most(len(packs)) - len(packs))]
         inputs = [self._prefill_input([(row, requests[row].prompt_ids) for row in pack], cache) for pack in packs]
-        last = [item.attention.cu_seqlens_q[1 : len(pack) + 1] - 1 for item, pack in zip(inputs, packs, strict=True)]
-        logits = self._logits(inputs, last)
+        logits = self._logits(inputs, [item.cu_seqlens[1:] - 1 for item in inputs])
         return None if logits is None else torch.cat(logits)
 
     def _prefill_input(self, prompts: list[tuple[int, tuple[int, ...]]], cache: KVCache) -> ModelInput:
-        prompts = prompts or [(cache.rows - 1, (0,))]
-        lengths = torch.tensor([len(ids) for _, ids in prompts], device=self._device)
-        return model_input(
-            self._model,
-            torch.tensor([token for _, ids in prompts for token in ids], device=self._device),
-            torch.cat([torch.arange(len(ids), device=self._device) for _, ids in prompts]),
+        lengths = self._ints([len(ids) for _, ids in prompts])
+        return ModelInput(
+            self._ints([token for _, ids in prompts for token in ids]),
+            self._ints([position for _, ids in prompts for position in range(len(ids))]),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             cache=cache,
-            rows_T=torch.repeat_interleave(torch.tensor([row for row, _ in prompts], device=self._device), lengths),
+            rows_T=torch.repeat_interleave(self._ints([row for row, _ in prompts]), lengths),
         )
 
     def _decode(self, active: list[_Sequence], cache: KVCache) -> torch.Tensor | None:
         """Feeds each sequence its newest token; logits [N, V] behind them on the last stage."""
-        tokens = [s.response_ids[-1] for s in active] or [0]
-        positions = [s.next_position for s in active] or [0]
-        rows = [s.row for s in active] or [cache.rows - 1]
-        item = model_input(
-            self._model,
-            torch.tensor(tokens, device=self._device),
-            torch.tensor(positions, device=self._device),
-            torch.arange(len(tokens) + 1, device=self._device),
+        rows = [sequence.row for sequence in active]
+        every = torch.arange(len(active) + 1, device=self._device)
+        item = ModelInput(
+            self._ints([sequence.response_ids[-1] for sequence in active]),
+            self._ints([sequence.next_position for sequence in active]),
+            every,
             cache=cache,
-            rows_T=torch.tensor(rows, device=self._device),
+            rows_T=self._ints(rows),
             decode=True,
             rows_in_order=rows == list(range(len(rows))),
         )
-        logits = self._logits([item], [torch.arange(len(active), device=self._device)])
+        logits = self._logits([item], [every[:-1]])
         return None if logits is None else logits[0]
+
+    def _ints(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _logits(self, inputs: list[ModelInput], positions: list[torch.Tensor]) -> list[torch.Tensor] | None:
         """Whole-vocabulary logits at the given positions of each pack, on every rank of the last stage."""

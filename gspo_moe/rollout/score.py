@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import microbatch_input, no_recording, run, token_log_probs
+from gspo_moe.model.forward import no_recording, run, token_log_probs
+from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import Microbatch
 
@@ -27,6 +28,6 @@ def score(
     def head(index: int, logits_TV: torch.Tensor) -> tuple[None, torch.Tensor]:
         return None, token_log_probs(model, logits_TV, microbatches[index].target_ids_T, temperature)
 
-    inputs = [microbatch_input(model, microbatch) for microbatch in microbatches]
+    inputs = [microbatch_input(microbatch) for microbatch in microbatches]
     record = no_recording if recorder is None else recorder.scope
     return run(model, inputs, head, backward=False, record=record)

@@ -29,9 +29,12 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
 
     log_probs: one value (nats, temperature 1) for each token after the first. With routes, `routes` has one entry a
     log-prob: the experts [layer][slot] that the position which predicted that token picked.
-    Raises DataError, naming the line, for what is no such line or does not fit the model.
+    Raises DataError, naming the line, for what is no such line or does not fit the model, and for an `output` that
+    cannot be written.
     """
     check_files(config)
+    if output.is_dir() or not output.parent.is_dir():
+        raise DataError(f"{output} cannot be written; give a file in a folder that exists")
     architecture = config.model.architecture()
     sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_position_embeddings))
     world_size = world_size_from_environment()
@@ -51,7 +54,11 @@ def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[
     """The token ids of each line. Raises DataError for a missing file or a line that cannot be scored."""
     if not data.is_file():
         raise DataError(f'{data} does not exist; give a file of lines {{"token_ids": [...]}}')
-    for number, line in enumerate(data.read_text().splitlines(), start=1):
+    try:
+        text = data.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f'{data} is not UTF-8 text ({error.reason}); give lines {{"token_ids": [...]}}') from error
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             ids = json.loads(line)["token_ids"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -92,7 +92,7 @@ def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, An
     for index, chunk in enumerate(model.gpt_chunks):
         state[f"model_{index}"] = chunk.sharded_state_dict(prefix=f"model_{index}." if len(model.chunks) > 1 else "")
     shards = state["model_0"] if len(model.chunks) == 1 else {k: v for s in list(state.values()) for k, v in s.items()}
-    state["optimizer"] = optimizer.megatron.sharded_state_dict(shards, is_loading=loading)
+    state["optimizer"] = optimizer.sharded_state(shards, loading=loading)
     state["rng"] = _rng_state(model.groups)
     return state
 

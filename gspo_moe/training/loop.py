@@ -60,16 +60,18 @@ class RunLog:
             self._samples.close()
 
 
-def train(plan: Plan) -> None:
-    """Runs or continues the run that `plan` describes; a finished run stays as it is. Collective over all processes."""
+def train(plan: Plan) -> bool:
+    """Runs or continues the run that `plan` describes; False for a finished one, which stays as it is. Collective."""
     session = open_session(plan)
     trainer = open_trainer(session)
     config, export = plan.config, session.run_path / "hf"
-    if trainer.progress.step < config.schedule.steps:
+    unfinished = trainer.progress.step < config.schedule.steps
+    if unfinished:
         _run(trainer)
     if config.checkpoint.export_hf:
         export_hf(session.model, export, plan.tokenizer)
     session.close()
+    return unfinished
 
 
 def _run(trainer: Trainer) -> None:

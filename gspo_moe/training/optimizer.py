@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -18,11 +21,13 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 
 STATE = ("params", "step")  # what is state, not setting, in a parameter group
+# Each data-parallel rank writes and reads its own shards; megatron-core refuses to write its default format.
+SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: non-finite gradients."""
+    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: a gradient was not finite."""
 
     grad_norm: float
     learning_rate: float
@@ -70,14 +75,28 @@ class Optimizer:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.megatron.scale_loss
 
+    @torch.no_grad()
     def load(self, state: dict[str, Any], updates: int) -> None:
         """Goes on after `updates` updates from megatron-core's optimizer state; all settings stay the config's own."""
         settings = [{k: v for k, v in group.items() if k not in STATE} for group in self.megatron.param_groups]
         self.megatron.load_state_dict(state)
+        for part in self._distributed():
+            _restore_steps(part)
         for group, own in zip(self.megatron.param_groups, settings, strict=True):
             group.update(own)
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=updates + self._ahead)
+
+    def sharded_state(self, model_shards: dict[str, Any], *, loading: bool) -> Any:
+        """megatron-core's optimizer state, to be saved or, with `loading`, to be filled, cut along `model_shards`."""
+        if loading:
+            for part in self._distributed():
+                if not part.optimizer.state:
+                    part._init_optimizer_states_with_dummy_values()
+        return self.megatron.sharded_state_dict(model_shards, is_loading=loading, metadata=SHARDING)
+
+    def _distributed(self) -> list[DistributedOptimizer]:
+        return [part for part in self.megatron.chained_optimizers if isinstance(part, DistributedOptimizer)]
 
     def zero_grad(self) -> None:
         for chunk in self._wrapped:
@@ -85,10 +104,24 @@ class Optimizer:
         self.megatron.zero_grad()
 
     def update(self) -> UpdateResult:
+        """Takes one step with the gradients at hand, or none where one is not finite; the schedule moves on."""
         learning_rate = float(self.megatron.param_groups[0]["lr"])
-        succeeded, grad_norm, _ = self.megatron.step()
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.megatron.step()
         self.scheduler.step(increment=1)
-        return UpdateResult(float(grad_norm), learning_rate, skipped=not succeeded)
+        return UpdateResult(grad_norm, learning_rate, skipped=not finite)
+
+
+def _restore_steps(part: DistributedOptimizer) -> None:
+    # Loading leaves torch's Adam one `step` tensor for all parameters, and an old value in it.
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = part.optimizer.state[parameter]
+            if "step" in state:
+                state["step"] = torch.tensor(float(group["step"]))
 
 
 def _wrap(config: Config, model: Model) -> list[DistributedDataParallel]:

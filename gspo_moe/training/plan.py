@@ -9,6 +9,7 @@ from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import megatron_version
+from gspo_moe.rollout.megatron import make_stop_ids
 from gspo_moe.tasks import make_task
 from gspo_moe.training.session import Plan
 
@@ -26,6 +27,7 @@ def make_plan(config: Config) -> Plan:
         return [prompt.text for prompt in prompts] + answers
 
     tokenizer = load_tokenizer(config.tokenizer, config.model.hf, texts, config.run_path)
+    make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     if tokenizer.vocab_size > architecture.vocab_size:
         raise ConfigError(

@@ -15,6 +15,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.schedule import plan_microbatches, split_mini_batches
+from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
@@ -126,16 +127,22 @@ def _minibatches(trainer: Trainer, answers: Answers, advantages: Sequence[float]
     for indices in split_mini_batches(
         len(answers.groups), config.rollout.samples_per_prompt, config.algorithm.mini_batches
     ):
-        packs = pack_share([samples[i] for i in indices], groups.layout.data, groups.data_rank, config)
+        packs = pack_share([samples[i] for i in indices], groups, config)
         minibatches.append(Minibatch(packs, len(indices)))
     return minibatches
 
 
-def pack_share(samples: Sequence[TrainingSample], ranks: int, rank: int, config: Config) -> list[Microbatch]:
+def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config) -> list[Microbatch]:
     """This rank's packs of a batch that all ranks know, on this process's device."""
     lengths = [len(sample.token_ids) - 1 for sample in samples]
-    plan = plan_microbatches(lengths, ranks, config.schedule.micro_batch_tokens)
-    return [pack(samples, indices).to(device().torch_device) for indices in plan[rank]]
+    layout = groups.layout
+    plan = plan_microbatches(
+        lengths,
+        layout.data,
+        config.schedule.micro_batch_tokens,
+        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
+    )
+    return [pack(samples, indices).to(device().torch_device) for indices in plan[groups.data_rank]]
 
 
 def _old_policy(

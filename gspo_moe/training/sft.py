@@ -18,7 +18,7 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
     with session.timers("step"):
         source = PromptSource(session.plan.task, "sft", progress.prompt_position)
         samples = [demonstration(session.plan, prompt) for prompt in source.take(config.schedule.sft_batch)]
-        packs = pack_share(samples, groups.layout.data, groups.data_rank, config)
+        packs = pack_share(samples, groups, config)
         num_tokens = sum(sum(sample.response_mask) for sample in samples)
         statistics, update = train_supervised(session.model, trainer.optimizer, packs, num_tokens)
     trainer.progress = replace(

@@ -15,7 +15,8 @@ from gspo_moe.algorithms import PolicyStatistics, policy_loss
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import first_choice, microbatch_input, no_recording, run, token_log_probs
+from gspo_moe.model.forward import first_choice, no_recording, run, token_log_probs
+from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
@@ -114,7 +115,7 @@ def _step(
     optimizer.zero_grad()
     kept = run(
         model,
-        [microbatch_input(model, pack) for pack in microbatches],
+        [microbatch_input(pack) for pack in microbatches],
         scaled,
         backward=True,
         record=no_recording if recorder is None else recorder.scope,

@@ -1,0 +1,323 @@
+"""Shows that every parallel layout gives the numbers of one process: `python tools/check_layouts.py [--worlds 1 2 4 8]`.
+
+For each layout a small random model takes three GSPO steps on the same sequences. Compared with the run of one process,
+tensor by tensor (largest difference over largest value): loss, gradient norm, every gathered gradient of the first step,
+parameters after the third step, log-probs and routing metrics; routes and greedy text must be equal. Exit code 1 where
+something differs by more than the tolerance.
+
+Shape letters: T tokens of a pack, N sequences of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.2,
+    "max_position_embeddings": 128, "rope_theta": 10_000.0,
+}  # fmt: skip
+TOLERANCE = 1e-5
+STEPS = 3
+SEQUENCES = 16
+COLUMNS = ("loss", "grad_norm", "gradients", "parameters", "log_probs", "routing", "routes", "greedy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout: processes, the config's `parallel` keys, and other overrides."""
+
+    world: int
+    parallel: dict[str, Any]
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [f"{key}={value}" for key, value in self.parallel.items()] + list(self.more)
+        return f"{self.world}: " + (" ".join(parts) if parts else "plain")
+
+
+def cases() -> list[Case]:
+    """The matrix; the first is the reference."""
+    tied = "model.overrides.tie_word_embeddings=true"
+    split = "schedule.micro_batch_tokens=48"
+    rows: list[tuple[int, str, tuple[str, ...]]] = [
+        (1, "", ()),
+        (1, "", (split,)),
+        (1, "recompute=selective", ()),
+        (1, "recompute=full", ()),
+        (1, "distributed_optimizer=true", ()),
+        (1, "dispatcher=allgather", ()),
+        (2, "", ()),
+        (2, "distributed_optimizer=true", ()),
+        (2, "expert=2", ()),
+        (2, "expert=2 distributed_optimizer=true", (split,)),
+        (2, "expert=2 dispatcher=allgather", ()),
+        (2, "expert=2 recompute=full", ()),
+        (2, "tensor=2", ()),
+        (2, "tensor=2 distributed_optimizer=true recompute=selective", ()),
+        (2, "tensor=2 expert=2 expert_tensor=1", ()),
+        (2, "tensor=2 expert=2 expert_tensor=1 dispatcher=allgather", (split,)),
+        (2, "pipeline=2", ()),
+        (2, "pipeline=2 recompute=full", (split,)),
+        (2, "pipeline=2 dispatcher=allgather", ()),
+        (2, "pipeline=2 virtual_pipeline=2", (split,)),
+        (4, "tensor=2", ()),
+        (4, "tensor=4", ()),
+        (4, "tensor=2 expert=2", ()),
+        (4, "tensor=2 expert=2 expert_tensor=1", ()),
+        (4, "tensor=2 expert=4 expert_tensor=1 distributed_optimizer=true", ()),
+        (4, "expert=4", ()),
+        (4, "expert=2 expert_tensor=2", ()),
+        (4, "tensor=2 pipeline=2", ()),
+        (4, "pipeline=4", ()),
+        (4, "pipeline=2 expert=2", ()),
+        (4, "pipeline=2 expert=2 distributed_optimizer=true recompute=selective", ()),
+        (4, "pipeline=2 virtual_pipeline=2 expert=2", (split,)),
+        (4, "tensor=2 pipeline=2 virtual_pipeline=2 recompute=full", (split,)),
+        (8, "expert=8", ()),
+        (8, "tensor=2 pipeline=2 expert=2", ()),
+        (8, "tensor=2 pipeline=2 expert=2 expert_tensor=1 distributed_optimizer=true", ()),
+        (8, "tensor=2 pipeline=2 virtual_pipeline=2 expert=2 expert_tensor=1", (split,)),
+        (8, "tensor=4 expert=8 expert_tensor=1", ()),
+        (8, "tensor=2 expert=4 expert_tensor=1 dispatcher=allgather", ()),
+        (8, "pipeline=4 expert=2 recompute=selective", ()),
+        (1, "", (tied,)),
+        (2, "pipeline=2", (tied,)),
+        (4, "tensor=2 pipeline=2", (tied,)),
+    ]  # fmt: skip
+    return [Case(world, dict(pair.split("=") for pair in text.split()), more) for world, text, more in rows]
+
+
+def observe(case: Case) -> dict[str, Any]:
+    """Everything that must not depend on the layout; complete on the first rank. Collective."""
+    from gspo_moe.config import check_layout, load_config
+    from gspo_moe.model.build import build_model
+    from gspo_moe.model.weights import RandomSource, load_weights
+    from gspo_moe.parallel.groups import initialize, leave_layout
+    from gspo_moe.platform import megatron_version
+    from gspo_moe.routing.recorder import RouteRecorder
+
+    config = load_config(None, [*_settings(), *(f"parallel.{k}={v}" for k, v in case.parallel.items()), *case.more])
+    architecture = config.model.architecture()
+    groups = initialize(check_layout(config, architecture, case.world, megatron_version()), seed=1)
+    model = build_model(config, architecture, groups)
+    load_weights(model, RandomSource(architecture, seed=3))
+    found: dict[str, Any] = {"greedy": _greedy(model)}
+    recorder = RouteRecorder(model.chunks, architecture, groups)
+    found |= _train(config, model, recorder)
+    leave_layout()
+    return found
+
+
+def _settings() -> list[str]:
+    sizes = ", ".join(f"{name}: {value}" for name, value in SIZES.items())
+    # Adam divides by the root of squared gradients; with its usual eps it would turn rounding of the tiniest gradients
+    # into whole steps.
+    optimizer = ["optimizer.lr=1e-3", "optimizer.eps=1e-3", "optimizer.clip_grad=0.05"]
+    batch = [f"rollout.prompts_per_step={SEQUENCES * STEPS // 2}", f"algorithm.mini_batches={STEPS}"]
+    group = ["rollout.samples_per_prompt=2", "schedule.micro_batch_tokens=160"]
+    return ["model=tiny", f"model.overrides={{{sizes}}}", *optimizer, *batch, *group]
+
+
+def _samples(number: int) -> list[Any]:
+    """The sequences of one mini-batch, the same in every layout."""
+    from gspo_moe.types import TrainingSample
+
+    generator = torch.Generator().manual_seed(100 + number)
+    samples = []
+    for _ in range(SEQUENCES):
+        prompt, response = (int(torch.randint(1, high, (), generator=generator)) for high in (9, 24))
+        ids = torch.randint(SIZES["vocab_size"], (prompt + response,), generator=generator).tolist()  # type: ignore[arg-type]
+        advantage = float(torch.randn((), generator=generator))
+        mask = (0,) * prompt + (1,) * response
+        samples.append(TrainingSample(tuple(ids), mask, advantage))
+    return samples
+
+
+def _greedy(model: Any) -> list[tuple[int, ...]]:
+    from gspo_moe.parallel.reduce import gather_over_data
+    from gspo_moe.rollout.engine import Request, SamplingParams
+    from gspo_moe.rollout.megatron import MegatronEngine
+
+    params = SamplingParams(0.0, 1.0, 0, max_response_tokens=12, stop_ids=frozenset({5}), seed="")
+    requests = [Request(str(i), tuple(range(1 + i, 4 + 2 * i)), samples=1) for i in range(8)]
+    ranks, rank = model.groups.data.size(), model.groups.data_rank
+    share = requests[rank * len(requests) // ranks : (rank + 1) * len(requests) // ranks]
+    engine = MegatronEngine(model, max_batch=3, prefill_tokens=16)
+    mine = [rollouts[0].response_ids for rollouts in engine.generate(share, params, policy_version=0)]
+    return [ids for part in gather_over_data(mine, model.groups) for ids in part]
+
+
+def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
+    from gspo_moe.model.hf import whole_tensors
+    from gspo_moe.rollout.score import score
+    from gspo_moe.routing import RouteSums
+    from gspo_moe.parallel.reduce import reduce_statistics
+    from gspo_moe.training.optimizer import Optimizer
+    from gspo_moe.training.rl import pack_share
+    from gspo_moe.training.step import train_minibatch
+
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "routing": []}
+    gradients: dict[str, torch.Tensor] = {}
+    log_probs: dict[tuple[int, int], Any] = {}
+    routes: dict[tuple[int, int], Any] = {}
+
+    class WatchedOptimizer(Optimizer):
+        def update(self) -> Any:
+            # The distributed optimizer leaves each rank only its share of the reduced gradients.
+            if not gradients and not config.parallel.distributed_optimizer:
+                gradients.update((n, t.clone()) for n, t in whole_tensors(model, lambda p: p.main_grad))
+            return super().update()
+
+    optimizer = WatchedOptimizer(config, model, STEPS)
+    minibatches = [pack_share(_samples(step), model.groups, config) for step in range(STEPS)]
+    every = [pack for packs in minibatches for pack in packs]
+    scored = score(model, every, recorder=recorder)
+    old_routes = recorder.take()
+    old_log_probs = [log_probs_T + _noise(log_probs_T) for log_probs_T in scored]
+    start = 0
+    for step, packs in enumerate(minibatches):
+        stop = start + len(packs)
+        result = train_minibatch(
+            model, optimizer, packs, old_log_probs[start:stop], config.algorithm, SEQUENCES, 1.0, recorder
+        )
+        metrics = result.statistics.to_metrics()
+        found["loss"].append([metrics["loss/policy"], metrics["clip_fraction/token"], metrics["ratio/token_max"]])
+        found["grad_norm"].append(result.update.grad_norm)
+        pairs = zip(packs, old_routes[start:stop], result.routes, strict=True)
+        overlap = torch.cat([recorder.overlap(old, new)[pack.route_mask_T] for pack, old, new in pairs])
+        sums = reduce_statistics(RouteSums.from_overlap(overlap, SIZES["num_experts_per_tok"]), model.groups.data)  # type: ignore[arg-type]
+        found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
+        for number, pack in enumerate(packs, start=start):
+            bounds = pack.cu_seqlens.tolist()
+            all_layers = recorder.gather_layers(old_routes[number]).sort(dim=-1).values
+            for sample, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
+                routes[step, sample] = all_layers[a:b].clone()
+                if scored:
+                    log_probs[step, sample] = scored[number][a:b].clone()
+        start = stop
+    found["gradients"] = gradients
+    found["parameters"] = {name: tensor.clone() for name, tensor in whole_tensors(model)}
+    found["log_probs"] = _gathered(log_probs, model.groups, last_stage=True)
+    found["routes"] = _gathered(routes, model.groups)
+    return found
+
+
+def _noise(log_probs_T: torch.Tensor) -> torch.Tensor:
+    """Differs from token to token, by its log-prob alone, so that it does not depend on the packing."""
+    return 2e-3 * torch.sin(1e3 * log_probs_T.double().round(decimals=3)).float()
+
+
+def _gathered(values: dict[tuple[int, int], Any], groups: Any, last_stage: bool = False) -> torch.Tensor:
+    from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
+
+    mine = from_last_stage(values, groups) if last_stage else values
+    merged: dict[tuple[int, int], Any] = {}
+    for part in gather_over_data(mine, groups):
+        merged |= part
+    return torch.cat([merged[key] for key in sorted(merged)])
+
+
+def compare(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    """Largest relative difference a column; 0 or infinity for what must be equal; absent where nothing was observed."""
+    worst: dict[str, float] = {}
+    for column in COLUMNS:
+        ours, theirs = found[column], reference[column]
+        if column in ("routes", "greedy"):
+            same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+            worst[column] = 0.0 if same else float("inf")
+        elif isinstance(ours, dict):
+            if ours:
+                worst[column] = max(_relative(ours[name], theirs[name]) for name in theirs)
+        else:
+            worst[column] = _relative(torch.as_tensor(ours), torch.as_tensor(theirs))
+    return worst
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    difference, scale = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
+    return float(difference / scale) if scale else float(difference)
+
+
+def work(folder: Path, names: Sequence[str]) -> None:
+    """Runs the named cases of this job's world size; the first rank leaves what it observed in `folder`."""
+    torch.set_num_threads(1)
+    for number, case in enumerate(cases()):
+        if case.name in names:
+            found = observe(case)
+            if int(os.environ["RANK"]) == 0:
+                torch.save(found, folder / f"{number}.pt")
+
+
+def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple[Case, dict[str, float]]]:
+    """Observes the matrix's cases of these world sizes (or those named) and compares each with one process."""
+    chosen = [case for case in cases() if case.world in worlds and (names is None or case.name in names)]
+    references = [case for case in cases() if case.world == 1 and not case.parallel and case.more in ((), *_tied())]
+    with tempfile.TemporaryDirectory() as folder:
+        for world in sorted({1, *worlds}):
+            needed = {case.name for case in [*chosen, *references] if case.world == world}
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+            command = [*launcher, __file__, "--worker", folder, *sorted(needed)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        observed = {
+            case.name: torch.load(Path(folder) / f"{number}.pt", weights_only=False)
+            for number, case in enumerate(cases())
+            if (Path(folder) / f"{number}.pt").exists()
+        }
+    return [(case, compare(observed[case.name], observed[_reference(case, references)])) for case in chosen]
+
+
+def _tied() -> list[tuple[str, ...]]:
+    return [case.more for case in cases() if case.world == 1 and any("tie_word" in text for text in case.more)]
+
+
+def _reference(case: Case, references: Sequence[Case]) -> str:
+    tied = any("tie_word" in text for text in case.more)
+    return next(r.name for r in references if bool(r.more) == tied)
+
+
+def table(results: Sequence[tuple[Case, dict[str, float]]]) -> str:
+    """Markdown: a row a layout, the largest relative difference a column."""
+    lines = ["| processes: layout | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for case, worst in results:
+        cells = [_cell(column, worst.get(column)) for column in COLUMNS]
+        lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if column in ("routes", "greedy"):
+        return "equal" if value == 0.0 else "**differ**"
+    return f"{value:.0e}" if value <= TOLERANCE else f"**{value:.0e}**"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="world sizes to check")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(Path(options.worker[0]), options.worker[1:])
+        return 0
+    results = run(options.worlds)
+    print(table(results))
+    failed = [case.name for case, worst in results if max(worst.values()) > TOLERANCE]
+    print(f"\n{len(results) - len(failed)} of {len(results)} layouts within {TOLERANCE:g}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
