@@ -29,6 +29,7 @@ SIZES = {
 }  # fmt: skip
 TOLERANCE = 1e-5
 STEPS = 3
+TIMEOUT_MINUTES = 1.0
 SEQUENCES = 16
 COLUMNS = ("loss", "grad_norm", "gradients", "parameters", "log_probs", "routing", "routes", "greedy")
 
@@ -110,7 +111,8 @@ def observe(case: Case) -> dict[str, Any]:
 
     config = load_config(None, [*_settings(), *(f"parallel.{k}={v}" for k, v in case.parallel.items()), *case.more])
     architecture = config.model.architecture()
-    groups = initialize(check_layout(config, architecture, case.world, megatron_version()), seed=1)
+    layout = check_layout(config, architecture, case.world, megatron_version())
+    groups = initialize(layout, seed=1, timeout_minutes=TIMEOUT_MINUTES)
     model = build_model(config, architecture, groups)
     load_weights(model, RandomSource(architecture, seed=3))
     found: dict[str, Any] = {"greedy": _greedy(model)}
@@ -174,9 +176,11 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     routes: dict[tuple[int, int], Any] = {}
 
     class WatchedOptimizer(Optimizer):
+        first = not config.parallel.distributed_optimizer  # which leaves each rank a share of the reduced gradients
+
         def update(self) -> Any:
-            # The distributed optimizer leaves each rank only its share of the reduced gradients.
-            if not gradients and not config.parallel.distributed_optimizer:
+            if self.first:
+                self.first = False
                 gradients.update((n, t.clone()) for n, t in whole_tensors(model, lambda p: p.main_grad))
             return super().update()
 
@@ -185,7 +189,8 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     every = [pack for packs in minibatches for pack in packs]
     scored = score(model, every, recorder=recorder)
     old_routes = recorder.take()
-    old_log_probs = [log_probs_T + _noise(log_probs_T) for log_probs_T in scored]
+    noise = [_noise(step, pack) for step, packs in enumerate(minibatches) for pack in packs]
+    old_log_probs = [log_probs_T + noise_T for log_probs_T, noise_T in zip(scored, noise, strict=False)]
     start = 0
     for step, packs in enumerate(minibatches):
         stop = start + len(packs)
@@ -214,9 +219,13 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     return found
 
 
-def _noise(log_probs_T: torch.Tensor) -> torch.Tensor:
-    """Differs from token to token, by its log-prob alone, so that it does not depend on the packing."""
-    return 2e-3 * torch.sin(1e3 * log_probs_T.double().round(decimals=3)).float()
+def _noise(step: int, pack: Any) -> torch.Tensor:
+    """What makes old log-probs differ from the policy's: by sequence, whatever pack it is in."""
+    pieces = []
+    for sample, length in zip(pack.sample_indices, pack.cu_seqlens.diff().tolist(), strict=True):
+        generator = torch.Generator().manual_seed(1000 * step + sample)
+        pieces.append(2e-3 * torch.randn(length, generator=generator))
+    return torch.cat(pieces)
 
 
 def _gathered(values: dict[tuple[int, int], Any], groups: Any, last_stage: bool = False) -> torch.Tensor:
@@ -255,6 +264,8 @@ def work(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for number, case in enumerate(cases()):
         if case.name in names:
+            if int(os.environ["RANK"]) == 0:
+                print(case.name, file=sys.stderr, flush=True)
             found = observe(case)
             if int(os.environ["RANK"]) == 0:
                 torch.save(found, folder / f"{number}.pt")

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import is_vp_first_stage, is_vp_last_stage
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_moe.config.architecture import Architecture
@@ -68,5 +74,22 @@ def build_model(config: Config, architecture: Architecture, groups: Groups) -> M
             position_embedding_type="none",
             vp_stage=stage,
         )
+        _mark_tensor_parallel(chunk)
         chunks.append(chunk.to(device().torch_device))
     return Model(architecture, megatron_config, groups, chunks, padded_vocab)
+
+
+def _mark_tensor_parallel(chunk: GPTModel) -> None:
+    """Says which weights are shards: megatron-core does so while it initialises them, which it is told not to.
+
+    Without the mark the gradient norm counts only the first tensor rank's shard.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        if module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)

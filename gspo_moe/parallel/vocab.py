@@ -30,15 +30,15 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         target_T = wide_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~here_T, 0.0)
         statistics = torch.stack([max_T, sum_T, target_T])
         if group is not None and group.size() > 1:
-            gathered = statistics.new_empty((group.size(), *statistics.shape))
+            gathered = statistics.new_empty((group.size() * len(statistics), len(target_T)))
             dist.all_gather_into_tensor(gathered, statistics, group=group)
-            maxima_PT, sums_PT, targets_PT = gathered.unbind(dim=1)
+            maxima_PT, sums_PT, targets_PT = gathered.unflatten(0, (group.size(), -1)).unbind(dim=1)
             max_T = maxima_PT.amax(dim=0)
             sum_T = (sums_PT * torch.exp(maxima_PT - max_T)).sum(dim=0)
             target_T = targets_PT.sum(dim=0)
-        log_normalizer_T = max_T + torch.log(sum_T)
-        ctx.save_for_backward(logits_TV, log_normalizer_T, index_T, here_T)
-        return target_T - log_normalizer_T
+        log_sum_T = torch.log(sum_T)
+        ctx.save_for_backward(logits_TV, max_T + log_sum_T, index_T, here_T)
+        return target_T - max_T - log_sum_T  # in this order, since adding two large numbers first would round
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
