@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from gspo_moe.errors import ConfigError, GspoMoeError
 USER_ERROR = 2
 INTERRUPTED = 130
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# At every start megatron-core warns of missing packages, of which `gspo-moe doctor` says more, and both of deprecations.
+# torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
+PEER_GRACE_SECONDS = 5.0
+# megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
 LIBRARY_NOISE = ((r"megatron\.core", Warning), (r"torch\.distributed", FutureWarning))
 
 
@@ -42,7 +45,16 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
         options.run(options)
     except GspoMoeError as error:
         return error
+    except Exception as error:
+        if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
+            time.sleep(PEER_GRACE_SECONDS)
+        raise
     return None
+
+
+def _is_about_another_rank(error: Exception) -> bool:
+    """True for what a collective raises, which it mostly does because a peer has ended."""
+    return os.path.join("torch", "distributed") in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def _under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:
@@ -59,7 +71,8 @@ def _complain(error: GspoMoeError) -> None:
     text = f"gspo-moe: {type(error).__name__}: {error}"
     if LAUNCHER_ERROR_FILE in os.environ:
         # torchrun prints what the first rank that failed leaves here as its last words.
-        content = {"message": text, "timestamp": int(time.time())}
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": text, "extraInfo": extra}}
         Path(os.environ[LAUNCHER_ERROR_FILE]).write_text(json.dumps(content))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr)

@@ -23,10 +23,12 @@ def gspo_token(
 ) -> Objective:
     """J_i = mean_t min(s_it A_it, clip(s_it) A_it) with s_it = sg[s_i] pi(y_it) / sg[pi(y_it)], section 4.3.
 
-    log_ratio_T: float64, d with gradient; advantages: float64, [N] or one a token [T].
+    log_ratio_T: float64, d with gradient; advantages: float64, [N] or, where sequences are whole, one a token [T].
     """
     frozen_T = log_ratio_T.detach()
     ratio_T = segments.mean(frozen_T).exp()[segments.sequence_T] * (log_ratio_T - frozen_T).exp()
-    advantages_T = advantages if advantages.shape == ratio_T.shape else advantages[segments.sequence_T]
+    # [N] first: a rank that holds parts of sequences may have N tokens by chance.
+    by_sequence = advantages.shape == segments.lengths_N.shape
+    advantages_T = advantages[segments.sequence_T] if by_sequence else advantages
     value_T, clipped_T = clip(ratio_T, advantages_T, clip_low, clip_high)
     return Objective(segments.mean(value_T), segments.sum(clipped_T.double()))

@@ -1,4 +1,7 @@
-"""The policy losses of SPEC section 1 behind one call. Shape letters: T tokens of a pack, N sequences of it."""
+"""The policy losses of SPEC section 1 behind one call. Shape letters: T tokens of a pack, N sequences of it.
+
+Under context parallelism T is this rank's part of the pack; see `ratios`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 
 from gspo_moe.algorithms.grpo import grpo
 from gspo_moe.algorithms.gspo import gspo, gspo_token
-from gspo_moe.algorithms.ratios import Objective, Segments, k3, log_ratios
+from gspo_moe.algorithms.ratios import Objective, Segments, SumOverContext, k3, log_ratios, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 from gspo_moe.config.schema import SEQUENCE_LEVEL, WIDE_CLIP
 from gspo_moe.errors import ConfigError, DataError
@@ -24,16 +27,16 @@ class PolicyStatistics(Statistics):
     @torch.no_grad()
     def of_pack(cls, log_ratio_T: torch.Tensor, objective: Objective, segments: Segments) -> PolicyStatistics:
         """log_ratio_T: float64, d of `log_ratios`."""
-        every_N = torch.ones_like(segments.lengths_N, dtype=torch.bool)
-        token_sums, token_maxima = spread("token", log_ratio_T, segments.response_T)
-        sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), every_N)
+        share_N = segments.share_N
+        token_sums, token_maxima = spread("token", log_ratio_T, segments.response_T.double())
+        sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), share_N)
         sums = {
-            "tokens": segments.lengths_N.sum(),
-            "sequences": every_N.double().sum(),
-            "objective": objective.value_N.sum(),
-            "clipped_tokens": objective.clipped_tokens_N.sum(),
-            "clipped_sequences": (objective.clipped_tokens_N > 0).double().sum(),
-            "k3": segments.sum(k3(log_ratio_T)).sum(),
+            "tokens": segments.response_T.double().sum(),
+            "sequences": share_N.sum(),
+            "objective": (share_N * objective.value_N).sum(),
+            "clipped_tokens": (share_N * objective.clipped_tokens_N).sum(),
+            "clipped_sequences": (share_N * (objective.clipped_tokens_N > 0)).sum(),
+            "k3": k3(log_ratio_T).sum(),
         }
         return cls({**sums, **token_sums, **sequence_sums}, {**token_maxima, **sequence_maxima})
 
@@ -53,7 +56,10 @@ class PolicyStatistics(Statistics):
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar with graph, in the dtype of `log_probs`; sums: its mergeable statistics, detached."""
+    """loss: scalar with graph, in the dtype of `log_probs`, the whole pack's on every context-parallel rank.
+
+    sums: its mergeable statistics, detached; those of all ranks together count every token and sequence once.
+    """
 
     loss: torch.Tensor
     sums: PolicyStatistics
@@ -76,19 +82,23 @@ def policy_loss(
     clip_high: float,
     allow_wide_clip: bool = False,
     num_sequences: int | None = None,
+    sum_over_context: SumOverContext = whole_sequences,
 ) -> PolicyLoss:
     """The loss of one pack, -1/num_sequences sum_i J_i, with J_i of `gspo`, `gspo_token` or `grpo`.
 
     log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; for gspo_token
-    also one a token, [T]. cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
+    also one a token, [T], unless sequences are split over ranks. cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
     num_sequences: sequences of the whole mini-batch over all micro-batches and ranks, default N; with it, losses and
     gradients of the parts of a mini-batch add up to the mini-batch's own.
+    sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with
+    the same advantages; a sequence may have no response token, or no token, on some of them. Each rank's gradient is
+    that of the unsplit pack for its tokens.
 
     Raises ConfigError for an unknown algorithm and a clip that cannot work; DataError for shapes that do not fit, a
     sequence without response token, and num_sequences below N. Source: arXiv 2507.18071; 2402.03300 for grpo.
     """
     _check_options(algorithm, clip_low, clip_high, allow_wide_clip)
-    segments = Segments.of_pack(cu_seqlens, response_mask)
+    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
     _check_advantages(algorithm, advantages, segments)
     local_sequences = segments.lengths_N.numel()
@@ -122,7 +132,7 @@ def _check_options(algorithm: str, clip_low: float, clip_high: float, allow_wide
 
 def _check_advantages(algorithm: str, advantages: torch.Tensor, segments: Segments) -> None:
     shapes = {"[N]": segments.lengths_N.shape}
-    if algorithm == "gspo_token":
+    if algorithm == "gspo_token" and segments.sum_over_context is whole_sequences:
         shapes["[T]"] = segments.sequence_T.shape
     if advantages.shape not in shapes.values():
         fitting = " or ".join(f"{letters} = {list(shape)}" for letters, shape in shapes.items())

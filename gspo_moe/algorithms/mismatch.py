@@ -1,6 +1,6 @@
 """How far the rollout engine's log-probs lie from the trainer's at equal weights (SPEC section 3).
 
-Shape letters: T tokens of a pack, N sequences of it.
+Shape letters: T tokens of a pack (under context parallelism, of this rank's part of it), N sequences of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gspo_moe.algorithms.ratios import Segments, k3, log_ratios
+from gspo_moe.algorithms.ratios import Segments, SumOverContext, k3, log_ratios, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 
 
@@ -28,22 +28,27 @@ class MismatchStatistics(Statistics):
 
 @torch.no_grad()
 def mismatch(
-    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, cu_seqlens: torch.Tensor, response_mask: torch.Tensor
+    log_probs: torch.Tensor,
+    rollout_log_probs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    sum_over_context: SumOverContext = whole_sequences,
 ) -> MismatchStatistics:
     """Statistics of d = log_probs - rollout_log_probs, trainer over rollout.
 
     log_probs, rollout_log_probs: floats [T] in nats; cu_seqlens: int [N + 1]; response_mask: [T], 0 or 1.
+    sum_over_context: as for `policy_loss`.
     Figures: mean exp(-d) - 1 + d; share of tokens with max(p/q, q/p) > 2; sequence ratios exp(mean_t d), which, unlike
     exp(sum_t d), keep their scale on long responses. Raises DataError for shapes that do not fit or an empty response.
     """
-    segments = Segments.of_pack(cu_seqlens, response_mask)
+    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
-    every_N = torch.ones_like(segments.lengths_N, dtype=torch.bool)
-    sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), every_N)
+    sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), segments.share_N)
     sums = {
-        "tokens": segments.lengths_N.sum(),
-        "sequences": every_N.double().sum(),
-        "k3": segments.sum(k3(log_ratio_T)).sum(),
+        "tokens": segments.response_T.double().sum(),
+        "sequences": segments.share_N.sum(),
+        "k3": k3(log_ratio_T).sum(),
         "tokens_above_2": (log_ratio_T.abs() > math.log(2.0)).double().sum(),
     }
     return MismatchStatistics({**sums, **sequence_sums}, sequence_maxima)

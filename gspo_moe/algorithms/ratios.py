@@ -1,17 +1,29 @@
 """Importance ratios of packed sequences: which token belongs to which, sums and means over responses, clipping.
 
-Shape letters: T tokens of a pack, N sequences of it. All arithmetic is float64: a GSPO clip of 3e-4 leaves no room
+Under context parallelism a rank holds some tokens of every sequence. Sums over a sequence then go over the ranks of the
+context-parallel group as well, so each rank knows the whole sequence's ratio and the gradient for its own tokens.
+
+Shape letters: T tokens of a pack (of this rank's part of it), N sequences of it. All arithmetic is float64: a GSPO clip of 3e-4 leaves no room
 for the rounding of a float32 sum over thousands of tokens, and T numbers cost nothing next to a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from gspo_moe.errors import DataError
+
+# [N] in, the sum over the ranks that share the sequences out, on each of them; the gradient passes unchanged.
+SumOverContext = Callable[[torch.Tensor], torch.Tensor]
+
+
+def whole_sequences(values_N: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks where each sequence lies on one rank."""
+    return values_N
 
 
 @dataclass(frozen=True)
@@ -20,19 +32,28 @@ class Segments:
 
     sequence_T: int64, the index in N of each token's sequence.
     response_T: bool, True on response tokens.
-    lengths_N: float64, response tokens |y_i| a sequence, at least 1.
+    lengths_N: float64, response tokens |y_i| of the whole sequence, at least 1.
+    share_N: float64, the part of them that this rank holds. What is counted a sequence is weighted by it, so that
+        statistics, added up over ranks, count each sequence once.
     """
 
     sequence_T: torch.Tensor
     response_T: torch.Tensor
     lengths_N: torch.Tensor
+    share_N: torch.Tensor
+    sum_over_context: SumOverContext
 
     @classmethod
-    def of_pack(cls, cu_seqlens: torch.Tensor, response_mask: torch.Tensor) -> Segments:
+    def of_pack(
+        cls,
+        cu_seqlens: torch.Tensor,
+        response_mask: torch.Tensor,
+        sum_over_context: SumOverContext = whole_sequences,
+    ) -> Segments:
         """Segments of a pack; waits for the device once, to check them.
 
         cu_seqlens: int [N + 1], bounds of the sequences in T; response_mask: [T], bool or any number type, 0 or 1.
-        Raises DataError for bounds that do not cover T, other mask values, and a sequence without response token.
+        Under context parallelism both are of this rank's tokens, and N is the same on every rank. Raises DataError for bounds that do not cover T, other mask values, and a sequence without response token.
         """
         if response_mask.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
             raise DataError(
@@ -45,17 +66,18 @@ class Segments:
         sequence_T = torch.searchsorted(cu_seqlens[1:], positions_T, right=True)
         response_T = response_mask != 0
         counts = torch.zeros(num_sequences + 1, dtype=torch.float64, device=cu_seqlens.device)
-        lengths_N = counts.index_add(0, sequence_T, response_T.double())[:num_sequences]
+        local_N = counts.index_add(0, sequence_T, response_T.double())[:num_sequences]
+        lengths_N = sum_over_context(local_N)
         _check_pack(cu_seqlens, response_mask, lengths_N)
-        return cls(sequence_T, response_T, lengths_N)
+        return cls(sequence_T, response_T, lengths_N, local_N / lengths_N, sum_over_context)
 
     def sum(self, values_T: torch.Tensor) -> torch.Tensor:
-        """[N] sums over each sequence's response tokens, with gradient."""
+        """[N] sums over each whole sequence's response tokens, with gradient to this rank's."""
         kept_T = torch.where(self.response_T, values_T, 0.0)
-        return kept_T.new_zeros(self.lengths_N.shape).index_add(0, self.sequence_T, kept_T)
+        return self.sum_over_context(kept_T.new_zeros(self.lengths_N.shape).index_add(0, self.sequence_T, kept_T))
 
     def mean(self, values_T: torch.Tensor) -> torch.Tensor:
-        """[N] means over each sequence's response tokens, with gradient."""
+        """[N] means over each whole sequence's response tokens, with gradient to this rank's."""
         return self.sum(values_T) / self.lengths_N
 
 
@@ -103,7 +125,7 @@ class Objective(NamedTuple):
     """What a policy loss maximises.
 
     value_N: float64, J_i with gradient; the loss is -1/N sum_i J_i.
-    clipped_tokens_N: float64, response tokens of each sequence whose gradient the clip removed.
+    clipped_tokens_N: float64, response tokens of each whole sequence whose gradient the clip removed.
     """
 
     value_N: torch.Tensor

@@ -42,25 +42,29 @@ class Statistics(ABC):
         """The metrics as Python numbers; waits for the device."""
 
 
-def spread(name: str, log_ratio: torch.Tensor, kept: torch.Tensor) -> tuple[Parts, Parts]:
-    """Sums and maxima from which `spread_metrics` reads mean, std and extremes of exp(log_ratio) where `kept`.
+def spread(name: str, log_ratio: torch.Tensor, weight: torch.Tensor) -> tuple[Parts, Parts]:
+    """Sums and maxima from which `spread_metrics` reads mean, std and extremes of exp(log_ratio).
 
-    log_ratio: float64 of any shape, finite also where not kept; kept: bool of that shape.
+    log_ratio, weight: float64 [n]; n may be 0. weight: how much of each one is counted, 0 leaves it out.
     Moments are taken about 1, where ratios lie, so that a std of 1e-6 survives the subtraction.
     """
-    deviation = torch.expm1(log_ratio)
-    kept_deviation = torch.where(kept, deviation, 0.0)
+    deviation = torch.where(weight > 0, torch.expm1(log_ratio), 0.0)
+    nothing = deviation.new_full((1,), -torch.inf)
+
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.where(weight > 0, values, -torch.inf), nothing]).max()
+
     return (
-        {f"{name}/deviation": kept_deviation.sum(), f"{name}/squared_deviation": kept_deviation.square().sum()},
         {
-            f"{name}/max": torch.where(kept, deviation, -torch.inf).max() + 1.0,
-            f"{name}/negated_min": torch.where(kept, -deviation, -torch.inf).max() - 1.0,
+            f"{name}/deviation": (weight * deviation).sum(),
+            f"{name}/squared_deviation": (weight * deviation.square()).sum(),
         },
+        {f"{name}/max": largest(deviation) + 1.0, f"{name}/negated_min": largest(-deviation) - 1.0},
     )
 
 
 def spread_metrics(name: str, prefix: str, statistics: Statistics, count: float) -> dict[str, float]:
-    """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of `count` ratios kept by `spread`."""
+    """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of `count` ratios, the weights' sum in `spread`."""
     deviation = statistics.sums[f"{name}/deviation"].item() / count
     variance = statistics.sums[f"{name}/squared_deviation"].item() / count - deviation**2
     return {

@@ -56,9 +56,10 @@ def _tokenizer(config: Config) -> Iterator[str]:
 def _logging(config: Config) -> Iterator[str]:
     run = config.run_path
     there = next(path for path in (run, *run.absolute().parents) if path.exists())
+    below = "" if there == run else f" lies below {there}, which"
     if not there.is_dir():
-        yield f"logging.run_dir={run}: {there} is a file; name a folder, which is made where it is missing"
+        yield f"logging.run_dir={run}{below} is a file; name a folder, which is made where it is missing"
     elif not os.access(there, os.W_OK):
-        yield f"logging.run_dir={run}: {there} is not writable; name another folder"
+        yield f"logging.run_dir={run}{below} is not writable; name another folder"
     if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
         yield WANDB_MISSING

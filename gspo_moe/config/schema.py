@@ -46,13 +46,17 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which model. `preset` names sizes; `hf` is a folder with config.json and, unless `random_init`, weights."""
+    """Which model. `preset` names sizes; `hf` is a folder with config.json and, unless `random_init`, weights.
+
+    backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
+    """
 
     preset: str | None = None
     hf: str | None = None
     random_init: bool = False
     overrides: dict[str, Any] = {}
     dtype: Literal["fp32", "bf16"] = "fp32"
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @field_validator("preset")
     @classmethod

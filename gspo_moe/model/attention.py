@@ -1,8 +1,10 @@
-"""Core attention of ours: packed sequences and KV-cached decoding through torch's scaled-dot-product attention.
+"""Core attention of ours: packed sequences and KV-cached decoding.
 
-megatron-core's own core attention refuses packed sequences without Transformer Engine. This one takes what
-megatron-core's SelfAttention hands over after the q/k norms, rotates by explicit positions, and attends within each
-sequence. Invariant: a token's result does not depend on which other sequences share its pack.
+It takes what megatron-core's SelfAttention hands over after the q/k norms, rotates by explicit positions, and attends
+within each sequence. Rotation, packing and cache are one code path on every backend, so that rollouts, scoring and
+training agree; a backend brings only the kernel that attends within sequences. Here that is torch's
+scaled-dot-product attention, since megatron-core's own refuses packed sequences; `model.transformer_engine` has the
+other. Invariant: a token's result does not depend on which other sequences share its pack.
 
 Shape letters: T tokens of a pack, N sequences, S longest sequence, H query heads, G key/value heads, D head size,
 B rows of the cache.
@@ -91,13 +93,14 @@ def attention_params(
     inverse_frequency = 1.0 / architecture.rope_theta ** (half / architecture.head_dim)
     angle_TD = torch.outer(position_ids_T.float(), inverse_frequency).repeat(1, 2)
     lengths_N = cu_seqlens.diff()
+    bounds = cu_seqlens.to(torch.int32)  # what Transformer Engine takes
     longest = int(lengths_N.max())
     row_T = torch.repeat_interleave(torch.arange(lengths_N.numel(), device=lengths_N.device), lengths_N)
     offset_T = torch.arange(position_ids_T.numel(), device=lengths_N.device) - cu_seqlens[row_T]
     return AttentionParams(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         cos_TD=angle_TD.cos(),
@@ -120,13 +123,10 @@ def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> t
     return x_THD * cos_TD[:, None].to(x_THD.dtype) + turned * sin_TD[:, None].to(x_THD.dtype)
 
 
-class PackedAttention(torch.nn.Module):
-    """megatron-core's core-attention interface on packed `[T, heads, D]` tensors."""
+class CachedAttention:
+    """megatron-core's core-attention interface on packed `[T, heads, D]` tensors, but for the kernel."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__()
-        self.layer_number = layer_number
-        self.softmax_scale = softmax_scale
+    layer_number: int
 
     def forward(
         self,
@@ -153,22 +153,8 @@ class PackedAttention(torch.nn.Module):
     def _within_sequences(
         self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        # Causal attention never looks right, so the grid's empty slots behind short sequences are never seen.
-        grid = (params.num_sequences, params.longest)
-
-        def spread(x: torch.Tensor) -> torch.Tensor:
-            flat = x.new_zeros(grid[0] * grid[1], *x.shape[1:]).index_copy(0, params.slot_T, x)
-            return flat.view(*grid, *x.shape[1:]).transpose(1, 2)
-
-        out = F.scaled_dot_product_attention(
-            spread(query_THD),
-            spread(key_TGD),
-            spread(value_TGD),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
-        )
-        return out.transpose(1, 2).reshape(grid[0] * grid[1], -1)[params.slot_T]
+        """Causal attention of each sequence to itself: [T, H * D], scores divided by the root of D."""
+        raise NotImplementedError
 
     def _decode(
         self, query_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams
@@ -183,7 +169,33 @@ class PackedAttention(torch.nn.Module):
             keys[rows, :, :used],
             values[rows, :, :used],
             attn_mask=visible[:, None, None],
-            scale=self.softmax_scale,
             enable_gqa=query_THD.shape[1] != keys.shape[1],
         )
         return out.reshape(query_THD.shape[0], -1)
+
+
+class PackedAttention(CachedAttention, torch.nn.Module):
+    """Attends within sequences through torch's scaled-dot-product attention on a padded grid."""
+
+    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+
+    def _within_sequences(
+        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        # Causal attention never looks right, so the grid's empty slots behind short sequences are never seen.
+        grid = (params.num_sequences, params.longest)
+
+        def spread(x: torch.Tensor) -> torch.Tensor:
+            flat = x.new_zeros(grid[0] * grid[1], *x.shape[1:]).index_copy(0, params.slot_T, x)
+            return flat.view(*grid, *x.shape[1:]).transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            spread(query_THD),
+            spread(key_TGD),
+            spread(value_TGD),
+            is_causal=True,
+            enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
+        )
+        return out.transpose(1, 2).reshape(grid[0] * grid[1], -1)[params.slot_T]

@@ -20,7 +20,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.model.spec import block_spec, transformer_config
 from gspo_moe.parallel.groups import Groups
-from gspo_moe.platform import device
+from gspo_moe.platform import choose_backend, device
 
 
 @dataclass
@@ -51,9 +51,13 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def build_model(config: Config, architecture: Architecture, groups: Groups) -> Model:
-    """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in."""
+    """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in.
+
+    Raises ConfigError where `model.backend` asks for layers that cannot run here.
+    """
     layout = groups.layout
-    megatron_config = transformer_config(architecture, layout, config)
+    backend = choose_backend(config.model.backend, config.model.dtype)
+    megatron_config = transformer_config(architecture, layout, config, backend)
     padded_vocab = -(-architecture.vocab_size // layout.tensor) * layout.tensor
     stages: list[int | None] = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     chunks: list[torch.nn.Module] = []
@@ -64,7 +68,7 @@ def build_model(config: Config, architecture: Architecture, groups: Groups) -> M
             last = last and is_vp_last_stage(stage, layout.virtual_pipeline)
         chunk = GPTModel(
             config=megatron_config,
-            transformer_layer_spec=block_spec(architecture, megatron_config, stage),
+            transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
             vocab_size=padded_vocab,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=first,
@@ -80,7 +84,7 @@ def build_model(config: Config, architecture: Architecture, groups: Groups) -> M
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:
-    """Says which weights are shards: megatron-core does so while it initialises them, which it is told not to.
+    """Says which weights are shards: megatron-core 0.16 does so while it initialises them, which it is told not to.
 
     Without the mark the gradient norm counts only the first tensor rank's shard.
     """
@@ -91,5 +95,5 @@ def _mark_tensor_parallel(chunk: GPTModel) -> None:
             dimension = 1
         else:
             continue
-        if module.weight is not None:
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dimension, stride=1)

@@ -49,7 +49,9 @@ _EXPERT = {
     "linear_fc2.weight": _Row(("down_proj.weight",), 1),
 }
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_IN_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+# Experts as modules one by one, and as the numbered weights of Transformer Engine's grouped linear layers.
+_IN_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<name>.+)")
+_IN_GROUP = re.compile(r"mlp\.experts\.(?P<name>.+\.weight)(?P<expert>\d+)")
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,10 @@ def entry_of(parameter: str, architecture: Architecture, place: Place, shapes: d
         row = _LAYER.get(inner)
         if inner == _QKV:
             blocks = architecture.num_key_value_heads // place.tensor[1]
-        in_expert = _IN_EXPERT.fullmatch(inner)
+        in_expert = _IN_EXPERT.fullmatch(inner) or _IN_GROUP.fullmatch(inner)
         if in_expert:
-            row, group = _EXPERT.get(in_expert[2]), place.expert_tensor
-            prefix += f"mlp.experts.{place.first_expert + int(in_expert[1])}."
+            row, group = _EXPERT.get(in_expert["name"]), place.expert_tensor
+            prefix += f"mlp.experts.{place.first_expert + int(in_expert['expert'])}."
     assert row is not None, f"no HF tensor is known for the parameter {parameter}"
     names = tuple(prefix + name for name in row.hf_names)
     index, count = (0, 1) if row.cut_dim is None else group

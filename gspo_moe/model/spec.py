@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,25 +21,48 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.model.attention import PackedAttention
-from gspo_moe.model.router import PaddingAwareRouter
+from gspo_moe.platform import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 leaves the name undefined where it has no Transformer Engine
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm under megatron-core's constructor; marks its weight so that sequence parallelism reduces it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _device(config: TransformerConfig) -> torch.device | None:
-    return torch.device("meta") if getattr(config, "init_model_with_meta_device", False) else None
+class LocalProvider(LocalSpecProvider):
+    """megatron-core's own linear layers and experts; its norm refuses sequence parallelism, its attention packs."""
+
+    def layer_norm(self, *_: Any, **__: Any) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return PackedAttention
 
 
-def transformer_config(architecture: Architecture, layout: Layout, config: Config) -> TransformerConfig:
-    """megatron-core's config for this model under this layout."""
+def provider_of(backend: Backend) -> BackendSpecProvider:
+    if backend.name == "local":
+        return LocalProvider()
+    from gspo_moe.model.transformer_engine import SpecProvider
+
+    return SpecProvider()
+
+
+def transformer_config(
+    architecture: Architecture, layout: Layout, config: Config, backend: Backend
+) -> TransformerConfig:
+    """megatron-core's config for this model under this layout.
+
+    What stays off on every backend: `gradient_accumulation_fusion`, which needs a build of Apex, and
+    `moe_permute_fusion`, whose kernel takes every token, padding too, to have K experts.
+    """
     dtype = DTYPES[config.model.dtype]
     pipelined = layout.pipeline > 1
     interleaved = layout.virtual_pipeline is not None
@@ -58,6 +81,7 @@ def transformer_config(architecture: Architecture, layout: Layout, config: Confi
         moe_aux_loss_coeff=config.routing.aux_loss_coeff,
         moe_router_dtype=None if config.routing.router_dtype == "model" else config.routing.router_dtype,
         moe_token_dispatcher_type=config.parallel.dispatcher,
+        moe_grouped_gemm=backend.name == "transformer_engine",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -96,30 +120,31 @@ def _recompute(kind: str) -> dict[str, Any]:
     return {}
 
 
-def layer_spec(architecture: Architecture) -> ModuleSpec:
+def layer_spec(architecture: Architecture, provider: BackendSpecProvider) -> ModuleSpec:
     """One decoder layer: RMSNorm, GQA with q/k norm, RMSNorm, router and experts."""
+    norm = provider.layer_norm(rms_norm=True)
+    head_norm = provider.layer_norm(rms_norm=True, for_qk=True)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     experts = get_moe_module_spec_for_backend(
-        backend=LocalSpecProvider(), num_experts=architecture.num_experts, moe_grouped_gemm=False
+        provider, num_experts=architecture.num_experts, moe_grouped_gemm=not isinstance(provider, LocalSpecProvider)
     )
-    experts.submodules.router = PaddingAwareRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=experts,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -127,8 +152,10 @@ def layer_spec(architecture: Architecture) -> ModuleSpec:
 
 
 def block_spec(
-    architecture: Architecture, config: TransformerConfig, virtual_stage: int | None
+    architecture: Architecture, config: TransformerConfig, backend: Backend, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (of its chunk `virtual_stage`, when interleaved) and the final norm."""
+    provider = provider_of(backend)
     count = get_num_layers_to_build(config, vp_stage=virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(architecture)] * count, layer_norm=RMSNorm)
+    layers = [layer_spec(architecture, provider)] * count
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))

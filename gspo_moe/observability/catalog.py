@@ -75,6 +75,14 @@ METRICS = (
     MetricDoc(
         "routing/staleness/flipped_layers_per_token", "layers", "layers whose set differs, a token", (MINI_BATCH,)
     ),
+    MetricDoc(
+        "routing/load/max_violation",
+        "fraction",
+        "how far the busiest expert's tokens exceed the mean, prompt and response of the training forward",
+        (LAYER,),
+    ),
+    MetricDoc("routing/load/cv", "fraction", "standard deviation over mean of the experts' tokens", (LAYER,)),
+    MetricDoc("routing/load/entropy", "nats", "entropy of the experts' shares; log E when all are equal", (LAYER,)),
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because a gradient was not finite"),

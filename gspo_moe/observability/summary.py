@@ -11,6 +11,8 @@ COMPARED = (
     ("held-out reward", "eval/reward", "{:.3f}", "{:+.3f}", 1.0),
 )
 LAST_STEP = (
+    ("loss, last step", "sft/loss", "{:.3f}"),
+    ("token accuracy, last step", "sft/token_accuracy", "{:.1%}"),
     ("reward, last step", "reward/mean", "{:.3f}"),
     ("clipped sequences", "clip_fraction/sequence", "{:.2%}"),
     ("clipped tokens", "clip_fraction/token", "{:.2%}"),
@@ -22,17 +24,20 @@ ABSENT = "-"
 
 
 def summary_table(before: Mapping[str, float], after: Mapping[str, float], last: Mapping[str, float]) -> Table:
-    """before, after: held-out metrics at start and end. last: metrics of the last step. `-` means absent."""
+    """before, after: held-out metrics at start and end. last: metrics of the last step. No row for what is absent."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for title in ("before", "after", "gain"):
         table.add_column(title, justify="right")
     for label, name, form, gain_form, scale in COMPARED:
+        if name not in before and name not in after:
+            continue
         both = name in before and name in after
         gain = gain_form.format(scale * (after[name] - before[name])) if both else ABSENT
         table.add_row(label, _shown(before, name, form), _shown(after, name, form), gain)
     for label, name, form in LAST_STEP:
-        table.add_row(label, "", _shown(last, name, form), "")
+        if name in last:
+            table.add_row(label, "", _shown(last, name, form), "")
     return table
 
 

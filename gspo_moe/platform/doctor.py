@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 import shutil
 
 import torch
 
 from gspo_moe.errors import ConfigError
+from gspo_moe.platform.backend import choose_backend, fused_adam, has_nvidia_apex, has_transformer_engine
 from gspo_moe.platform.megatron_cpu import ANSWERS, check_megatron_version, megatron_version
-
-
-def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
-def has_nvidia_apex() -> bool:
-    """True for NVIDIA's Apex, which is built from source; the package of that name on PyPI is something else."""
-    return importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex") is not None
 
 
 def report() -> str:
     """One line a part: what was found, and behind the dash what it means."""
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    backend = choose_backend("auto", "bf16")
+    adam = fused_adam()
     rows = [
         ("python", platform.python_version(), ""),
         ("device", device, "" if gpu else "no GPU: gloo, megatron-core adapted as listed below, small models only"),
@@ -41,6 +34,13 @@ def report() -> str:
             "found" if has_nvidia_apex() else "absent",
             "" if has_nvidia_apex() else "torch's AdamW, unless Transformer Engine brings its fused one",
         ),
+        ("model.backend=auto", backend.name, backend.why),
+        (
+            "optimizer",
+            f"{adam}'s FusedAdam" if adam else "torch's AdamW",
+            "megatron-core takes Transformer Engine's, else Apex's, else torch's",
+        ),
+        ("collectives", "nccl" if gpu else "gloo", "between GPUs" if gpu else "between CPU processes"),
         ("kernels", "PyTorch reference", "log-probs are computed with PyTorch operators; no fused kernels are built"),
         ("nvcc", shutil.which("nvcc") or "absent", ""),
         ("Weights & Biases", _version("wandb"), "used only when logging.wandb is set"),

@@ -26,7 +26,7 @@ import torch
 from gspo_moe.errors import ConfigError
 
 PACKAGE = "megatron.core"
-TRIED_VERSIONS = ((0, 16, 1), (0, 20, 0))
+TRIED_VERSIONS = ((0, 16, 1), (0, 20))
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def _constants_for_cpu(code: CodeType) -> CodeType:
 def _constant_for_cpu(constant: Any) -> Any:
     if isinstance(constant, CodeType):
         return _constants_for_cpu(constant)
-    if isinstance(constant, tuple):
-        return tuple(_constant_for_cpu(item) for item in constant)
+    if isinstance(constant, tuple | frozenset):
+        return type(constant)(_constant_for_cpu(item) for item in constant)
     if constant == "cuda":
         return "cpu"
     if isinstance(constant, str) and constant.startswith("torch.cuda.") and constant.endswith("Tensor"):

@@ -153,6 +153,8 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
         return
     for curve in present:
         steps, values = run.steps(curve.metric), run.values(curve.metric)
+        if panel.log:
+            values = np.where(values > 0, values, np.nan)  # a zero would draw a line out of the picture
         if curve.points:
             axes.plot(steps, values, "o", color=curve.color, label=curve.label, markersize=6, zorder=3)
             continue

@@ -58,7 +58,8 @@ class MegatronEngine:
     def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
-        Raises RolloutError for an empty prompt, a prompt longer than the model or the prefill budget takes.
+        Raises RolloutError for an empty prompt, a prompt longer than the model or the prefill budget takes, and logits
+        that are not finite.
         """
         self._check(requests, params)
         done: dict[tuple[int, int], Rollout] = {}
@@ -215,6 +216,11 @@ class MegatronEngine:
         groups = self._model.groups
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
+        if not picked[1].isfinite().all():
+            raise RolloutError(
+                "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
+                "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
+            )
         for sequence, token, log_prob in zip(active, *_columns(picked), strict=True):
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)

@@ -3,7 +3,8 @@
 Strategy: a forward hook on each router reads its routing map, only inside a `scope`. Recomputation runs the same
 routers again during the backward pass, outside any scope, and so is never recorded twice.
 
-Shape letters: T tokens of a pack, L this pipeline stage's MoE layers, A all MoE layers, K experts a token.
+Shape letters: T tokens of a pack, L this pipeline stage's MoE layers, A all MoE layers, K experts a token,
+E experts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.parallel.groups import Groups
+from gspo_moe.routing.load import expert_load
 from gspo_moe.routing.volatility import overlap_TL
 
 
@@ -33,6 +35,7 @@ class RouteRecorder:
         self._groups = groups
         self._num_layers = architecture.num_hidden_layers
         self._topk = architecture.num_experts_per_tok
+        self._num_experts = architecture.num_experts
         self._dtype = route_dtype(architecture.num_experts)
         self._current: dict[int, torch.Tensor] | None = None
         self._packs: dict[int, dict[int, torch.Tensor]] = {}
@@ -50,18 +53,20 @@ class RouteRecorder:
     @contextlib.contextmanager
     def scope(self, index: int, chunk: torch.nn.Module, num_tokens: int) -> Iterator[None]:
         """While open, routes belong to pack `index`, whose first `num_tokens` tokens are real."""
-        self._current = self._packs.setdefault(index, {})
+        found: dict[int, torch.Tensor] = {}
+        self._current = found
         try:
             yield
         finally:
             self._current = None
-        for layer, routes in self._packs[index].items():
-            if routes.shape[0] < num_tokens:
-                routes = self._gather_tokens(routes)
-            self._packs[index][layer] = routes[:num_tokens]
+        pack = self._packs.setdefault(index, {})
+        for layer, routes in found.items():
+            pack[layer] = self._gather_tokens(routes)[:num_tokens]
 
     def _gather_tokens(self, routes: torch.Tensor) -> torch.Tensor:
         # Under sequence parallelism each tensor rank routes its own stretch of the pack.
+        if not self._groups.layout.sequence_parallel:
+            return routes
         parts = [torch.empty_like(routes) for _ in range(self._groups.tensor.size())]
         dist.all_gather(parts, routes.contiguous(), group=self._groups.tensor)
         return torch.cat(parts)
@@ -80,6 +85,15 @@ class RouteRecorder:
         if self._groups.pipeline.size() > 1:
             dist.all_reduce(overlap_TA, group=self._groups.pipeline)
         return overlap_TA
+
+    def load(self, packs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tokens of these recordings [T, L, K] that each expert got, int64 [A, E], put together over the stages."""
+        load_AE = packs[0].new_zeros((self._num_layers, self._num_experts), dtype=torch.int64)
+        for routes_TLK in packs:
+            load_AE[list(self.layers)] += expert_load(routes_TLK, self._num_experts)
+        if self._groups.pipeline.size() > 1:
+            dist.all_reduce(load_AE, group=self._groups.pipeline)
+        return load_AE
 
     def gather_layers(self, routes_TLK: torch.Tensor) -> torch.Tensor:
         """Routes [T, A, K] of all layers, put together over the pipeline's stages."""

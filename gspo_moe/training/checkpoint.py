@@ -6,9 +6,11 @@ rank is done, so a run killed at any moment leaves the newest complete one as it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
@@ -68,23 +71,32 @@ def save_checkpoint(folder: Path, model: Model, optimizer: Optimizer, progress: 
 def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
     """Puts a checkpoint's state into model and optimizer. Collective over all ranks.
 
-    Raises CheckpointError where the checkpoint is of another architecture or cannot be read in this layout.
+    Raises CheckpointError where the checkpoint is of another architecture, damaged, or of another layout.
     """
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    with _readable(path):
+        common = dist_checkpointing.load_common_state_dict(str(path))
     _check_architecture(path, common.get("architecture"), model)
-    try:
+    with _readable(path):
         state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be loaded in this layout ({error}); resume with the layout that wrote it, "
-            "or start from its HF export with model.hf"
-        ) from error
     for index, chunk in enumerate(model.gpt_chunks):
         chunk.load_state_dict(state[f"model_{index}"])
     progress = Progress(**state["progress"])
     optimizer.load(state["optimizer"], progress.policy_version)
     _set_rng_state(state["rng"])
     return progress
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    # Damaged files raise almost anything, torch's CheckpointException, which is no Exception, among it.
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        raise CheckpointError(
+            f"{path} cannot be loaded in this layout ({reason}); resume with the layout that wrote it, start from its "
+            "HF export with model.hf, or, if its files are damaged, delete it to go on from the one before"
+        ) from error
 
 
 def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:

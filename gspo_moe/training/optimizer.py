@@ -78,12 +78,12 @@ class Optimizer:
     @torch.no_grad()
     def load(self, state: dict[str, Any], updates: int) -> None:
         """Goes on after `updates` updates from megatron-core's optimizer state; all settings stay the config's own."""
-        settings = [{k: v for k, v in group.items() if k not in STATE} for group in self.megatron.param_groups]
+        # Before loading: megatron-core 0.19 finds a parameter group by its settings, learning rates included.
+        for group, own in zip(_groups(state), self.megatron.param_groups, strict=True):
+            group.update({name: value for name, value in own.items() if name not in STATE})
         self.megatron.load_state_dict(state)
         for part in self._distributed():
             _restore_steps(part)
-        for group, own in zip(self.megatron.param_groups, settings, strict=True):
-            group.update(own)
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=updates + self._ahead)
 
@@ -113,6 +113,12 @@ class Optimizer:
             self.megatron.step()
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, learning_rate, skipped=not finite)
+
+
+def _groups(state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The parameter groups in megatron-core's optimizer state, which numbers its optimizers where it has several."""
+    parts = [state[number] for number in sorted(state)] if 0 in state else [state]
+    return [group for part in parts for group in part.get("optimizer", part)["param_groups"]]
 
 
 def _restore_steps(part: DistributedOptimizer) -> None:

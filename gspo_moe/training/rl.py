@@ -21,7 +21,7 @@ from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.score import score
-from gspo_moe.routing import RouteSums
+from gspo_moe.routing import LoadSums, RouteSums
 from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult, train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
@@ -57,6 +57,7 @@ def rl_step(trainer: Trainer) -> StepResult:
             results = _train(trainer, minibatches, old_log_probs)
         figures |= _policy_metrics(results)
         figures |= _routing_metrics(trainer, minibatches, old_routes, results)
+        figures |= _load_metrics(trainer, results)
         if trainer.session.config.algorithm.old_log_probs == "trainer":
             figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
         else:  # only the first mini-batch's own forward has seen the rollout's weights
@@ -231,6 +232,14 @@ def staleness_metrics(sums: RouteSums, suffix: str, layers: bool = False) -> dic
         else:
             named[f"routing/staleness/{name}{suffix}"] = value
     return named
+
+
+def _load_metrics(trainer: Trainer, results: Sequence[MinibatchResult]) -> dict[str, float]:
+    """Expert load of SPEC section 4 over all tokens of the step's training forwards."""
+    if trainer.recorder is None:
+        return {}
+    load_AE = trainer.recorder.load([routes for result in results for routes in result.routes])
+    return reduce_statistics(LoadSums.from_load(load_AE), trainer.session.groups.data).to_metrics()
 
 
 def _mismatch_metrics(

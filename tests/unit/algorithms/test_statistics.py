@@ -13,7 +13,7 @@ class Spread(Statistics):
 
 
 def statistics(log_ratio: torch.Tensor, kept: torch.Tensor) -> Spread:
-    sums, maxima = spread("x", log_ratio, kept)
+    sums, maxima = spread("x", log_ratio, kept.double())
     count: Parts = {"count": kept.double().sum()}
     return Spread({**sums, **count}, maxima)
 

@@ -71,6 +71,20 @@ def test_layers_and_experts_are_numbered_in_the_whole_model() -> None:
     assert entry.hf_names == ("model.layers.6.mlp.experts.11.down_proj.weight",)
 
 
+@pytest.mark.parametrize("layer", ["linear_fc1", "linear_fc2"])
+def test_a_grouped_weight_is_the_expert_of_its_number(layer: str) -> None:
+    sizes = architecture(num_hidden_layers=8, num_experts=24)
+    for number in (0, 3, 11):
+        one_by_one = f"decoder.layers.1.mlp.experts.local_experts.{number}.{layer}.weight"
+        grouped = f"decoder.layers.1.mlp.experts.{layer}.weight{number}"
+        pairs = zip(
+            *(entries(name, sizes, 2, layers=(2, 6), first_expert=12) for name in (one_by_one, grouped)), strict=True
+        )
+        assert all(one == other for one, other in pairs)
+    with pytest.raises(AssertionError, match="no HF tensor is known"):
+        list(entries(f"decoder.layers.0.mlp.experts.{layer}.bias0", sizes, 1))
+
+
 @pytest.mark.parametrize(("tied", "name"), [(True, "model.embed_tokens.weight"), (False, "lm_head.weight")])
 def test_the_output_layer_is_the_embedding_when_tied(tied: bool, name: str) -> None:
     (entry,) = entries("output_layer.weight", architecture(tie_word_embeddings=tied), count=1)

@@ -40,7 +40,10 @@ def test_gain_is_in_points_and_the_last_step_follows() -> None:
     ]
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
-    rows = [[cell.strip() for cell in row] for row in _rows({}, {"eval/accuracy": 0.5}, {})]
-    assert rows[1] == ["held-out accuracy", "-", "50.0%", "-"]
-    assert rows[6] == ["expert slots changed", "-"]
+def test_what_was_measured_once_is_a_dash_and_what_was_not_has_no_row() -> None:
+    rows = _rows({}, {"eval/accuracy": 0.5}, {"sft/loss": 0.25})
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["before", "after", "gain"],
+        ["held-out accuracy", "-", "50.0%", "-"],
+        ["loss, last step", "0.250"],
+    ]

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Starts gspo-moe, or a Python script, on the processes of one host or of several.
+#   bash launch/torchrun.sh [options] -- train CONFIG.yaml section.key=value ...
+#   bash launch/torchrun.sh [options] -- tools/benchmark_throughput.py CONFIG.yaml ...
+# options:
+#   --nodes N                   hosts (1); the same command is started on each of them
+#   --nproc-per-node G          processes on this host (one a GPU; 1 without a GPU)
+#   --rdzv-endpoint HOST:PORT   where several hosts meet: one of them, and a port that is free there
+#   --local-addr ADDRESS        where the others find this host (the address from which it reaches the endpoint)
+#   --dry-run                   print the command and stop
+# The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+known="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run"
+
+fail() {
+    echo "torchrun.sh: $1" >&2
+    exit 2
+}
+declare -A option=([nodes]=1 [nproc-per-node]="" [rdzv-endpoint]="" [local-addr]="")
+dry_run=
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in
+        --dry-run)
+            dry_run=yes
+            shift
+            ;;
+        --nodes | --nproc-per-node | --rdzv-endpoint | --local-addr)
+            [ $# -ge 2 ] && [ "$2" != -- ] || fail "$1 stands without its value; options are $known"
+            option[${1#--}]=$2
+            shift 2
+            ;;
+        *) fail "unknown option $1; options are $known, and what to run stands behind --" ;;
+    esac
+done
+[ $# -ge 2 ] || fail "nothing to run; end with -- train CONFIG.yaml section.key=value ..."
+shift
+for name in nodes nproc-per-node; do
+    [[ ${option[$name]:-1} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${option[$name]}: give a whole number from 1 up"
+done
+
+venv=$root/.venv
+if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/torchrun" ]; then
+    venv=$root/$(bash "$root/launch/install.sh")
+fi
+environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
+processes=gpu
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    processes=1
+    # glibc gives big buffers back to the kernel at every step otherwise, which costs a CPU run dearly.
+    environment+=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000)
+fi
+if [ "${option[nodes]}" = 1 ]; then
+    meeting=(--standalone)
+else
+    endpoint=${option[rdzv-endpoint]}
+    [ -n "$endpoint" ] || fail "--nodes ${option[nodes]} needs --rdzv-endpoint HOST:PORT, the same on every host"
+    # torchrun and gloo would go by the host's name, which to the host itself often means its loopback.
+    found=$("$venv/bin/python" "$root/launch/address.py" "$endpoint" ${option[local-addr]:+"${option[local-addr]}"})
+    read -r address interface is_host <<<"$found"
+    environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}")
+    meeting=(--nnodes "${option[nodes]}" --rdzv-backend c10d --rdzv-endpoint "$endpoint"
+        ${is_host:+--rdzv-conf "is_host=$is_host"} --local-addr "$address")
+fi
+case $1 in
+    *.py) program=("$@") ;;
+    *) program=(-m gspo_moe "$@") ;;
+esac
+command=(env "${environment[@]}" "$venv/bin/torchrun" "${meeting[@]}"
+    --nproc-per-node "${option[nproc-per-node]:-$processes}" "${program[@]}")
+if [ -n "$dry_run" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+exec "${command[@]}"

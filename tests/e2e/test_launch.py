@@ -1,0 +1,156 @@
+"""launch/torchrun.sh and launch/slurm.sbatch on two hosts, which are network namespaces joined by a cable."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import ROOT, SMALL_MODEL, SMALL_RL, Program, metrics_by_step
+
+TORCHRUN = ROOT / "launch" / "torchrun.sh"
+ONE_STEP = ("parallel.expert=4", "schedule.steps=1", "evaluation.prompts=0", "checkpoint.export_hf=false")
+# Arguments, and what the message must hold: what is wrong, and the fix.
+REFUSED = (
+    ("", "nothing to run; end with -- train CONFIG.yaml"),
+    ("--nodes 2 --", "nothing to run; end with -- train CONFIG.yaml"),
+    ("train config.yaml", "unknown option train; options are --nodes N"),
+    ("--nodes=2 -- train config.yaml", "unknown option --nodes=2; options are --nodes N"),
+    ("--nodes -- train config.yaml", "--nodes stands without its value"),
+    ("--nodes two -- train config.yaml", "--nodes two: give a whole number from 1 up"),
+    ("--nproc-per-node 0 -- train config.yaml", "--nproc-per-node 0: give a whole number from 1 up"),
+    ("--nodes 2 -- train config.yaml", "--nodes 2 needs --rdzv-endpoint HOST:PORT, the same on every host"),
+    ("--nodes 2 --rdzv-endpoint 127.0.0.1 -- train config.yaml", "give HOST:PORT of one of the hosts"),
+    ("--nodes 2 --rdzv-endpoint none.invalid:1 -- train config.yaml", "give HOST:PORT of one of the hosts"),
+    (
+        "--nodes 2 --rdzv-endpoint 127.0.0.1:1 --local-addr 198.51.100.7 -- train config.yaml",
+        "--local-addr 198.51.100.7 is no address of this host; give one that `ip address` shows",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace of that name, which is also its host name."""
+
+    name: str
+    address: str
+
+    def command(self, *command: str | Path) -> list[str | Path]:
+        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0" && exec "$@"', self.name]
+        return ["ip", "netns", "exec", self.name, *named, *command]
+
+
+def run(command: str) -> None:
+    subprocess.run(shlex.split(command), check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts, each with Debian's /etc/hosts: its own name means 127.0.1.1, the other's the other's address."""
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
+        pytest.skip("two hosts on one machine need root, iproute2 and util-linux")
+    made = [Host(f"gspo{os.getpid()}{letter}", f"10.213.7.{number}") for number, letter in ((1, "a"), (2, "b"))]
+    try:
+        run(f"ip netns add {made[0].name}")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine makes no network namespaces: {error.stderr.strip()}")
+    try:
+        run(f"ip netns add {made[1].name}")
+        run(f"ip link add {made[0].name} netns {made[0].name} type veth peer name {made[1].name} netns {made[1].name}")
+        for host, other in (made, reversed(made)):
+            for command in (
+                "link set lo up",
+                f"address add {host.address}/24 dev {host.name}",
+                f"link set {host.name} up",
+                f"route add default dev {host.name}",
+            ):
+                run(f"ip -n {host.name} {command}")
+            folder = Path("/etc/netns") / host.name
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{other.address} {other.name}\n")
+        yield made
+    finally:
+        for host in made:
+            subprocess.run(["ip", "netns", "delete", host.name], check=False, capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / host.name, ignore_errors=True)
+
+
+def training(folder: Path) -> list[str]:
+    """Arguments of one small RL step in `folder`."""
+    config = folder / "config.yaml"
+    config.write_text("model: tiny\n")
+    return ["train", str(config), *SMALL_MODEL, *SMALL_RL, *ONE_STEP, f"logging.run_dir={folder / 'run'}"]
+
+
+def finish(programs: Sequence[Program]) -> None:
+    for program in programs:
+        outcome = program.finish(seconds=300)
+        assert outcome.code == 0, outcome.stdout + outcome.stderr
+        assert outcome.left_behind == ()
+
+
+def check_run(path: Path) -> None:
+    """`parallel.expert=4` needs the ranks of both hosts, so that the step was taken means that they worked together."""
+    steps = metrics_by_step(path)
+    assert list(steps) == [1]
+    assert steps[1]["groups/count"] == 8
+    assert steps[1]["policy_version"] == 2
+    assert (path / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_torchrun_on_two_hosts(hosts: list[Host], tmp_path: Path) -> None:
+    options = ("--nodes", "2", "--nproc-per-node", "2", "--rdzv-endpoint", f"{hosts[0].address}:29400")
+    command = ["bash", TORCHRUN, *options, "--", *training(tmp_path)]
+    finish([Program(host.command(*command), tmp_path) for host in hosts])
+    check_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_slurm_on_two_hosts(hosts: list[Host], tmp_path: Path) -> None:
+    """Slurm's commands are stand-ins: scontrol names the hosts, srun runs the task on each of them."""
+    names = " ".join(host.name for host in hosts)
+    tasks = " & ".join(shlex.join(map(str, host.command())) + ' "$@"' for host in hosts)
+    stand_ins = {
+        "scontrol": f'[ "$*" = "show hostnames gspo[1-2]" ] && printf "%s\\n" {names}',
+        "srun": f"while [[ $1 == -* ]]; do shift; done\n{tasks} & wait -n && wait -n",
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gspo[1-2]",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    script = ROOT / "launch" / "slurm.sbatch"
+    finish([Program(["bash", script, "--nproc-per-node", "2", "--", *training(tmp_path)], tmp_path, **job)])
+    check_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[arguments for arguments, _ in REFUSED])
+def test_bad_arguments_are_refused_with_the_fix(arguments: str, message: str) -> None:
+    found = subprocess.run(["bash", TORCHRUN, *arguments.split()], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_the_command() -> None:
+    options = "--dry-run --nproc-per-node 3 -- train a.yaml task.options={a:1}"
+    found = subprocess.run(["bash", TORCHRUN, *options.split()], capture_output=True, text=True, check=True)
+    command = shlex.split(found.stdout)
+    assert command[0] == "env"
+    start = command.index("--standalone")
+    assert Path(command[start - 1]).name == "torchrun"
+    expected = "--standalone --nproc-per-node 3 -m gspo_moe train a.yaml task.options={a:1}"
+    assert command[start:] == expected.split()

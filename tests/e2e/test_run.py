@@ -1,0 +1,155 @@
+"""What a run leaves behind, and that a run goes on where it was stopped."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from gspo_moe.config.loading import load_config
+from gspo_moe.data.tokenizers import SentencePieceTokenizer
+from tests.e2e.conftest import FinishedRun
+from tests.e2e.program import SMALL_RL, Program, gspo_moe, json_lines, metrics_by_step, succeed
+
+RUNS = ("one_process", "quickstart")
+LAST = 8
+ROUTING = ("slot_change", "flip_rate", "any_layer_flip", "flipped_layers_per_token")
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest) -> FinishedRun:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, FinishedRun)
+    return found
+
+
+def test_the_run_folder_holds_the_resolved_config(run: FinishedRun) -> None:
+    saved = load_config(run.path / "config.yaml")
+    given = ["logging.run_dir=" + saved.logging.run_dir, f"model.hf={saved.model.hf}", *SMALL_RL]
+    expert = 2 if run.path.parent.name.startswith("quickstart") else 1
+    start = ["model.preset=null", "optimizer.warmup_updates=5"] if expert == 2 else ["model.preset=null"]
+    assert saved == load_config(None, [*start, *given, f"parallel.expert={expert}"])
+
+
+def test_every_step_is_measured(run: FinishedRun) -> None:
+    steps = metrics_by_step(run.path)
+    assert sorted(steps) == list(range(LAST + 1))
+    assert [step for step in steps if "eval/accuracy" in steps[step]] == [0, 2, 4, 6, 8]
+    for step in range(1, LAST + 1):
+        assert 0.0 <= steps[step]["reward/mean"] <= 1.0
+        assert steps[step]["policy_version"] == 2 * step
+        assert None not in steps[step].values()
+    assert max(steps[step]["reward/std"] for step in range(1, LAST + 1)) > 0
+
+
+def test_the_first_mini_batch_sees_the_old_policy_and_the_second_does_not(run: FinishedRun) -> None:
+    steps = metrics_by_step(run.path)
+    for step in range(1, LAST + 1):
+        for name in ROUTING:
+            first = steps[step][f"routing/staleness/{name}/mini_batch_1"]
+            second = steps[step][f"routing/staleness/{name}/mini_batch_2"]
+            assert first == 0.0
+            # Both mini-batches have about as many response tokens, and the step's figure is over all of them.
+            assert min(first, second) <= steps[step][f"routing/staleness/{name}"] <= max(first, second)
+        layers = [steps[step][f"routing/staleness/slot_change/layer_{layer:02d}"] for layer in range(2)]
+        assert sum(layers) / 2 == pytest.approx(steps[step]["routing/staleness/slot_change"], abs=1e-12)
+        assert steps[step]["ratio/token_min"] < 1.0 < steps[step]["ratio/token_max"]
+        assert steps[step]["mismatch/k3"] < 1e-8
+    assert max(steps[step]["routing/staleness/slot_change"] for step in steps if step) > 0
+    for level in ("sequence", "token"):
+        fractions = [steps[step][f"clip_fraction/{level}"] for step in range(1, LAST + 1)]
+        # Only the second half of a step can be clipped.
+        assert 0 < max(fractions) < 0.75
+
+
+def test_tensorboard_shows_the_same_figures(run: FinishedRun) -> None:
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    steps = metrics_by_step(run.path)
+    for name in ("reward/mean", "eval/accuracy", "routing/staleness/slot_change/mini_batch_2"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({step: steps[step][name] for step in steps if name in steps[step]})
+
+
+def test_samples_can_be_read_and_checked(run: FinishedRun) -> None:
+    samples = json_lines(run.path / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [step for step in range(1, LAST + 1) for _ in range(4)]
+    for sample in samples:
+        answer = "".join(sorted(sample["prompt"].removesuffix(">")))
+        assert sample["reward"] == float(sample["response"] == answer)
+        assert math.isfinite(sample["advantage"])
+
+
+def test_checkpoints_picture_and_table(run: FinishedRun) -> None:
+    checkpoints = sorted(path.name for path in (run.path / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000006", "step_00000008"]
+    assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    steps = metrics_by_step(run.path)
+    rows = [line.split() for line in run.outcome.stdout.splitlines() if line.startswith("held-out accuracy")]
+    before, after = (f"{steps[step]['eval/accuracy']:.1%}" for step in (0, LAST))
+    assert rows[-1][2:4] == [before, after]
+
+
+def test_the_console_shows_progress_and_nothing_of_the_libraries(run: FinishedRun) -> None:
+    lines = run.outcome.stderr.splitlines()
+    assert [line for line in lines if not line.startswith(("step ", "install: "))] == []
+    assert lines[-1].startswith(f"step {LAST}/{LAST}")
+
+
+def test_transformers_loads_the_export(run: FinishedRun) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run.path / "hf")
+    tokenizer = SentencePieceTokenizer.load(run.path / "hf" / "tokenizer.model")
+    assert model.config.eos_token_id == tokenizer.eos_id
+    start = load_config(run.path / "config.yaml").model.hf
+    assert start is not None
+    before = AutoModelForCausalLM.from_pretrained(run.path.parent / start)
+    changed = [not torch.equal(old, new) for old, new in zip(before.parameters(), model.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_eval_of_the_export_gives_the_last_held_out_accuracy(one_process: FinishedRun) -> None:
+    folder = one_process.path.parent
+    outcome = succeed(gspo_moe("eval", "run/config.yaml", "model.hf=run/hf"), folder)
+    last = metrics_by_step(one_process.path)[LAST]
+    names = ("eval/accuracy", "eval/reward", "eval/response_length", "eval/truncated")
+    assert outcome.stdout.splitlines() == [f"{name} {last[name]:.6g}" for name in names]
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> None:
+    before = (one_process.path / "metrics.jsonl").read_bytes()
+    outcome = succeed(one_process.command, one_process.path.parent)
+    first, *table = outcome.stdout.splitlines()
+    assert "run has finished its 8 steps before" in first
+    assert "logging.run_dir" in first
+    assert table == one_process.outcome.stdout.splitlines()
+    assert (one_process.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(quickstart: FinishedRun, tmp_path: Path) -> None:
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    shutil.copytree(quickstart.path / "cold_start", run / "cold_start")
+    killed = Program(quickstart.command, tmp_path, RUN_DIR=str(run))
+    metrics = run / "metrics.jsonl"
+    killed.wait_for(lambda: metrics.exists() and '"step": 4' in metrics.read_text())
+    killed.kill()
+    assert [path.name for path in checkpoints.glob("step_*") if path.suffix != ".partial"] == ["step_00000003"]
+    # As a kill in the middle of writing leaves it.
+    partial = checkpoints / "step_00000006.partial"
+    partial.mkdir(exist_ok=True)
+    (partial / "__0_0.distcp").write_bytes(b"torn")
+    with metrics.open("a") as file:
+        file.write('{"step": 5, "reward/me')
+
+    outcome = succeed(quickstart.command, tmp_path, RUN_DIR=str(run))
+    assert "cold start" not in outcome.stdout
+    assert outcome.stderr.splitlines()[0].startswith("step 4/8")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000008"]
+    assert metrics_by_step(run) == metrics_by_step(quickstart.path)
+    assert json_lines(run / "samples.jsonl") == json_lines(quickstart.path / "samples.jsonl")
+    weights = Path("hf") / "model.safetensors"
+    assert (run / weights).read_bytes() == (quickstart.path / weights).read_bytes()

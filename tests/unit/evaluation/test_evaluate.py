@@ -1,0 +1,63 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gspo_moe.config.schema import Config
+from gspo_moe.evaluation.evaluate import evaluate, evaluation_metrics, held_out_prompts
+from gspo_moe.rollout.answers import Answers, ScoredGroup
+from gspo_moe.types import Prompt, Rollout, RolloutGroup
+
+
+def scored(uid: str, rewards: tuple[float, ...], lengths: tuple[int, ...], finished: tuple[bool, ...]) -> ScoredGroup:
+    rollouts = tuple(
+        Rollout(uid, number, (1,), (2,) * length, (-1.0,) * length, done, 0)
+        for number, (length, done) in enumerate(zip(lengths, finished, strict=True))
+    )
+    return ScoredGroup(RolloutGroup(Prompt(uid, "?", "t"), rollouts), rewards)
+
+
+def test_accuracy_counts_full_rewards_and_reward_is_the_mean() -> None:
+    groups = (
+        scored("eval/0", (1.0, 0.5), (3, 5), (True, False)),
+        scored("eval/1", (0.0, 1.0), (4, 4), (True, True)),
+        scored("eval/2", (1.5, -1.0), (1, 1), (True, True)),
+    )
+    assert evaluation_metrics(Answers(groups, 0, 0, None)) == pytest.approx(
+        {
+            "eval/accuracy": 3 / 6,
+            "eval/reward": 3 / 6,
+            "eval/response_length": 18 / 6,
+            "eval/truncated": 1 / 6,
+        }
+    )
+
+
+def test_held_out_prompts_are_the_first_of_their_split() -> None:
+    task: Any = SimpleNamespace(prompt=lambda split, index: Prompt(f"{split}/{index}", "?", "t"))
+    config = Config.model_validate({"evaluation": {"prompts": 3}})
+    assert [prompt.uid for prompt in held_out_prompts(config, task)] == ["eval/0", "eval/1", "eval/2"]
+
+
+def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
+    asked: list[Any] = []
+
+    def generate(prompts: Any, samples: int, params: Any, policy_version: int) -> str:
+        asked.append((samples, params, policy_version))
+        return "share"
+
+    answerer: Any = SimpleNamespace(generate=generate, score=lambda share: (share, len(asked)))
+    config = Config.model_validate(
+        {
+            "seed": 5,
+            "evaluation": {"samples": 2, "temperature": 0.25},
+            "rollout": {"top_p": 0.5, "top_k": 3, "temperature": 2.0, "max_response_tokens": 9},
+        }
+    )
+    for version in (0, 40):
+        assert evaluate(config, answerer, [], frozenset({7}), version) == ("share", len(asked))
+    (samples, params, first), (_, again, last) = asked
+    assert (samples, first, last) == (2, 0, 40)
+    assert params == again
+    assert (params.temperature, params.top_p, params.top_k) == (0.25, 1.0, 0)
+    assert (params.max_response_tokens, params.stop_ids) == (9, {7})

@@ -1,0 +1,103 @@
+"""The Transformer Engine backend on its stand-in; `test_transformer_engine.py` runs these in a process of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformer_engine.pytorch import DotProductAttention, GroupedLinear, Linear, RMSNorm
+
+from gspo_moe.config.schema import Config
+from gspo_moe.model import build
+from gspo_moe.model.hf import export_hf, whole_tensors
+from gspo_moe.model.weights import SafetensorsSource
+from gspo_moe.platform import Backend
+from gspo_moe.rollout.score import score
+from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from gspo_moe.training.step import train_minibatch
+from gspo_moe.types import TrainingSample
+from tests.policy import SIZES, packs_of, trained
+from tests.qwen3 import (
+    architecture,
+    built,
+    cached_logits,
+    forward_logits,
+    layout,
+    random_sequences,
+    reference_logits,
+    reference_model,
+    tensors_in,
+)
+
+LENGTHS = (9, 1, 14, 5)
+
+
+def take(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(build, "choose_backend", lambda *_: Backend(name, "for this test"))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, "transformer_engine")
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+def test_prefill_decoding_and_export_are_transformers(key_value_heads: int, tmp_path: Path) -> None:
+    sizes = architecture(num_key_value_heads=key_value_heads)
+    reference = reference_model(sizes)
+    reference.save_pretrained(tmp_path / "in")
+    sequences = random_sequences(sizes, (9, 6, 12), seed=3)
+    with built(sizes, layout(), SafetensorsSource(tmp_path / "in")) as model:
+        (full,) = forward_logits(model, [sequences])
+        cached = cached_logits(model, sequences, prompt_lengths=(4, 4, 1))
+        export_hf(model, tmp_path / "out")
+        kinds = {type(module).__mro__ for module in model.chunks[0].modules()}
+    for kind in (DotProductAttention, GroupedLinear, Linear, RMSNorm):
+        assert any(kind in mro for mro in kinds), f"no {kind.__name__} in the model"
+    for actual, expected, once in zip(full, reference_logits(reference, sequences), cached, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.stack(once), actual, atol=1e-5, rtol=0)
+    found, expected_tensors = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "in")
+    assert found.keys() == expected_tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected_tensors.items())
+
+
+def gradients(config: Config) -> dict[str, torch.Tensor]:
+    """Gradient of every HF tensor, and their norm, of a GSPO step in which some sequences are clipped."""
+    found: dict[str, torch.Tensor] = {}
+    with trained(config, layout()) as (model, optimizer):
+        ids = random_sequences(SIZES, LENGTHS[:1] + LENGTHS[2:], seed=8)
+        samples = [
+            TrainingSample(tuple(one.tolist()), (0, *(1,) * (len(one) - 1)), advantage=(-1.0) ** number)
+            for number, one in enumerate(ids)
+        ]
+        packs = packs_of(samples, per_pack=2)
+        generator = torch.Generator().manual_seed(9)
+        old = [T + 2e-3 * torch.randn(T.shape, generator=generator) for T in score(model, packs)]
+        result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(samples), 1.0, None)
+        found |= {name: tensor.clone() for name, tensor in whole_tensors(model, lambda p: p.main_grad)}
+        found["norm"] = torch.tensor(result.update.grad_norm)
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_are_those_of_the_local_layers(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.model_validate({"parallel": {"recompute": recompute}})
+    actual = gradients(config)
+    take(monkeypatch, "local")
+    expected = gradients(config)
+    assert actual.keys() == expected.keys()
+    assert expected["norm"] > 0.01
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_a_checkpoint_brings_the_weights_back(tmp_path: Path) -> None:
+    with trained(Config(), layout()) as (model, optimizer):
+        path = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), keep=1)
+        saved = {name: parameter.clone() for name, parameter in model.gpt_chunks[0].named_parameters()}
+        with torch.no_grad():
+            for parameter in model.gpt_chunks[0].parameters():
+                parameter.zero_()
+        assert load_checkpoint(path, model, optimizer) == Progress(step=1)
+        loaded = dict(model.gpt_chunks[0].named_parameters())
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())

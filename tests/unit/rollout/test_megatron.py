@@ -1,0 +1,180 @@
+"""The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_moe.errors import RolloutError
+from gspo_moe.model.build import Model
+from gspo_moe.model.weights import RandomSource
+from gspo_moe.rollout import megatron
+from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
+from gspo_moe.rollout.score import score
+from gspo_moe.types import Rollout
+from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling
+from tests.qwen3 import built, forward_logits, layout
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with built(SIZES, layout(), RandomSource(SIZES, seed=2)) as model:
+        yield model
+
+
+def generate(
+    model: Model,
+    asked: Sequence[Request],
+    params: SamplingParams,
+    max_batch: int = 64,
+    prefill_tokens: int = 64,
+) -> list[list[Rollout]]:
+    return MegatronEngine(model, max_batch, prefill_tokens).generate(asked, params, policy_version=3)
+
+
+def flat(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
+    return [rollout for group in groups for rollout in group]
+
+
+def responses(groups: Sequence[Sequence[Rollout]]) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {(rollout.uid, rollout.sample_index): rollout.response_ids for rollout in flat(groups)}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.7, 0), (1.0, 1.0, 5)]
+)
+def test_log_probs_are_those_of_scoring(model: Model, temperature: float, top_p: float, top_k: int) -> None:
+    rollouts = flat(generate(model, requests(), sampling(temperature, top_p=top_p, top_k=top_k)))
+    packs = packs_of([as_sample(rollout) for rollout in rollouts], per_pack=6)
+    for pack, log_probs_T in zip(packs, score(model, packs, temperature=temperature), strict=True):
+        on_response = pack.response_mask_T.bool()
+        assert log_probs_T[on_response].std() > 0.3
+        torch.testing.assert_close(log_probs_T[on_response], pack.rollout_log_probs_T[on_response], atol=2e-5, rtol=0)
+
+
+def test_greedy_decoding_takes_the_likeliest_token_of_a_full_forward_each_time(model: Model) -> None:
+    for rollout in flat(generate(model, requests(samples=1), sampling(temperature=0.0))):
+        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        ((logits,),) = forward_logits(model, [[ids]])
+        behind = logits[len(rollout.prompt_ids) - 1 : -1]
+        assert behind.argmax(dim=1).tolist() == list(rollout.response_ids)
+        expected = torch.log_softmax(behind.double(), dim=1).amax(dim=1)
+        torch.testing.assert_close(torch.tensor(rollout.log_probs).double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(1, 7), (3, 8), (6, 64), (20, 11)])
+def test_rollouts_depend_neither_on_batching_nor_on_the_other_requests(
+    model: Model, max_batch: int, prefill_tokens: int
+) -> None:
+    expected = generate(model, requests(), sampling())
+    found = generate(model, requests()[::-1], sampling(), max_batch, prefill_tokens)[::-1]
+    assert responses(found) == responses(expected)
+    for one, other in zip(flat(found), flat(expected), strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=2e-5)
+    alone = generate(model, requests()[1:2], sampling(), max_batch, prefill_tokens)
+    assert responses(alone).items() <= responses(expected).items()
+
+
+def test_more_samples_go_on_where_fewer_stopped(model: Model) -> None:
+    three, six = (responses(generate(model, requests(samples), sampling())) for samples in (3, 6))
+    assert three.items() <= six.items()
+    assert len(six) == 2 * len(three)
+
+
+def test_samples_of_a_prompt_differ_and_so_do_seeds(model: Model) -> None:
+    groups = generate(model, requests(samples=8), sampling())
+    for request, group in zip(requests(), groups, strict=True):
+        assert len({rollout.response_ids for rollout in group}) >= 7
+        assert [rollout.sample_index for rollout in group] == list(range(8))
+        assert {(r.uid, r.prompt_ids, r.policy_version) for r in group} == {(request.uid, request.prompt_ids, 3)}
+    again, other = (generate(model, requests(samples=8), sampling(seed=seed)) for seed in ("1/0", "1/1"))
+    assert again == groups
+    assert sum(a != b for a, b in zip(flat(other), flat(groups), strict=True)) > 35
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_length_limit(model: Model) -> None:
+    rollouts = flat(generate(model, requests(samples=8), sampling()))
+    assert {rollout.finished for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
+        *before, last = rollout.response_ids
+        assert not STOP & set(before)
+        assert rollout.finished == (last in STOP)
+        assert rollout.finished or len(rollout.response_ids) == LONGEST
+        assert len(rollout.log_probs) == len(rollout.response_ids)
+
+
+def test_one_token_is_a_whole_response(model: Model) -> None:
+    every = frozenset(range(SIZES.vocab_size))
+    for params in (sampling(stop_ids=every), sampling(longest=1, stop_ids=frozenset())):
+        rollouts = flat(generate(model, requests(), params))
+        assert {len(rollout.response_ids) for rollout in rollouts} == {1}
+        assert {rollout.finished for rollout in rollouts} == {bool(params.stop_ids)}
+
+
+@pytest.mark.parametrize("max_batch", [4, 64])
+def test_every_token_is_fed_once_and_finished_sequences_leave(
+    model: Model, max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[int] = []
+
+    def counting(model: Model, inputs: Sequence[Any], *rest: Any, **more: Any) -> Any:
+        fed.extend(item.num_tokens for item in inputs)
+        return forward(model, inputs, *rest, **more)
+
+    forward = megatron.run
+    monkeypatch.setattr(megatron, "run", counting)
+    rollouts = flat(generate(model, requests(), sampling(), max_batch, prefill_tokens=8))
+    prompts = sum(len(prompt) for prompt in PROMPTS)
+    assert len({len(rollout.response_ids) for rollout in rollouts}) > 3
+    # A response's last token is never fed: nothing follows it.
+    assert sum(fed) == prompts + sum(len(rollout.response_ids) - 1 for rollout in rollouts)
+
+
+def test_no_requests_give_no_rollouts(model: Model) -> None:
+    assert generate(model, [], sampling()) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "longest", "fix"),
+    [
+        ((), 4, "prompt train/0 is empty; give at least one token"),
+        ((1,) * 120, 9, "120 tokens and rollout.max_response_tokens is 9, more than the model's 128 positions; lower"),
+        ((1,) * 65, 4, "65 tokens, more than schedule.micro_batch_tokens=64; raise it"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused_with_the_fix(
+    model: Model, prompt: tuple[int, ...], longest: int, fix: str
+) -> None:
+    with pytest.raises(RolloutError) as caught:
+        generate(model, requests(prompts=[prompt]), sampling(longest=longest))
+    assert fix in str(caught.value)
+
+
+def test_a_response_may_fill_the_models_last_position(model: Model) -> None:
+    last = SIZES.max_position_embeddings
+    (group,) = generate(model, requests(1, [(1,) * (last - 9)]), sampling(longest=9, stop_ids=frozenset()), 64, last)
+    assert len(group[0].response_ids) == 9
+
+
+def test_broken_weights_are_no_rollouts(model: Model) -> None:
+    weight = model.gpt_chunks[0].output_layer.weight
+    kept = weight[4, 4].item()
+    try:
+        with torch.no_grad():
+            weight[4, 4] = float("nan")
+        with pytest.raises(RolloutError, match="logits are not finite"):
+            generate(model, requests(), sampling())
+    finally:
+        with torch.no_grad():
+            weight[4, 4] = kept
+
+
+def test_stop_strings_are_single_tokens() -> None:
+    tokenizer = SimpleNamespace(eos_id=2, encode=lambda text: [ord(letter) for letter in text])
+    assert make_stop_ids(tokenizer, ()) == {2}
+    assert make_stop_ids(tokenizer, ("\n", ";")) == {2, 10, 59}
+    with pytest.raises(RolloutError, match=r"rollout\.stop: 'ab' is 2 tokens; a stop string must be a single token"):
+        make_stop_ids(tokenizer, ("ab",))

@@ -1,0 +1,200 @@
+"""Checkpoints of one process; several are in tests/distributed/test_policy_layouts.py."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_moe.config.schema import Config
+from gspo_moe.errors import CheckpointError
+from gspo_moe.model.build import Model
+from gspo_moe.model.weights import RandomSource, load_weights
+from gspo_moe.training.checkpoint import (
+    Progress,
+    dist_checkpointing,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    tensor_parallel,
+)
+from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.step import train_supervised
+from gspo_moe.types import TrainingSample
+from tests.policy import SIZES, packs_of, trained
+from tests.qwen3 import architecture, layout, random_sequences
+
+DONE = Progress(step=1, prompt_position=96, policy_version=2)
+KINDS = [
+    {},
+    {"parallel": {"distributed_optimizer": True}},
+    {"model": {"preset": "tiny", "dtype": "bf16"}},
+    {"model": {"preset": "tiny", "dtype": "bf16"}, "parallel": {"distributed_optimizer": True}},
+]
+
+
+def configured(**more: Any) -> Config:
+    optimizer = {"lr": 1e-2, "decay": "linear", "warmup_updates": 3, "weight_decay": 0.1}
+    return Config.model_validate({"optimizer": optimizer, **more})
+
+
+def learn(model: Model, optimizer: Optimizer, updates: int) -> list[tuple[float, Any]]:
+    """Takes updates on data of their own; loss, norm and learning rate of each."""
+    samples = [
+        TrainingSample(tuple(ids.tolist()), (0,) + (1,) * (len(ids) - 1))
+        for ids in random_sequences(SIZES, (5, 9, 7), seed=10)
+    ]
+    found = []
+    for _ in range(updates):
+        statistics, update = train_supervised(model, optimizer, packs_of(samples, per_pack=2), num_tokens=18)
+        found.append((statistics.to_metrics()["sft/loss"], update))
+    return found
+
+
+def state(model: Model, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Every number that training goes on from, by name."""
+    found = {f"weight {name}": value for name, value in model.gpt_chunks[0].named_parameters()}
+    for index, part in enumerate(optimizer.megatron.chained_optimizers):
+        for group in part.optimizer.param_groups:
+            for number, parameter in enumerate(group["params"]):
+                name = f"optimizer {index} {group['wd_mult']} {number}"
+                found[f"{name} main weight"] = parameter
+                found |= {f"{name} {key}": value for key, value in part.optimizer.state[parameter].items()}
+    found["rng"] = torch.get_rng_state()
+    for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items():
+        found[f"rng {name}"] = value
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def scramble(model: Model, optimizer: Optimizer) -> None:
+    """Another model, optimizer and generator state."""
+    load_weights(model, RandomSource(SIZES, seed=77))
+    learn(model, optimizer, updates=1)
+    torch.manual_seed(77)
+    tensor_parallel.get_cuda_rng_tracker().reset()
+    tensor_parallel.get_cuda_rng_tracker().add("model-parallel-rng", 77)
+
+
+@pytest.fixture
+def policy() -> Iterator[tuple[Model, Optimizer]]:
+    with trained(configured(), layout()) as (model, optimizer):
+        learn(model, optimizer, updates=1)
+        yield model, optimizer
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_bit_for_bit(kind: dict[str, Any], used_before: bool, tmp_path: Path) -> None:
+    config = configured(**kind)
+    with trained(config, layout()) as (model, optimizer):
+        learn(model, optimizer, updates=2)
+        torch.rand(5)
+        path = save_checkpoint(tmp_path, model, optimizer, DONE, keep=1)
+        saved = state(model, optimizer)
+        expected = learn(model, optimizer, updates=4)
+        end = state(model, optimizer)
+    with trained(config, layout(), source=RandomSource(SIZES, seed=5)) as (model, optimizer):
+        if used_before:
+            scramble(model, optimizer)
+        assert load_checkpoint(path, model, optimizer) == DONE
+        loaded = state(model, optimizer)
+        assert loaded.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
+        assert {loaded[name].item() for name in loaded if name.endswith(" step")} == {2}
+        assert learn(model, optimizer, updates=4) == expected
+        assert [name for name, value in state(model, optimizer).items() if not torch.equal(value, end[name])] == []
+
+
+def test_loading_leaves_the_configurations_settings(tmp_path: Path) -> None:
+    with trained(configured(), layout()) as (model, optimizer):
+        learn(model, optimizer, updates=2)
+        path = save_checkpoint(tmp_path, model, optimizer, DONE, keep=1)
+    other = {"lr": 5e-3, "beta1": 0.5, "eps": 1e-4, "weight_decay": 0.3, "warmup_updates": 0, "decay": "constant"}
+    with trained(Config.model_validate({"optimizer": other}), layout()) as (model, optimizer):
+        load_checkpoint(path, model, optimizer)
+        assert [update.learning_rate for _, update in learn(model, optimizer, updates=2)] == [5e-3, 5e-3]
+        for group in optimizer.megatron.param_groups:
+            assert (group["betas"], group["eps"]) == ((0.5, 0.95), 1e-4)
+            assert group["weight_decay"] == 0.3 * group["wd_mult"]
+
+
+def test_only_the_newest_checkpoints_stay(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
+    for step in (8, 9, 10, 100):
+        save_checkpoint(tmp_path, *policy, replace(DONE, step=step), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
+    newest = newest_checkpoint(tmp_path)
+    assert newest == tmp_path / "step_00000100"
+    assert load_checkpoint(newest, *policy).step == 100
+
+
+def test_there_may_be_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
+    for name in ("step_00000003.partial", "step_x", "hf"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    before = state(*policy)
+    learn(*policy, updates=1)
+
+    def interrupted(sharded: Any, folder: str) -> None:
+        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    whole = dist_checkpointing.save
+    monkeypatch.setattr(dist_checkpointing, "save", interrupted)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(tmp_path, *policy, replace(DONE, step=2), keep=1)
+    monkeypatch.setattr(dist_checkpointing, "save", whole)
+    assert newest_checkpoint(tmp_path) == saved
+    assert (tmp_path / "step_00000002.partial").is_dir()
+    assert load_checkpoint(saved, *policy) == DONE
+    assert all(torch.equal(value, before[name]) for name, value in state(*policy).items())
+    save_checkpoint(tmp_path, *policy, replace(DONE, step=3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_another_architecture_is_refused_before_anything_is_read(
+    policy: tuple[Model, Optimizer], tmp_path: Path
+) -> None:
+    path = save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    model, optimizer = policy
+    other = replace(model, architecture=architecture(num_experts=16, rope_theta=5.0, initializer_range=0.25))
+    before = state(model, optimizer)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, other, optimizer)
+    assert "num_experts is 8 there and 16 here; rope_theta is 10000.0 there and 5.0 here" in str(caught.value)
+    assert "give another logging.run_dir or the same model" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in state(model, optimizer).items())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, None])
+def test_damaged_files_are_a_checkpoint_error(
+    kept: float | None, policy: tuple[Model, Optimizer], tmp_path: Path
+) -> None:
+    whole = save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    files = sorted(path.name for path in whole.iterdir())
+    assert ".metadata" in files
+    for file in files:
+        damaged = tmp_path / "copy"
+        shutil.copytree(whole, damaged)
+        content = (damaged / file).read_bytes()
+        (damaged / file).unlink()
+        if kept is not None:
+            (damaged / file).write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(CheckpointError, match=r"copy cannot be loaded .* delete it to go on from the one before"):
+            load_checkpoint(damaged, *policy)
+        shutil.rmtree(damaged)
+
+
+def test_a_checkpoint_of_another_program_is_refused(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
+    dist_checkpointing.save({"iteration": 7}, str(tmp_path))
+    with pytest.raises(CheckpointError, match="was not written by gspo_moe; give another logging"):
+        load_checkpoint(tmp_path, *policy)
