@@ -87,7 +87,8 @@ def policy_loss(
     """The loss of one pack, -1/num_sequences sum_i J_i, with J_i of `gspo`, `gspo_token` or `grpo`.
 
     log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; for gspo_token
-    also one a token, [T], unless sequences are split over ranks. cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
+    also one a token, [T], unless sequences are split over ranks. cu_seqlens: int [N + 1], bounds of the sequences in
+    T. response_mask: [T], 0 or 1.
     num_sequences: sequences of the whole mini-batch over all micro-batches and ranks, default N; with it, losses and
     gradients of the parts of a mini-batch add up to the mini-batch's own.
     sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with

@@ -3,8 +3,9 @@
 Under context parallelism a rank holds some tokens of every sequence. Sums over a sequence then go over the ranks of the
 context-parallel group as well, so each rank knows the whole sequence's ratio and the gradient for its own tokens.
 
-Shape letters: T tokens of a pack (of this rank's part of it), N sequences of it. All arithmetic is float64: a GSPO clip of 3e-4 leaves no room
-for the rounding of a float32 sum over thousands of tokens, and T numbers cost nothing next to a model.
+Shape letters: T tokens of a pack (of this rank's part of it), N sequences of it. All arithmetic is float64: a GSPO clip
+of 3e-4 leaves no room for the rounding of a float32 sum over thousands of tokens, and T numbers cost nothing next to a
+model.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Segments:
         """Segments of a pack; waits for the device once, to check them.
 
         cu_seqlens: int [N + 1], bounds of the sequences in T; response_mask: [T], bool or any number type, 0 or 1.
-        Under context parallelism both are of this rank's tokens, and N is the same on every rank. Raises DataError for bounds that do not cover T, other mask values, and a sequence without response token.
+        Under context parallelism both are of this rank's tokens, and N is the same on every rank.
+        Raises DataError for bounds that do not cover T, other mask values, and a sequence without response token.
         """
         if response_mask.ndim != 1 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
             raise DataError(

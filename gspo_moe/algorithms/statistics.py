@@ -64,7 +64,7 @@ def spread(name: str, log_ratio: torch.Tensor, weight: torch.Tensor) -> tuple[Pa
 
 
 def spread_metrics(name: str, prefix: str, statistics: Statistics, count: float) -> dict[str, float]:
-    """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of `count` ratios, the weights' sum in `spread`."""
+    """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of ratios; `count`: the sum of their weights."""
     deviation = statistics.sums[f"{name}/deviation"].item() / count
     variance = statistics.sums[f"{name}/squared_deviation"].item() / count - deviation**2
     return {

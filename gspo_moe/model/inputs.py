@@ -1,9 +1,8 @@
-"""Packs as the model takes them: padded where a layout needs it, the padding kept from losses and from the cache.
+"""Packs as the model takes them: padded where a layout needs it, the padding kept from experts and from the cache.
 
 Padding is needed where sequence parallelism divides a pack, where the allgather dispatcher wants equally long packs on
 every rank, and where a rank has nothing to run while its peers do. Invariant: padding tokens form sequences of their
-own behind the real ones, and nothing reads their outputs, so neither a real token's result nor a gradient depends on
-them; the mask keeps them out of the router's auxiliary loss.
+own behind the real ones and reach no expert (`model.router`), so no real token's result or gradient depends on them.
 
 Shape letters: T tokens of a pack, P tokens with padding.
 """

@@ -21,6 +21,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.model.attention import PackedAttention
+from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.platform import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -138,6 +139,7 @@ def layer_spec(architecture: Architecture, provider: BackendSpecProvider) -> Mod
     experts = get_moe_module_spec_for_backend(
         provider, num_experts=architecture.num_experts, moe_grouped_gemm=not isinstance(provider, LocalSpecProvider)
     )
+    experts.submodules.router = PaddingAwareRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -46,7 +46,7 @@ class _Sequence:
 
 
 class MegatronEngine:
-    """Generates with a Model in place. max_batch: sequences a rank decodes at once. prefill_tokens: most a pack holds."""
+    """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack."""
 
     def __init__(self, model: Model, max_batch: int, prefill_tokens: int) -> None:
         self._model = model

@@ -35,4 +35,7 @@ def _unknown(name: str) -> str:
 
     known = [SortLetters.name, *(REASONING_GYM + dataset for dataset in DATASETS)]
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"task.name={name} is unknown; the nearest is {nearest}; known are {SortLetters.name}, {REASONING_GYM}<data set>"
+    return (
+        f"task.name={name} is unknown; the nearest is {nearest}; "
+        f"known are {SortLetters.name}, {REASONING_GYM}<data set>"
+    )

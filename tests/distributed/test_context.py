@@ -46,7 +46,8 @@ def drawn(algorithm: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def loss_and_gradient(algorithm: str, pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, torch.Tensor]:
     low, high = CLIPS[algorithm]
     log_probs = pack["log_probs"].clone().requires_grad_()
-    result = policy_loss(algorithm, **{**pack, "log_probs": log_probs}, clip_low=low, clip_high=high, **more)
+    arguments: dict[str, Any] = {**pack, "log_probs": log_probs, "clip_low": low, "clip_high": high, **more}
+    result = policy_loss(algorithm, **arguments)
     (gradient,) = torch.autograd.grad(result.loss, log_probs)
     return result, gradient
 

@@ -67,6 +67,15 @@ def test_the_first_mini_batch_sees_the_old_policy_and_the_second_does_not(run: F
         assert 0 < max(fractions) < 0.75
 
 
+def test_expert_load_is_logged_by_layer(run: FinishedRun) -> None:
+    steps = metrics_by_step(run.path)
+    for step in range(1, LAST + 1):
+        for name, most in (("max_violation", 7.0), ("cv", math.sqrt(7.0)), ("entropy", math.log(8))):
+            layers = [steps[step][f"routing/load/{name}/layer_{layer:02d}"] for layer in range(2)]
+            assert 0 < min(layers) <= max(layers) < most
+            assert sum(layers) / 2 == pytest.approx(steps[step][f"routing/load/{name}"], abs=1e-12)
+
+
 def test_tensorboard_shows_the_same_figures(run: FinishedRun) -> None:
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()

@@ -1,6 +1,7 @@
 """The Transformer Engine backend on its stand-in; `test_transformer_engine.py` runs these in a process of their own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from transformer_engine.pytorch import DotProductAttention, GroupedLinear, Linea
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model import build
+from gspo_moe.model.build import Model
 from gspo_moe.model.hf import export_hf, whole_tensors
 from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.platform import Backend
 from gspo_moe.rollout.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, packs_of, trained
@@ -27,8 +30,6 @@ from tests.qwen3 import (
     reference_model,
     tensors_in,
 )
-
-LENGTHS = (9, 1, 14, 5)
 
 
 def take(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -61,22 +62,27 @@ def test_prefill_decoding_and_export_are_transformers(key_value_heads: int, tmp_
     assert all(torch.equal(found[name], tensor) for name, tensor in expected_tensors.items())
 
 
+def step(config: Config, model: Model, optimizer: Optimizer) -> UpdateResult:
+    """One GSPO step in which some sequences are clipped."""
+    samples = [
+        TrainingSample(tuple(ids.tolist()), (0, *(1,) * (len(ids) - 1)), advantage=(-1.0) ** number)
+        for number, ids in enumerate(random_sequences(SIZES, (9, 14, 5), seed=8))
+    ]
+    packs = packs_of(samples, per_pack=2)
+    generator = torch.Generator().manual_seed(9)
+    old = [T + 2e-3 * torch.randn(T.shape, generator=generator) for T in score(model, packs)]
+    return train_minibatch(model, optimizer, packs, old, config.algorithm, len(samples), 1.0, None).update
+
+
+def main_grad(parameter: Any) -> torch.Tensor:
+    return parameter.main_grad
+
+
 def gradients(config: Config) -> dict[str, torch.Tensor]:
-    """Gradient of every HF tensor, and their norm, of a GSPO step in which some sequences are clipped."""
-    found: dict[str, torch.Tensor] = {}
+    """Gradient of every HF tensor in one step, and their norm."""
     with trained(config, layout()) as (model, optimizer):
-        ids = random_sequences(SIZES, LENGTHS[:1] + LENGTHS[2:], seed=8)
-        samples = [
-            TrainingSample(tuple(one.tolist()), (0, *(1,) * (len(one) - 1)), advantage=(-1.0) ** number)
-            for number, one in enumerate(ids)
-        ]
-        packs = packs_of(samples, per_pack=2)
-        generator = torch.Generator().manual_seed(9)
-        old = [T + 2e-3 * torch.randn(T.shape, generator=generator) for T in score(model, packs)]
-        result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(samples), 1.0, None)
-        found |= {name: tensor.clone() for name, tensor in whole_tensors(model, lambda p: p.main_grad)}
-        found["norm"] = torch.tensor(result.update.grad_norm)
-    return found
+        norm = torch.tensor(step(config, model, optimizer).grad_norm)
+        return {"norm": norm} | {name: T.clone() for name, T in whole_tensors(model, main_grad)}
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -93,6 +99,7 @@ def test_gradients_are_those_of_the_local_layers(recompute: str, monkeypatch: py
 
 def test_a_checkpoint_brings_the_weights_back(tmp_path: Path) -> None:
     with trained(Config(), layout()) as (model, optimizer):
+        step(Config(), model, optimizer)
         path = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), keep=1)
         saved = {name: parameter.clone() for name, parameter in model.gpt_chunks[0].named_parameters()}
         with torch.no_grad():

@@ -37,18 +37,24 @@ def by_sample(values: list[torch.Tensor], packs: list[Microbatch]) -> dict[int, 
     return found
 
 
+def gradient(parameter: Any) -> torch.Tensor:
+    reduced: torch.Tensor = parameter.main_grad
+    return reduced
+
+
 def observe(dispatcher: str, per_pack: int) -> dict[str, Any]:
     """One mini-batch, whose old policy lies 1e-3 off."""
     config = Config.model_validate({"parallel": {"dispatcher": dispatcher}, "optimizer": {"clip_grad": 0.0}})
     packs = packs_of(samples(), per_pack)
     with trained(config, layout()) as (model, optimizer):
-        old = [log_probs_T + 1e-3 * (pack.input_ids_T % 3 - 1) for log_probs_T, pack in zip(score(model, packs), packs)]
+        scored = zip(score(model, packs), packs, strict=True)
+        old = [log_probs_T + 1e-3 * (pack.input_ids_T % 3 - 1) for log_probs_T, pack in scored]
         recorder, seen = RouteRecorder(model.chunks, SIZES, model.groups), TokensSeen(model)
         result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0, recorder)
         return {
             "log_probs": by_sample(result.log_probs, packs),
             "routes": by_sample([routes.sort(dim=-1).values for routes in result.routes], packs),
-            "gradients": {name: value.clone() for name, value in whole_tensors(model, lambda p: p.main_grad)},
+            "gradients": {name: value.clone() for name, value in whole_tensors(model, gradient)},
             "metrics": result.statistics.to_metrics(),
             "load": LoadSums.from_load(recorder.load(result.routes)).to_metrics(),
             "recorded": recorder.load(result.routes),
@@ -63,7 +69,9 @@ def alone() -> dict[str, Any]:
 
 
 # The allgather dispatcher makes packs equally long: with two a pack 23 and 12 tokens are padded to 26.
-@pytest.mark.parametrize(("dispatcher", "per_pack"), [("alltoall", 6), ("alltoall", 4), ("allgather", 1), ("allgather", 2)])
+@pytest.mark.parametrize(
+    ("dispatcher", "per_pack"), [("alltoall", 6), ("alltoall", 4), ("allgather", 1), ("allgather", 2)]
+)
 def test_packed_and_padded_runs_agree(alone: dict[str, Any], dispatcher: str, per_pack: int) -> None:
     found = observe(dispatcher, per_pack)
     for number, expected in alone["log_probs"].items():

@@ -10,7 +10,7 @@ CU_SEQLENS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)])
 
 
 def zigzag(length: int, size: int) -> list[int]:
-    """megatron-core's way: pad to 2 * size equal chunks, rank r takes chunks r and 2 * size - 1 - r, drop the padding."""
+    """megatron-core's way: pad to 2 * size equal chunks of which rank r takes number r and its mirror image."""
     chunk = -(-length // (2 * size))
     owner = [0] * length
     for rank in range(size):

@@ -61,8 +61,9 @@ def answerer(rank: int = 0, ranks: int = 1) -> Answerer:
     one: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     data: Any = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
     groups: Any = SimpleNamespace(layout=layout(), data=data, data_rank=rank, model=one, is_main=True)
+    tokenizer: Any = Letters()
     rewards: Any = Lengths()
-    return Answerer(Echo(), Letters(), rewards, groups)
+    return Answerer(Echo(), tokenizer, rewards, groups)
 
 
 def test_answers_are_decoded_without_the_stop_token() -> None:

@@ -25,7 +25,10 @@ ROUTES = [
 def test_figures_by_hand(dtype: torch.dtype) -> None:
     load = expert_load(torch.tensor(ROUTES, dtype=dtype), num_experts=4)
     assert load.tolist() == [[5, 3, 2, 0], [3, 3, 2, 2]]
-    entropy = [0.5 * math.log(2) + 0.3 * math.log(10 / 3) + 0.2 * math.log(5), 0.6 * math.log(10 / 3) + 0.4 * math.log(5)]
+    entropy = [
+        0.5 * math.log(2) + 0.3 * math.log(10 / 3) + 0.2 * math.log(5),
+        0.6 * math.log(10 / 3) + 0.4 * math.log(5),
+    ]
     by_layer = {
         "max_violation": [5 / 2.5 - 1, 3 / 2.5 - 1],
         "cv": [math.sqrt((2.5**2 + 0.5**2 + 0.5**2 + 2.5**2) / 4) / 2.5, 0.5 / 2.5],

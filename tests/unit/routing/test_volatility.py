@@ -26,7 +26,8 @@ def figures(metrics: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
 def test_golden_vectors(case: dict[str, Any], dtype: torch.dtype) -> None:
     metrics = volatility(torch.tensor(case["old"], dtype=dtype), torch.tensor(case["new"], dtype=dtype))
-    assert list(metrics) == list(METRICS)
+    assert list(metrics) == [*METRICS, "flip_rate_by_layer"]
+    np.testing.assert_allclose(np.mean(metrics["flip_rate_by_layer"]), case["flip_rate"], rtol=0, atol=1e-10)
     np.testing.assert_allclose(figures(metrics), figures(case), rtol=0, atol=1e-10)
 
 

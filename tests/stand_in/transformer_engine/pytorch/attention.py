@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
+
 from transformer_engine.pytorch.module import _Module
+
+
+def _forgive_missing_state(module: torch.nn.Module, incompatible_keys: Any) -> None:
+    for key in list(incompatible_keys.missing_keys):
+        if "core_attention._extra_state" in key:
+            incompatible_keys.missing_keys.remove(key)
 
 
 class DotProductAttention(_Module):
@@ -29,6 +37,7 @@ class DotProductAttention(_Module):
         assert num_gqa_groups is not None
         self.heads, self.groups, self.head_size = num_attention_heads, num_gqa_groups, kv_channels
         self.layer_number = layer_number
+        self.register_load_state_dict_post_hook(_forgive_missing_state)
 
     def forward(
         self,
@@ -58,7 +67,7 @@ class DotProductAttention(_Module):
         assert bounds[-1] == len(query_layer), "what lies beyond the last sequence is undefined"
         parts = [
             self._one_sequence(query_layer[start:stop], key_layer[start:stop], value_layer[start:stop])
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in pairwise(bounds)
         ]
         return torch.cat(parts).reshape(len(query_layer), -1)
 

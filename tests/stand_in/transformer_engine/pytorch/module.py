@@ -33,6 +33,8 @@ class _Module(torch.nn.Module):
 
 
 class Linear(_Module):
+    weight: torch.nn.Parameter
+
     def __init__(
         self,
         in_features: int,
@@ -52,7 +54,8 @@ class Linear(_Module):
     ) -> None:
         super().__init__()
         assert tp_size == 1
-        assert not (bias or fuse_wgrad_accumulation)
+        assert not bias
+        assert not fuse_wgrad_accumulation
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
         self._weight("weight", out_features, in_features, init_method, params_dtype, device)
@@ -84,14 +87,13 @@ class GroupedLinear(_Module):
     ) -> None:
         super().__init__()
         assert tp_size == 1
-        assert not (bias or fuse_wgrad_accumulation)
+        assert not bias
+        assert not fuse_wgrad_accumulation
         self.num_gemms, self.use_bias = num_gemms, bias
         for number in range(num_gemms):
             self._weight(f"weight{number}", out_features, in_features, init_method, params_dtype, device)
 
-    def forward(
-        self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None
-    ) -> torch.Tensor:
+    def forward(self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
         assert isinstance(m_splits, list)
         assert len(m_splits) == self.num_gemms
         parts = inp.view(-1, inp.shape[-1]).split(m_splits)
@@ -111,6 +113,5 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         assert (normalized_shape is None) != (hidden_size is None)
         assert not zero_centered_gamma
-        size = hidden_size if normalized_shape is None else normalized_shape
-        super().__init__(size, eps=eps, dtype=params_dtype, device=device)  # type: ignore[arg-type]
-        self.weight.sequence_parallel = sequence_parallel  # type: ignore[assignment]
+        super().__init__(normalized_shape or hidden_size or 0, eps=eps, dtype=params_dtype, device=device)
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]

@@ -1,0 +1,275 @@
+"""Rollouts, scores, routes, an optimizer step and checkpoints: what several processes find is what one process finds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.config.schema import AlgorithmConfig, Config
+from gspo_moe.errors import CheckpointError
+from gspo_moe.model.build import Model
+from gspo_moe.model.weights import RandomSource
+from gspo_moe.parallel.groups import Groups, initialize, shut_down
+from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
+from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
+from gspo_moe.platform import prepare_megatron
+from gspo_moe.rollout.megatron import MegatronEngine
+from gspo_moe.rollout.score import score
+from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.step import train_minibatch
+from gspo_moe.types import Microbatch, Rollout, TrainingSample
+from tests.launch import launch, renew_port
+from tests.policy import as_sample, packs_of, requests, sampling, trained
+from tests.qwen3 import architecture, layout
+
+# Four layers for an interleaved pipeline; 61 tokens pad the last tensor rank's vocabulary.
+SIZES = architecture(num_hidden_layers=4, initializer_range=0.2)
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [
+        {"expert": 2},
+        {"expert": 2, "distributed_optimizer": True},
+        {"tensor": 2},
+        {"pipeline": 2},
+        {"pipeline": 2, "virtual_pipeline": 2},
+    ],
+    4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
+}
+SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": sampling()}
+DONE = Progress(step=1, prompt_position=12, policy_version=1)
+GSPO = AlgorithmConfig(clip_low=5e-3, clip_high=5e-3)
+Named = dict[tuple[str, int], Any]
+
+
+def config(**parallel: Any) -> Config:
+    """Adam's first step with a large eps is smooth in the gradient; with a small one it is the gradient's sign."""
+    return Config.model_validate({"optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
+
+
+def share(groups: Groups, values: Sequence[Any]) -> list[Any]:
+    """What this data-parallel rank has of a list that all know."""
+    return list(values[groups.data_rank :: groups.layout.data])
+
+
+def generate(model: Model) -> dict[str, Named]:
+    """The rollouts of this rank's requests, by kind of sampling, uid and sample."""
+    engine = MegatronEngine(model, max_batch=10, prefill_tokens=9)
+    mine = share(model.groups, requests(samples=3))
+    return {
+        kind: {(r.uid, r.sample_index): r for group in engine.generate(mine, params, 0) for r in group}
+        for kind, params in SAMPLINGS.items()
+    }
+
+
+def together(groups: Groups, named: dict[str, Named]) -> dict[str, Named]:
+    parts = gather_over_data(named, groups)
+    return {kind: {name: value for part in parts for name, value in part[kind].items()} for kind in named}
+
+
+def packs(groups: Groups, samples: Sequence[TrainingSample]) -> list[Microbatch]:
+    """This rank's share, the indices of its sequences being those among all samples."""
+    indices = share(groups, range(len(samples)))
+    own = packs_of([samples[index] for index in indices], per_pack=2)
+    return [
+        Microbatch(**{**vars(pack), "sample_indices": tuple(indices[i] for i in pack.sample_indices)}) for pack in own
+    ]
+
+
+def by_sample(values: Sequence[torch.Tensor], mine: Sequence[Microbatch]) -> dict[int, torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for pack, values_T in zip(mine, values, strict=False):
+        found |= zip(pack.sample_indices, values_T.split(pack.cu_seqlens.diff().tolist()), strict=True)
+    return found
+
+
+def observe(model: Model, optimizer: Optimizer, samples: Sequence[TrainingSample], old: dict[int, torch.Tensor]) -> Any:
+    """Log-probs, routes, one step's figures, and log-probs behind it. Log-probs on the last stage only."""
+    mine = packs(model.groups, samples)
+    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
+    log_probs = by_sample(score(model, mine, recorder=recorder), mine)
+    routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in recorder.take()]
+    old = old or {index: value + 0.01 * (-1) ** (index // 2) for index, value in log_probs.items()}
+    olds = [torch.cat([old[index] for index in pack.sample_indices]) for pack in mine]
+    result = train_minibatch(model, optimizer, mine, olds, GSPO, len(samples), 1.0, recorder)
+    trained_routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in result.routes]
+    assert all(torch.equal(a, b) for a, b in zip(routes, trained_routes, strict=True))
+    return {
+        "log_probs": log_probs,
+        "routes": by_sample(routes, mine),
+        "metrics": result.statistics.to_metrics() | {"grad_norm": result.update.grad_norm},
+        "after": by_sample(score(model, mine), mine),
+        "old": old,
+    }
+
+
+def one_process() -> dict[str, Any]:
+    """What every layout must find."""
+    with trained(config(), layout(), SIZES) as (model, optimizer):
+        rollouts = generate(model)
+        samples = [
+            as_sample(rollout, advantage=(-1.0) ** number * (1 + number / 9))
+            for number, rollout in enumerate(rollouts["sampled"].values())
+        ][:12]
+        return {"rollouts": rollouts, "samples": samples, **observe(model, optimizer, samples, {})}
+
+
+def check_layouts(world_size: int, folder: Path) -> None:
+    expected = torch.load(folder / "expected.pt", weights_only=False)
+    for number, parallel in enumerate(LAYOUTS[world_size]):
+        here, checkpoints = layout(world_size, **parallel), folder / str(number)
+        with trained(config(**parallel), here, SIZES) as (model, optimizer):
+            same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
+            found = observe(model, optimizer, expected["samples"], expected["old"])
+            same_numbers(model.groups, found, expected, parallel)
+            path = save_checkpoint(checkpoints, model, optimizer, DONE, keep=1)
+            second = observe(model, optimizer, expected["samples"], found["old"])
+        with trained(config(**parallel), here, SIZES, RandomSource(SIZES, seed=9)) as (model, optimizer):
+            assert load_checkpoint(path, model, optimizer) == DONE
+            again = observe(model, optimizer, expected["samples"], found["old"])
+            assert again["metrics"] == second["metrics"], parallel
+            refuses_other_layouts(folder, number, model, optimizer)
+
+
+def refuses_other_layouts(folder: Path, number: int, model: Model, optimizer: Optimizer) -> None:
+    """Where tensors are cut in another way, or stages have other parts, the checkpoint before is of no use."""
+    if number < 2:
+        return
+    with pytest.raises(CheckpointError, match="resume with the layout that wrote it"):
+        load_checkpoint(folder / str(number - 1) / "step_00000001", model, optimizer)
+
+
+def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel: dict[str, int]) -> None:
+    for kind, named in expected.items():
+        assert found[kind].keys() == named.keys()
+        for name, rollout in named.items():
+            one: Rollout = found[kind][name]
+            assert (one.response_ids, one.finished) == (rollout.response_ids, rollout.finished), (parallel, kind, name)
+            assert one.log_probs == pytest.approx(rollout.log_probs, abs=1e-4), (parallel, kind, name)
+
+
+def same_numbers(groups: Groups, found: Any, expected: Any, parallel: dict[str, int]) -> None:
+    for name in ("routes", "log_probs", "after") if groups.is_last_stage else ("routes",):
+        parts = gather_over_data(found[name], groups)
+        values = {index: value for part in parts for index, value in part.items()}
+        assert values.keys() == expected[name].keys()
+        for index, value in values.items():
+            tolerance = 0 if name == "routes" else 1e-5
+            torch.testing.assert_close(
+                value,
+                expected[name][index],
+                atol=tolerance,
+                rtol=0,
+                msg=lambda text: f"{parallel} {name} {index}: {text}",
+            )
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6), parallel
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Path) -> None:
+    expected = one_process()
+    lengths = {len(rollout.response_ids) for rollout in expected["rollouts"]["sampled"].values()}
+    assert len(lengths) > 3
+    assert 0 < expected["metrics"]["clip_fraction/sequence"] < 1
+    torch.save(expected, tmp_path / "expected.pt")
+    launch(check_layouts, world_size, world_size, tmp_path)
+
+
+class Figures(Statistics):
+    """A sum, a sum for each of three layers, and two maxima."""
+
+    @classmethod
+    def drawn(cls, seed: int) -> Figures:
+        values = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return cls({"tokens": values[0], "flips_L": values[1:4]}, {"max": values[4], "negated_min": values[5]})
+
+    def to_metrics(self) -> dict[str, float | list[float]]:
+        return {name: value.tolist() for name, value in (self.sums | self.maxima).items()}
+
+
+@contextlib.contextmanager
+def joined(**parallel: int) -> Iterator[Groups]:
+    groups = initialize(layout(2, **parallel), seed=1)
+    try:
+        yield groups
+        renew_port()
+    finally:
+        shut_down()
+
+
+def check_collectives() -> None:
+    with joined() as groups:
+        check_reductions(groups)
+        check_uneven_parts(groups)
+    with joined(tensor=2) as groups:
+        check_vocabulary(groups)
+    with joined(pipeline=2) as groups:
+        value = {"stage": groups.rank, "tensor": torch.full((2,), float(groups.rank))}
+        found = from_last_stage(value, groups)
+        assert found["stage"] == 1
+        assert found["tensor"].tolist() == [1.0, 1.0]
+        assert gather_over_data(groups.rank, groups) == [groups.rank]
+
+
+def check_reductions(groups: Groups) -> None:
+    first, second = Figures.drawn(0), Figures.drawn(1)
+    found = reduce_statistics(Figures.drawn(groups.rank), groups.data)
+    assert isinstance(found, Figures)
+    assert found.to_metrics() == first.merge(second).to_metrics()
+    assert Figures.drawn(groups.rank).to_metrics() == (first, second)[groups.rank].to_metrics()
+    assert gather_over_data([groups.rank, "x"], groups) == [[0, "x"], [1, "x"]]
+    assert from_last_stage(groups.rank, groups) == groups.rank
+
+
+def check_uneven_parts(groups: Groups) -> None:
+    """megatron-core gathers and scatters as many tokens as each rank has; 3 and 1 here."""
+    from megatron.core.tensor_parallel import mappings
+
+    distributed, sizes = mappings.torch.distributed, (3, 1)
+    whole = torch.arange(8.0).view(4, 2)
+    parts = [torch.empty(size, 2) for size in sizes]
+    distributed.all_gather(parts, whole.split(sizes)[groups.rank].contiguous(), group=groups.data)
+    assert torch.equal(torch.cat(parts), whole)
+    output = torch.empty(sizes[groups.rank], 2)
+    inputs = [part.contiguous() for part in (whole * (groups.rank + 1)).split(sizes)]
+    distributed.reduce_scatter(output, inputs, group=groups.data)
+    assert torch.equal(output, 3 * whole.split(sizes)[groups.rank])
+
+
+def check_vocabulary(groups: Groups) -> None:
+    """40 tokens, 20 a rank, the last 3 of them padding."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(30, 40, generator=generator)
+    logits[:, 37:] = torch.finfo(torch.float32).min
+    targets = torch.randint(37, (30,), generator=generator)
+    weights = torch.randn(30, generator=generator)
+    exact = logits.double().requires_grad_()
+    expected = torch.log_softmax(exact / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
+    (expected * weights).sum().backward()
+    start = 20 * groups.tensor.rank()
+    mine = logits[:, start : start + 20].clone().requires_grad_()
+    found = vocab_parallel_log_probs(mine, targets, temperature=0.7, vocab_start=start, group=groups.tensor)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    assert mine.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(mine.grad.double(), exact.grad[:, start : start + 20], atol=1e-5, rtol=1e-6)
+    copies = [torch.empty_like(found) for _ in range(2)]
+    dist.all_gather(copies, found.detach(), group=groups.tensor)
+    assert torch.equal(*copies)
+    first = vocab_parallel_first_choice(mine.detach(), targets, vocab_start=start, group=groups.tensor)
+    assert torch.equal(first, logits.argmax(dim=1) == targets)
+    tie = torch.zeros(2, 20)
+    assert vocab_parallel_first_choice(tie, torch.tensor([3, 33]), vocab_start=start, group=groups.tensor).all()
+
+
+def test_collectives_of_two_processes() -> None:
+    prepare_megatron()
+    launch(check_collectives, 2)

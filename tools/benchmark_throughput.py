@@ -1,0 +1,226 @@
+"""Speed of whole RL steps: tokens/s, TFLOP/s, MFU, time by phase with its spread over ranks, peak memory.
+
+    python tools/benchmark_throughput.py CONFIG.yaml [section.key=value ...] [--json FILE]
+    bash launch/torchrun.sh --nproc-per-node 8 -- tools/benchmark_throughput.py CONFIG.yaml ...
+
+The steps are those of `gspo-moe train`, from the weights in model.hf or random ones; nothing is logged or saved.
+TFLOP/s are the operations that the model needs (`gspo_moe/config/flops.py`) over the time of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from gspo_moe.cli import LIBRARY_NOISE, USER_ERROR
+from gspo_moe.config import Architecture, Config, load_config
+from gspo_moe.config.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
+from gspo_moe.errors import ConfigError, GspoMoeError
+from gspo_moe.platform import device, megatron_version, peak_rss_gib
+from gspo_moe.types import RolloutGroup
+
+if TYPE_CHECKING:
+    from gspo_moe.training.rl import StepResult
+    from gspo_moe.training.session import Plan
+
+PHASES = ("rollout", "reward", "old_log_probs", "training")
+# Dense bf16, from NVIDIA's data sheets; the first row counts whose words are all in the device's name.
+BF16_PEAK_TFLOPS = (
+    ("A100", 312.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("B200", 2250.0),
+)
+
+
+def main() -> int:
+    options = _options()
+    for module, category in LIBRARY_NOISE:
+        warnings.filterwarnings("ignore", module=module, category=category)
+    try:
+        with tempfile.TemporaryDirectory() as run_dir:
+            config = load_config(options.config, [*options.overrides, f"logging.run_dir={run_dir}"])
+            if config.stage != "rl":
+                raise ConfigError(f"stage={config.stage}: only RL steps are measured; set stage=rl")
+            measured = measure(config, options.warmup, options.steps)
+    except GspoMoeError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"benchmark_throughput: {type(error).__name__}: {error}", file=sys.stderr)
+        return USER_ERROR
+    if measured is not None:
+        found = report(*measured, options.peak_tflops)
+        show(found)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file of an RL run; see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--steps", type=int, default=3, help="steps to measure (3)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those (1)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="peak of one device, for MFU; known for A100, H100, H200, B200"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_intermixed_args()
+    if options.steps < 1 or options.warmup < 0 or (options.peak_tflops is not None and options.peak_tflops <= 0):
+        parser.error("--steps must be at least 1, --warmup at least 0 and --peak-tflops above 0")
+    return options
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """seconds: a step's mean, by phase, with `rest` for what no phase covers. Peak memory in GiB, 0 without a device."""
+
+    seconds: dict[str, float]
+    host_gib: float
+    device_gib: float
+
+
+def measure(config: Config, warmup: int, steps: int) -> tuple[Plan, list[StepResult], list[RankFigures]] | None:
+    """Takes the steps; the measured ones' results and every rank's figures, on the first rank. Collective."""
+    from gspo_moe.parallel.groups import shut_down
+    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.rl import rl_step
+    from gspo_moe.training.session import open_session, open_trainer
+
+    plan = make_plan(config)
+    session = open_session(plan)
+    trainer = open_trainer(session)
+    for _ in range(warmup):
+        rl_step(trainer)
+    session.timers.take()
+    results = [rl_step(trainer) for _ in range(steps)]
+    taken = session.timers.take()
+    session.close()
+    seconds = {phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)}
+    seconds["rest"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
+    mine = RankFigures(seconds, peak_rss_gib(), device().peak_memory_gib())
+    ranks: list[Any] = [None] * session.groups.world_size
+    dist.all_gather_object(ranks, mine)
+    shut_down()
+    return (plan, results, ranks) if session.groups.is_main else None
+
+
+def report(
+    plan: Plan, results: Sequence[StepResult], ranks: Sequence[RankFigures], peak_tflops: float | None
+) -> dict[str, Any]:
+    """What --json writes. Tokens, TFLOP and seconds are a step's; peak_tflops and mfu are None where unknown."""
+    config, architecture, on_gpu = plan.config, plan.architecture, device().kind == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads a process"
+    groups = [scored.group for result in results for scored in result.answers.groups]
+    needed = needed_flops(architecture, groups, scored=config.algorithm.old_log_probs == "trainer")
+    tflop = {phase: {k: v / len(results) / 1e12 for k, v in parts.items()} for phase, parts in needed.items()}
+    seconds = {phase: spread([rank.seconds[phase] for rank in ranks]) for phase in ranks[0].seconds}
+    totals = {phase: sum(parts.values()) for phase, parts in tflop.items()}
+    totals["step"] = sum(totals.values())
+    speed = {phase: total / seconds[phase]["max"] / len(ranks) for phase, total in totals.items()}
+    trained, generated = (
+        sum(result.metrics[key] for result in results) / len(results) for key in ("throughput/tokens", "rollout/tokens")
+    )
+    memory = {"host": spread([rank.host_gib for rank in ranks])}
+    if on_gpu:
+        memory["device"] = spread([rank.device_gib for rank in ranks])
+        peak_tflops = peak_tflops or known_peak_tflops(name)
+    return {
+        "device": name,
+        "processes": len(ranks),
+        "parallel": config.parallel.model_dump(mode="json"),
+        "dtype": config.model.dtype,
+        "torch": torch.__version__,
+        "megatron_core": megatron_version(),
+        "parameters": architecture.num_parameters,
+        "active_parameters": architecture.num_active_parameters,
+        "steps": len(results),
+        "tokens": trained,
+        "tokens_per_second": trained / seconds["step"]["max"],
+        "rollout_tokens": generated,
+        "rollout_tokens_per_second": generated / seconds["rollout"]["max"],
+        "seconds": seconds,
+        "tflop": tflop,
+        "tflops_per_process": speed,
+        "peak_tflops": peak_tflops,
+        "mfu": None if peak_tflops is None else speed["step"] / peak_tflops,
+        "peak_memory_gib": memory,
+    }
+
+
+def needed_flops(architecture: Architecture, groups: Sequence[RolloutGroup], scored: bool) -> dict[str, dict[str, int]]:
+    """Operations that RL steps on these groups need, by phase and part of the model; `scored` ones have old log-probs."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sampling = [
+        generation(len(group.rollouts[0].prompt_ids), [len(rollout.response_ids) for rollout in group.rollouts])
+        for group in groups
+    ]
+    whole = whole_sequences(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
+    forward = forward_flops(architecture, whole)
+    return {
+        "rollout": forward_flops(architecture, sum(sampling, Work())),
+        "old_log_probs": {part: scored * flops for part, flops in forward.items()},
+        "training": {part: TRAINING_PASSES * flops for part, flops in forward.items()},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def known_peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU, None for one that is not in the table."""
+    words = set(re.findall(r"\w+", device_name))
+    return next((peak for chip, peak in BF16_PEAK_TFLOPS if words.issuperset(chip.split())), None)
+
+
+def show(found: dict[str, Any]) -> None:
+    console = Console(width=100, highlight=False)
+    console.print(
+        f"{found['processes']} x {found['device']}, {found['dtype']}, {found['parameters'] / 1e6:,.2f} M parameters, "
+        f"{found['active_parameters'] / 1e6:,.2f} M active"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"mean of {found['steps']} steps")
+    for title in ("s, min", "median", "max over ranks", "TFLOP", "TFLOP/s a process"):
+        table.add_column(title, justify="right")
+    totals = {phase: sum(parts.values()) for phase, parts in found["tflop"].items()}
+    totals["step"] = sum(totals.values())
+    for phase, seconds in found["seconds"].items():
+        row = [f"{seconds[figure]:.3f}" for figure in ("min", "median", "max")]
+        if phase in totals:
+            row += [f"{totals[phase]:.3g}", f"{found['tflops_per_process'][phase]:.3g}"]
+        table.add_row(phase, *row)
+    console.print(table)
+    console.print(
+        f"{found['tokens_per_second']:,.0f} tokens/s trained on, over the step; "
+        f"{found['rollout_tokens_per_second']:,.0f} tokens/s generated, over the rollout"
+    )
+    if found["mfu"] is None:
+        console.print("MFU: the device's peak is not known here; give it with --peak-tflops")
+    else:
+        console.print(f"MFU: {found['mfu']:.2%} of {found['peak_tflops']:g} TFLOP/s a process")
+    for place, gib in found["peak_memory_gib"].items():
+        console.print(f"peak memory, {place}: {gib['min']:.2f} to {gib['max']:.2f} GiB a process")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
