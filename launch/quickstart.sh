@@ -6,16 +6,12 @@
 # A run that was stopped goes on where its last checkpoint stands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=$(bash launch/install.sh)
+bash launch/install.sh >/dev/null
 run=${RUN_DIR:-runs/quickstart}
 seed=${SEED:-1}
 
-export OMP_NUM_THREADS=1
-# glibc gives big buffers back to the kernel at every step otherwise, which costs a CPU run dearly.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
-
 launch() {
-    "$venv/bin/torchrun" --standalone --nproc-per-node 2 -m gspo_moe train "$@"
+    bash launch/torchrun.sh --nproc-per-node 2 -- train "$@"
 }
 if [ ! -d "$run/cold_start/hf" ]; then
     echo "== cold start: supervised, $run/cold_start"

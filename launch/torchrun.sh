@@ -26,7 +26,9 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
             shift
             ;;
         --nodes | --nproc-per-node | --rdzv-endpoint | --local-addr)
-            [ $# -ge 2 ] && [ "$2" != -- ] || fail "$1 stands without its value; options are $known"
+            if [ $# -lt 2 ] || [ "$2" = -- ]; then
+                fail "$1 stands without its value; options are $known"
+            fi
             option[${1#--}]=$2
             shift 2
             ;;

@@ -91,7 +91,7 @@ def _options() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class RankFigures:
-    """seconds: a step's mean, by phase, with `rest` for what no phase covers. Peak memory in GiB, 0 without a device."""
+    """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU."""
 
     seconds: dict[str, float]
     host_gib: float
@@ -167,7 +167,7 @@ def report(
 
 
 def needed_flops(architecture: Architecture, groups: Sequence[RolloutGroup], scored: bool) -> dict[str, dict[str, int]]:
-    """Operations that RL steps on these groups need, by phase and part of the model; `scored` ones have old log-probs."""
+    """Operations that RL steps on these groups need, by phase and part; scored: the trainer makes old log-probs."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     sampling = [
         generation(len(group.rollouts[0].prompt_ids), [len(rollout.response_ids) for rollout in group.rollouts])

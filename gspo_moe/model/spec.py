@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +140,9 @@ def layer_spec(architecture: Architecture, provider: BackendSpecProvider) -> Mod
     experts = get_moe_module_spec_for_backend(
         provider, num_experts=architecture.num_experts, moe_grouped_gemm=not isinstance(provider, LocalSpecProvider)
     )
-    experts.submodules.router = PaddingAwareRouter
+    # megatron-core gives a ModuleSpec before 0.17 and a partial since.
+    submodules = experts.keywords["submodules"] if isinstance(experts, partial) else experts.submodules
+    submodules.router = PaddingAwareRouter
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -100,13 +100,12 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for index, chunk in enumerate(model.gpt_chunks):
-        state[f"model_{index}"] = chunk.sharded_state_dict(prefix=f"model_{index}." if len(model.chunks) > 1 else "")
-    shards = state["model_0"] if len(model.chunks) == 1 else {k: v for s in list(state.values()) for k, v in s.items()}
-    state["optimizer"] = optimizer.sharded_state(shards, loading=loading)
-    state["rng"] = _rng_state(model.groups)
-    return state
+    shards = {f"model_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.gpt_chunks)}
+    return {
+        **shards,
+        "optimizer": optimizer.sharded_state(shards, loading=loading),
+        "rng": _rng_state(model.groups),
+    }
 
 
 def _rng_state(groups: Groups) -> ShardedObject:

@@ -1,4 +1,4 @@
-"""Rollouts, scores, routes, an optimizer step and checkpoints: what several processes find is what one process finds."""
+"""Rollouts, scores, routes, an optimizer step, checkpoints: what several processes find is what one process finds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig, Config
+from gspo_moe.data.packing import pack
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
@@ -28,7 +29,7 @@ from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
-from tests.policy import as_sample, packs_of, requests, sampling, trained
+from tests.policy import as_sample, requests, sampling, trained
 from tests.qwen3 import architecture, layout
 
 # Four layers for an interleaved pipeline; 61 tokens pad the last tensor rank's vocabulary.
@@ -44,7 +45,8 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
     4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
 }
 SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": sampling()}
-DONE = Progress(step=1, prompt_position=12, policy_version=1)
+CHECKPOINT = "step_00000001"
+DONE = Progress(step=1, prompt_position=14, policy_version=1)
 GSPO = AlgorithmConfig(clip_low=5e-3, clip_high=5e-3)
 Named = dict[tuple[str, int], Any]
 
@@ -75,18 +77,18 @@ def together(groups: Groups, named: dict[str, Named]) -> dict[str, Named]:
 
 
 def packs(groups: Groups, samples: Sequence[TrainingSample]) -> list[Microbatch]:
-    """This rank's share, the indices of its sequences being those among all samples."""
-    indices = share(groups, range(len(samples)))
-    own = packs_of([samples[index] for index in indices], per_pack=2)
-    return [
-        Microbatch(**{**vars(pack), "sample_indices": tuple(indices[i] for i in pack.sample_indices)}) for pack in own
-    ]
+    """This rank's share, sequences of one position by themselves; indices are those among all samples."""
+    mine = share(groups, range(len(samples)))
+    short = [index for index in mine if len(samples[index].token_ids) == 2]
+    long = [index for index in mine if index not in short]
+    chosen = [long[start : start + 2] for start in range(0, len(long), 2)] + [[index] for index in short]
+    return [pack(samples, indices) for indices in chosen]
 
 
 def by_sample(values: Sequence[torch.Tensor], mine: Sequence[Microbatch]) -> dict[int, torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
-    for pack, values_T in zip(mine, values, strict=False):
-        found |= zip(pack.sample_indices, values_T.split(pack.cu_seqlens.diff().tolist()), strict=True)
+    for one, values_T in zip(mine, values, strict=False):
+        found |= zip(one.sample_indices, values_T.split(one.cu_seqlens.diff().tolist()), strict=True)
     return found
 
 
@@ -97,7 +99,7 @@ def observe(model: Model, optimizer: Optimizer, samples: Sequence[TrainingSample
     log_probs = by_sample(score(model, mine, recorder=recorder), mine)
     routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in recorder.take()]
     old = old or {index: value + 0.01 * (-1) ** (index // 2) for index, value in log_probs.items()}
-    olds = [torch.cat([old[index] for index in pack.sample_indices]) for pack in mine]
+    olds = [torch.cat([old[index] for index in one.sample_indices]) for one in mine]
     result = train_minibatch(model, optimizer, mine, olds, GSPO, len(samples), 1.0, recorder)
     trained_routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in result.routes]
     assert all(torch.equal(a, b) for a, b in zip(routes, trained_routes, strict=True))
@@ -117,33 +119,34 @@ def one_process() -> dict[str, Any]:
         samples = [
             as_sample(rollout, advantage=(-1.0) ** number * (1 + number / 9))
             for number, rollout in enumerate(rollouts["sampled"].values())
+            if len(rollout.prompt_ids) > 1
         ][:12]
+        # Under sequence parallelism one position is less than a tensor rank's share of the padded pack.
+        samples += [TrainingSample((token, 7), (0, 1), advantage=0.5) for token in (3, 44)]
         return {"rollouts": rollouts, "samples": samples, **observe(model, optimizer, samples, {})}
 
 
 def check_layouts(world_size: int, folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=False)
     for number, parallel in enumerate(LAYOUTS[world_size]):
-        here, checkpoints = layout(world_size, **parallel), folder / str(number)
-        with trained(config(**parallel), here, SIZES) as (model, optimizer):
+        with trained(config(**parallel), layout(world_size, **parallel), SIZES) as (model, optimizer):
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
             found = observe(model, optimizer, expected["samples"], expected["old"])
             same_numbers(model.groups, found, expected, parallel)
-            path = save_checkpoint(checkpoints, model, optimizer, DONE, keep=1)
-            second = observe(model, optimizer, expected["samples"], found["old"])
-        with trained(config(**parallel), here, SIZES, RandomSource(SIZES, seed=9)) as (model, optimizer):
-            assert load_checkpoint(path, model, optimizer) == DONE
-            again = observe(model, optimizer, expected["samples"], found["old"])
-            assert again["metrics"] == second["metrics"], parallel
-            refuses_other_layouts(folder, number, model, optimizer)
-
-
-def refuses_other_layouts(folder: Path, number: int, model: Model, optimizer: Optimizer) -> None:
-    """Where tensors are cut in another way, or stages have other parts, the checkpoint before is of no use."""
-    if number < 2:
-        return
-    with pytest.raises(CheckpointError, match="resume with the layout that wrote it"):
-        load_checkpoint(folder / str(number - 1) / "step_00000001", model, optimizer)
+            save_checkpoint(folder / str(number), model, optimizer, DONE, keep=1)
+            second = observe(model, optimizer, expected["samples"], expected["old"])["metrics"]
+        other = RandomSource(SIZES, seed=9)
+        with trained(config(**parallel), layout(world_size, **parallel), SIZES, other) as (model, optimizer):
+            assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
+            assert observe(model, optimizer, expected["samples"], expected["old"])["metrics"] == second, parallel
+            if number and "expert" in LAYOUTS[world_size][number - 1]:
+                # Experts spread over data-parallel ranks have an optimizer of their own, with other names in its state.
+                with pytest.raises(CheckpointError, match="resume with the layout that wrote it"):
+                    load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
+            elif number:
+                load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
+                again = observe(model, optimizer, expected["samples"], expected["old"])["metrics"]
+                assert again == pytest.approx(second, rel=1e-5, abs=1e-6), parallel
 
 
 def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel: dict[str, int]) -> None:
@@ -161,14 +164,9 @@ def same_numbers(groups: Groups, found: Any, expected: Any, parallel: dict[str, 
         values = {index: value for part in parts for index, value in part.items()}
         assert values.keys() == expected[name].keys()
         for index, value in values.items():
-            tolerance = 0 if name == "routes" else 1e-5
-            torch.testing.assert_close(
-                value,
-                expected[name][index],
-                atol=tolerance,
-                rtol=0,
-                msg=lambda text: f"{parallel} {name} {index}: {text}",
-            )
+            exact = name == "routes"
+            error = (value - expected[name][index]).abs().max().item()
+            assert error <= (0 if exact else 1e-5), (parallel, name, index)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6), parallel
 
 
@@ -179,7 +177,7 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     assert len(lengths) > 3
     assert 0 < expected["metrics"]["clip_fraction/sequence"] < 1
     torch.save(expected, tmp_path / "expected.pt")
-    launch(check_layouts, world_size, world_size, tmp_path)
+    launch(check_layouts, world_size, world_size, tmp_path, seconds=300)
 
 
 class Figures(Statistics):
@@ -272,4 +270,4 @@ def check_vocabulary(groups: Groups) -> None:
 
 def test_collectives_of_two_processes() -> None:
     prepare_megatron()
-    launch(check_collectives, 2)
+    launch(check_collectives, 2, seconds=300)

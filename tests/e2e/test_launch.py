@@ -107,7 +107,7 @@ def check_run(path: Path) -> None:
 
 def test_torchrun_on_two_hosts(hosts: list[Host], tmp_path: Path) -> None:
     options = ("--nodes", "2", "--nproc-per-node", "2", "--rdzv-endpoint", f"{hosts[0].address}:29400")
-    command = ["bash", TORCHRUN, *options, "--", *training(tmp_path)]
+    command: list[str | Path] = ["bash", TORCHRUN, *options, "--", *training(tmp_path)]
     finish([Program(host.command(*command), tmp_path) for host in hosts])
     check_run(tmp_path / "run")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.platform import ANSWERS, doctor, has_nvidia_apex, has_transformer_engine, megatron_version
+from gspo_moe.platform import ANSWERS, Backend, doctor, has_nvidia_apex, has_transformer_engine, megatron_version
 
 
 def line(name: str) -> str:
@@ -42,6 +42,20 @@ def test_with_a_gpu_it_names_it_and_lists_no_answers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert line("device") == "NVIDIA H200"
     assert not any(answer.reason in doctor.report() for answer in ANSWERS)
+
+
+def test_what_was_chosen_comes_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend("transformer_engine", "it is there")
+    monkeypatch.setattr(doctor, "choose_backend", lambda wanted, dtype: backend if wanted == "auto" else None)
+    monkeypatch.setattr(doctor, "fused_adam", lambda: "Apex")
+    assert line("model.backend=auto") == "transformer_engine - it is there"
+    assert line("optimizer").startswith("Apex's FusedAdam - megatron-core takes")
+    monkeypatch.setattr(doctor, "fused_adam", lambda: None)
+    assert line("optimizer").startswith("torch's AdamW - megatron-core takes")
+    for gpu, collectives in ((True, "nccl"), (False, "gloo")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+        assert line("collectives").startswith(f"{collectives} - between")
 
 
 def test_absent_packages_say_what_runs_instead(monkeypatch: pytest.MonkeyPatch) -> None:
