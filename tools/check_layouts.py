@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.2,
+VOCAB, TOPK = 61, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": TOPK, "initializer_range": 0.2,
     "max_position_embeddings": 128, "rope_theta": 10_000.0,
 }  # fmt: skip
 TOLERANCE = 1e-5
@@ -167,7 +168,7 @@ def _samples(number: int) -> list[Any]:
     samples = []
     for _ in range(SEQUENCES):
         prompt, response = (int(torch.randint(1, high, (), generator=generator)) for high in (9, 24))
-        ids = torch.randint(SIZES["vocab_size"], (prompt + response,), generator=generator).tolist()  # type: ignore[arg-type]
+        ids = torch.randint(VOCAB, (prompt + response,), generator=generator).tolist()
         advantage = float(torch.randn((), generator=generator))
         mask = (0,) * prompt + (1,) * response
         samples.append(TrainingSample(tuple(ids), mask, advantage))
@@ -202,13 +203,17 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     log_probs: dict[tuple[int, int], Any] = {}
     routes: dict[tuple[int, int], Any] = {}
 
+    def reduced_gradient(parameter: Any) -> torch.Tensor:
+        gradient: torch.Tensor = parameter.main_grad
+        return gradient
+
     class WatchedOptimizer(Optimizer):
         first = not config.parallel.distributed_optimizer  # which leaves each rank a share of the reduced gradients
 
         def update(self) -> Any:
             if self.first:
                 self.first = False
-                gradients.update((n, t.clone()) for n, t in whole_tensors(model, lambda p: p.main_grad))
+                gradients.update((name, t.clone()) for name, t in whole_tensors(model, reduced_gradient))
             return super().update()
 
     optimizer = WatchedOptimizer(config, model, STEPS)
@@ -229,7 +234,7 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
         found["grad_norm"].append(result.update.grad_norm)
         pairs = zip(packs, old_routes[start:stop], result.routes, strict=True)
         overlap = torch.cat([recorder.overlap(old, new)[pack.route_mask_T] for pack, old, new in pairs])
-        sums = reduce_statistics(RouteSums.from_overlap(overlap, SIZES["num_experts_per_tok"]), model.groups.data)  # type: ignore[arg-type]
+        sums = reduce_statistics(RouteSums.from_overlap(overlap, TOPK), model.groups.data)
         found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
         for number, pack in enumerate(packs, start=start):
             bounds = pack.cu_seqlens.tolist()
@@ -344,7 +349,7 @@ def _cell(column: str, value: float | None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description="Compares every parallel layout with one process.")
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="world sizes to check")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

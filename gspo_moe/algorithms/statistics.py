@@ -37,6 +37,13 @@ class Statistics(ABC):
             {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
         )
 
+    def cpu(self) -> Self:
+        """The same on the CPU, for sending to another process; waits for the device."""
+        return type(self)(
+            {name: value.cpu() for name, value in self.sums.items()},
+            {name: value.cpu() for name, value in self.maxima.items()},
+        )
+
     @abstractmethod
     def to_metrics(self) -> Mapping[str, float | list[float]]:
         """The metrics as Python numbers; waits for the device."""

@@ -8,7 +8,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
 from gspo_moe.parallel.groups import world_size_from_environment
-from gspo_moe.platform import megatron_version
+from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.megatron import make_stop_ids
 from gspo_moe.tasks import make_task
 from gspo_moe.training.session import Plan
@@ -36,10 +36,6 @@ def make_plan(config: Config) -> Plan:
         )
     if config.stage == "sft":
         task.demonstration(task.prompt("sft", 0))
-    layout = check_layout(
-        config,
-        architecture,
-        world_size_from_environment(),
-        megatron_version(),
-    )
+    layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
+    choose_backend(config.model.backend, config.model.dtype)
     return Plan(config, layout, architecture, tokenizer, task)

@@ -252,6 +252,6 @@ def _mismatch_metrics(
             found = mismatch(log_probs_T, one.rollout_log_probs_T, one.cu_seqlens, one.response_mask_T)
             statistics = found if statistics is None else statistics.merge(found)
     if statistics is not None:
-        statistics = reduce_statistics(statistics, trainer.session.groups.data)
+        statistics = reduce_statistics(statistics, trainer.session.groups.data).cpu()
     reduced: MismatchStatistics = from_last_stage(statistics, trainer.session.groups)
     return reduced.to_metrics()

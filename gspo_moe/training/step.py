@@ -125,6 +125,6 @@ def _step(
         statistics = kept[0]
         for other in kept[1:]:
             statistics = statistics.merge(other)
-        statistics = reduce_statistics(statistics, model.groups.data)
+        statistics = reduce_statistics(statistics, model.groups.data).cpu()
     update = optimizer.update()
     return from_last_stage(statistics, model.groups), update, [] if recorder is None else recorder.take()
