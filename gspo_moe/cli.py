@@ -105,10 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
     from gspo_moe.training.plan import make_plan
 
     trained = train(make_plan(config))
+    shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         if not trained:
             print(
@@ -140,6 +142,7 @@ def _show_run(config: Config) -> None:
 def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.evaluation.evaluate import evaluation_metrics
+    from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session
 
@@ -149,6 +152,7 @@ def _eval(options: argparse.Namespace) -> None:
     session = open_session(plan)
     answers = session.evaluate(policy_version=0)
     session.close()
+    shut_down()
     if session.groups.is_main:
         for name, value in evaluation_metrics(answers).items():
             print(f"{name} {value:.6g}")
@@ -156,9 +160,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     config = load_config(None, ["model.preset=null", f"model.hf={options.model}", *options.overrides])
+    from gspo_moe.parallel.groups import shut_down
     from gspo_moe.rollout.score_file import score_file
 
     score_file(config, Path(options.data), Path(options.output), with_routes=options.routes)
+    shut_down()
 
 
 def _doctor(options: argparse.Namespace) -> None:

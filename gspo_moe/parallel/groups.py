@@ -106,7 +106,10 @@ def leave_layout() -> None:
 
 
 def shut_down() -> None:
-    """Takes the groups down. Before another `initialize` the ranks need a new MASTER_PORT: the old store stays."""
+    """Takes the groups down; without it gloo's threads sometimes abort a process that is about to end well.
+
+    Before another `initialize` the ranks need a new MASTER_PORT: the old store stays.
+    """
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
