@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
+from gspo_moe.model.router import dispatch_only_chosen
 from gspo_moe.model.spec import block_spec, transformer_config
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import choose_backend, device
@@ -79,6 +80,7 @@ def build_model(config: Config, architecture: Architecture, groups: Groups) -> M
             vp_stage=stage,
         )
         _mark_tensor_parallel(chunk)
+        dispatch_only_chosen(chunk)
         chunks.append(chunk.to(device().torch_device))
     return Model(architecture, megatron_config, groups, chunks, padded_vocab)
 

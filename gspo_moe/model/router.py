@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 
 class PaddingAwareRouter(TopKRouter):
@@ -18,3 +23,19 @@ class PaddingAwareRouter(TopKRouter):
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)
         return probs * real, routing_map & real
+
+
+def dispatch_only_chosen(chunk: torch.nn.Module) -> None:
+    """Lets tokens without experts through the alltoall dispatcher, which from 0.19 on takes each to have K of them."""
+    for module in chunk.modules():
+        if isinstance(module, MoELayer) and isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher):
+            dispatcher = module.token_dispatcher
+            dispatcher.preprocess = functools.partial(_preprocess, dispatcher, dispatcher.preprocess)
+
+
+def _preprocess(dispatcher: Any, preprocess: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    tokens_per_expert: torch.Tensor = preprocess(routing_map)
+    # As megatron-core itself counts where it drops tokens: copied to the host beside the splits, waited for in time.
+    dispatcher.num_out_tokens = routing_map.sum()
+    dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+    return tokens_per_expert

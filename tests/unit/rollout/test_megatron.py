@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gspo_moe.errors import RolloutError
+from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.rollout import megatron
@@ -131,6 +132,23 @@ def test_every_token_is_fed_once_and_finished_sequences_leave(
     assert len({len(rollout.response_ids) for rollout in rollouts}) > 3
     # A response's last token is never fed: nothing follows it.
     assert sum(fed) == prompts + sum(len(rollout.response_ids) - 1 for rollout in rollouts)
+
+
+def test_the_cache_shrinks_with_the_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    class Watched(KVCache):
+        def select(self, kept: torch.Tensor) -> None:
+            rows.append(kept.numel())
+            super().select(kept)
+
+    monkeypatch.setattr(megatron, "KVCache", Watched)
+    rollouts = flat(generate(model, requests(), sampling()))
+    # One row is spare; the last to go on are those that reach the length limit, all but their last token.
+    last = sum(len(rollout.response_ids) == LONGEST for rollout in rollouts)
+    assert rows[0] == len(rollouts) + 1
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] - 1 <= last / 0.75
 
 
 def test_no_requests_give_no_rollouts(model: Model) -> None:

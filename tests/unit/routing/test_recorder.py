@@ -79,9 +79,12 @@ def test_nothing_is_recorded_outside_a_scope(model: Model) -> None:
     score(model, packs(SIZES))
     assert recorder.take() == []
     score(model, packs(SIZES), recorder=recorder)
-    score(model, packs(SIZES)[::-1])
     expected = recorder.take()
-    assert len(expected) == 3
+    score(model, packs(SIZES), recorder=recorder)
+    score(model, packs(SIZES)[::-1])
+    found = recorder.take()
+    assert len(found) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert recorder.take() == []
 
 
