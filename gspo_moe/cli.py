@@ -98,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--routes", action="store_true", help="add the experts that each scoring position picked")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.tensor=2")
     command.set_defaults(run=_score)
+    command = commands.add_parser(
+        "convert", help="weights of a Hugging Face folder into a distributed checkpoint for any layout, or back"
+    )
+    command.add_argument("--from", dest="source", required=True, metavar="SRC", help="a folder of either kind")
+    command.add_argument("--to", dest="target", required=True, metavar="DST", help="a folder that does not exist yet")
+    command.add_argument("--config", metavar="CONFIG.yaml", help="model.dtype, tokenizer and logging.progress count")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.dtype=bf16")
+    command.set_defaults(run=_convert)
     command = commands.add_parser("doctor", help="what was found on this machine and what each absence means")
     command.set_defaults(run=_doctor)
     return parser
@@ -107,8 +115,9 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.plan import check_continues, make_plan
 
+    check_continues(config)
     trained = train(make_plan(config))
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
@@ -165,6 +174,20 @@ def _score(options: argparse.Namespace) -> None:
 
     score_file(config, Path(options.data), Path(options.output), with_routes=options.routes)
     shut_down()
+
+
+def _convert(options: argparse.Namespace) -> None:
+    found = "checkpoint" if (Path(options.source) / "metadata.json").is_file() else "hf"
+    source = {"preset": "null", "hf": "null", "checkpoint": "null", "overrides": "{}", found: options.source}
+    model = [f"model.{key}={value}" for key, value in source.items()]
+    config = load_config(options.config, [*model, *options.overrides])
+    from gspo_moe.model.convert import convert
+    from gspo_moe.parallel.groups import shut_down
+
+    count = convert(config, Path(options.target))
+    shut_down()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{options.target}: {count} tensors equal those of {options.source}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

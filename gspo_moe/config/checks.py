@@ -26,11 +26,17 @@ def _model(config: Config) -> Iterator[str]:
     try:
         architecture = config.model.architecture(config.tokenizer.vocab_size)
     except ConfigError as error:
-        yield f"model.hf={config.model.hf}: {error}" if config.model.hf else str(error)
-    hf = config.model.hf
+        key = "hf" if config.model.hf is not None else "checkpoint"
+        yield f"model.{key}={config.model.folder}: {error}" if config.model.folder is not None else str(error)
+    hf, checkpoint = config.model.hf, config.model.checkpoint
     needs_weights = hf is not None and Path(hf).is_dir() and not config.model.random_init
     if needs_weights and not any(Path(str(hf)).glob("*.safetensors")):
         yield f"model.hf={hf} holds no *.safetensors; convert its weights, or set model.random_init=true"
+    if checkpoint is not None and not (Path(checkpoint) / "metadata.json").is_file():
+        yield (
+            f"model.checkpoint={checkpoint} is no distributed checkpoint (it has no metadata.json); give a run's "
+            "checkpoints/step_* or what `gspo-moe convert` wrote, or set model.hf for a Hugging Face folder"
+        )
     if architecture is None:
         return
     longest = architecture.max_position_embeddings
@@ -39,7 +45,7 @@ def _model(config: Config) -> Iterator[str]:
             f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt in the "
             f"model's max_position_embeddings={longest}; lower it below {longest}"
         )
-    trains_tokenizer = hf is None and config.tokenizer.kind != "hf" and config.tokenizer.path is None
+    trains_tokenizer = config.model.folder is None and config.tokenizer.kind != "hf" and config.tokenizer.path is None
     if trains_tokenizer and config.tokenizer.vocab_size > architecture.vocab_size:
         yield (
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} exceeds the model's vocab_size="

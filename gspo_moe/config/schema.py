@@ -48,11 +48,14 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model. `preset` names sizes; `hf` is a folder with config.json and, unless `random_init`, weights.
 
+    checkpoint: a folder of megatron-core's with config.json, written by `gspo-moe convert` or by a run (its
+    `checkpoints/step_*`); only the weights are read.
     backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
     """
 
     preset: str | None = None
     hf: str | None = None
+    checkpoint: str | None = None
     random_init: bool = False
     overrides: dict[str, Any] = {}
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -67,21 +70,29 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        if (self.preset is None) == (self.hf is None):
-            raise ValueError(
-                f"model.preset={self.preset!r} and model.hf={self.hf!r}: set one of them and leave the other null"
-            )
+        sources = {"model.preset": self.preset, "model.hf": self.hf, "model.checkpoint": self.checkpoint}
+        given = {key: source for key, source in sources.items() if source is not None}
+        if len(given) != 1:
+            named = " and ".join(f"{key}={source!r}" for key, source in (given or sources).items())
+            raise ValueError(f"{named}: set one of them and leave the other null")
+        if self.random_init and self.checkpoint is not None:
+            raise ValueError("model.random_init=true leaves model.checkpoint unread; name its folder in model.hf")
         if self.preset is not None:
             self.architecture(vocab_size=1)
         return self
 
+    @property
+    def folder(self) -> str | None:
+        """The folder of `hf` or `checkpoint`."""
+        return self.hf if self.hf is not None else self.checkpoint
+
     def architecture(self, vocab_size: int | None = None) -> Architecture:
         """Sizes of the model; `vocab_size` fills in where the preset leaves it to the tokenizer.
 
-        Raises ConfigError for an `hf` folder that cannot be read and for overrides that do not fit.
+        Raises ConfigError for a folder whose config.json cannot be read and for overrides that do not fit.
         """
-        if self.hf is not None:
-            values = architecture_from_hf(self.hf).model_dump()
+        if self.folder is not None:
+            values = architecture_from_hf(self.folder).model_dump()
         else:
             assert self.preset is not None
             values = {"vocab_size": vocab_size, **PRESETS[self.preset]}

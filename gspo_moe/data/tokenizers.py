@@ -193,14 +193,14 @@ def load_tokenizer(
     Raises ConfigError where what the config asks for is not there, DataError for files that cannot be read.
     """
     if config.path is not None:
-        tokenizer = _load_kind(config.kind, Path(config.path))
+        tokenizer = find_tokenizer(config.kind, Path(config.path))
         if tokenizer is None:
             raise ConfigError(
                 f"tokenizer.path={config.path} with tokenizer.kind={config.kind} holds no such tokenizer; "
                 f"give a folder with {HF_FILE} (hf) or {SENTENCEPIECE_FILE} (sentencepiece), or a SentencePiece file"
             )
         return tokenizer
-    found = _load_kind(config.kind, Path(model_folder)) if model_folder is not None else None
+    found = find_tokenizer(config.kind, Path(model_folder)) if model_folder is not None else None
     if found is not None:
         return found
     if config.kind == "hf" or (config.kind == "auto" and model_folder is not None):
@@ -213,7 +213,7 @@ def load_tokenizer(
     return trained
 
 
-def _load_kind(kind: str, path: Path) -> Tokenizer | None:
+def find_tokenizer(kind: str, path: Path) -> Tokenizer | None:
     """The tokenizer of that kind in a folder (or a SentencePiece file itself), None where there is none."""
     if kind != "sentencepiece" and (path / HF_FILE).is_file():
         return HFTokenizer(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,18 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return inner
 
 
-def build_model(config: Config, architecture: Architecture, groups: Groups) -> Model:
+def build_model(config: Config, architecture: Architecture, groups: Groups, *, on_meta: bool = False) -> Model:
     """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in.
 
+    on_meta: builds shapes alone, which take no memory.
     Raises ConfigError where `model.backend` asks for layers that cannot run here.
     """
     layout = groups.layout
     backend = choose_backend(config.model.backend, config.model.dtype)
     megatron_config = transformer_config(architecture, layout, config, backend)
+    place = torch.device("meta") if on_meta else device().torch_device
+    if on_meta:
+        megatron_config.use_cpu_initialization = True  # else weights are made on a device named in code
     padded_vocab = -(-architecture.vocab_size // layout.tensor) * layout.tensor
     stages: list[int | None] = [None] if layout.virtual_pipeline is None else list(range(layout.virtual_pipeline))
     chunks: list[torch.nn.Module] = []
@@ -67,21 +72,22 @@ def build_model(config: Config, architecture: Architecture, groups: Groups) -> M
         if stage is not None:
             first = first and is_vp_first_stage(stage, layout.virtual_pipeline)
             last = last and is_vp_last_stage(stage, layout.virtual_pipeline)
-        chunk = GPTModel(
-            config=megatron_config,
-            transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
-            vocab_size=padded_vocab,
-            max_sequence_length=architecture.max_position_embeddings,
-            pre_process=first,
-            post_process=last,
-            parallel_output=True,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="none",
-            vp_stage=stage,
-        )
+        with place if on_meta else contextlib.nullcontext():
+            chunk = GPTModel(
+                config=megatron_config,
+                transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
+                vocab_size=padded_vocab,
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="none",
+                vp_stage=stage,
+            )
         _mark_tensor_parallel(chunk)
         dispatch_only_chosen(chunk)
-        chunks.append(chunk.to(device().torch_device))
+        chunks.append(chunk.to(place))
     return Model(architecture, megatron_config, groups, chunks, padded_vocab)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
@@ -20,6 +21,8 @@ from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_entries
 
 MAIN = 0
 EXPORTED_BY = "gspo_moe_version"
+FILE_BYTES = 5_000_000_000
+METADATA = {"format": "pt"}  # without which transformers refuses a file
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
 
@@ -30,7 +33,7 @@ def itself(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def export_hf(
-    model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5_000_000_000
+    model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = FILE_BYTES
 ) -> None:
     """Writes safetensors in the parameters' dtype, config.json and the tokenizer's files; every rank calls it.
 
@@ -48,7 +51,7 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_weights(whole_tensors(model), partial, max_shard_bytes)
-        _write_config(model, partial, tokenizer)
+        write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
         if tokenizer is not None:
             tokenizer.save(partial)
         _replace(partial, folder)
@@ -116,17 +119,24 @@ def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, ma
     names_in: list[list[str]] = []
     total_bytes = 0
     for batch in _batches(tensors, max_shard_bytes):
-        save_file(batch, folder / f"{len(names_in)}.safetensors", metadata={"format": "pt"})
+        save_file(batch, folder / f"{len(names_in)}.safetensors", metadata=METADATA)
         names_in.append(list(batch))
         total_bytes += sum(tensor.nbytes for tensor in batch.values())
+    for number in range(len(names_in)):
+        (folder / f"{number}.safetensors").rename(folder / file_name(number, len(names_in)))
+    write_index(folder, names_in, total_bytes)
+
+
+def file_name(number: int, count: int) -> str:
+    """The name of file `number`, from 0, of `count`."""
+    return SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, names_in: Sequence[Sequence[str]], total_bytes: int) -> None:
+    """Says which file holds which tensors, where there are several; names_in: names in each."""
     if len(names_in) == 1:
-        (folder / "0.safetensors").rename(folder / SINGLE_FILE)
         return
-    file_of: dict[str, str] = {}
-    for number, names in enumerate(names_in):
-        file = f"model-{number + 1:05d}-of-{len(names_in):05d}.safetensors"
-        (folder / f"{number}.safetensors").rename(folder / file)
-        file_of.update(dict.fromkeys(names, file))
+    file_of = {name: file_name(number, len(names_in)) for number, names in enumerate(names_in) for name in names}
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": file_of})
 
 
@@ -144,10 +154,13 @@ def _batches(tensors: Iterator[tuple[str, torch.Tensor]], max_bytes: int) -> Ite
     yield batch
 
 
-def _write_config(model: Model, folder: Path, tokenizer: Tokenizer | None) -> None:
+def write_config(
+    folder: Path, architecture: Architecture, dtype: torch.dtype, tokenizer: Tokenizer | None = None
+) -> None:
+    """Writes the `config.json` that transformers and `architecture_from_hf` read."""
     config = {
-        **model.architecture.to_hf(),
-        "torch_dtype": str(model.config.params_dtype).removeprefix("torch."),
+        **architecture.to_hf(),
+        "torch_dtype": str(dtype).removeprefix("torch."),
         EXPORTED_BY: importlib.metadata.version("gspo_moe"),
     }
     if tokenizer is not None:

@@ -47,7 +47,7 @@ class SafetensorsSource:
             self._file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
         else:
             self._file_of = self._read_index()
-        self._shapes = {name: self._shape(name) for name in self._file_of}
+        self._shapes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -62,8 +62,13 @@ class SafetensorsSource:
             raise DataError(f"{self._folder / self._file_of[name]}: {name} cannot be read ({error})") from error
         return tensor
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+    @property
+    def is_bf16(self) -> bool:
+        """True where every tensor is."""
+        return all(self._slice(name).get_dtype() == "BF16" for name in self._file_of)
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._file_of[name]).get_slice(name)
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -142,23 +147,38 @@ def load_weights(model: Model, source: TensorSource) -> None:
     Raises DataError that names up to ten tensors which are missing, unknown to the architecture, of another shape, of
     a dtype not in `DTYPES`, or not finite (in the part that this rank reads).
     """
-    fix = "these tensors do not fit the model; give a checkpoint that matches its config.json"
-    problems = list(_shape_problems(hf_shapes(model.architecture), source, model.architecture.tie_word_embeddings))
-    if problems:
-        raise _error(source, fix, problems)
+    check_shapes(model.architecture, source)
+    problems: list[str] = []
     for entry, parameter in local_entries(model):
         parts = []
         for name in entry.hf_names:
             part = entry.cut(source.get(name))
-            if part.dtype not in DTYPES:
-                problems.append(f"{name}: dtype {part.dtype}; known are {', '.join(map(str, DTYPES))}")
-            elif not part.isfinite().all():
-                problems.append(f"{name}: holds values that are not finite")
+            problems += value_problems(name, part)
             parts.append(part)
         if not problems:
             parameter.copy_(entry.join(parts))
     if problems:
-        raise _error(source, fix, problems)
+        raise misfit(source, problems)
+
+
+def check_shapes(architecture: Architecture, source: TensorSource) -> None:
+    """Raises DataError that names missing, unknown and misshapen tensors of `source`."""
+    problems = list(_shape_problems(hf_shapes(architecture), source, architecture.tie_word_embeddings))
+    if problems:
+        raise misfit(source, problems)
+
+
+def value_problems(name: str, values: torch.Tensor) -> list[str]:
+    """What is wrong with a tensor's dtype or values."""
+    if values.dtype not in DTYPES:
+        return [f"{name}: dtype {values.dtype}; known are {', '.join(map(str, DTYPES))}"]
+    return [] if values.isfinite().all() else [f"{name}: holds values that are not finite"]
+
+
+def misfit(source: object, problems: list[str]) -> DataError:
+    return _error(
+        source, "these tensors do not fit the model; give a checkpoint that matches its config.json", problems
+    )
 
 
 def _shape_problems(expected: Mapping[str, tuple[int, ...]], source: TensorSource, tied: bool) -> Iterator[str]:
@@ -178,7 +198,12 @@ def _shape_problems(expected: Mapping[str, tuple[int, ...]], source: TensorSourc
 
 
 def _error(where: object, fix: str, problems: list[str]) -> DataError:
+    return DataError(problem_list(where, fix, problems))
+
+
+def problem_list(where: object, fix: str, problems: list[str]) -> str:
+    """The message that names up to ten problems, one a line."""
     shown = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
     if len(problems) > MOST_PROBLEMS:
         shown.append(f"  and {len(problems) - MOST_PROBLEMS} more")
-    return DataError("\n".join([f"{where}: {fix}", *shown]))
+    return "\n".join([f"{where}: {fix}", *shown])

@@ -1,4 +1,6 @@
-"""Checkpoints through megatron-core's distributed format: weights, optimizer, RNG, data position, step.
+"""Checkpoints in megatron-core's distributed format: weights, Adam's state, generators, data position, step.
+
+Any layout reads what any other wrote; only the generators' state is left out where the layouts differ.
 
 Invariant: a folder named `step_<number>` is complete. It is written as `step_<number>.partial` and renamed when every
 rank is done, so a run killed at any moment leaves the newest complete one as it was.
@@ -6,11 +8,10 @@ rank is done, so a run killed at any moment leaves the newest complete one as it
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_moe.config.architecture import Architecture, architecture_from_hf
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
+from gspo_moe.model.hf import write_config
+from gspo_moe.model.sharded import checkpoint_errors, weight_shards
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.training.optimizer import Optimizer
 
+_log = logging.getLogger(__name__)
 _COMPLETE = re.compile(r"step_(\d+)")
+_FIX = (
+    "start from its weights alone with model.checkpoint, or, if its files are damaged, delete it to go on from the one "
+    "before"
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,13 @@ def save_checkpoint(folder: Path, model: Model, optimizer: Optimizer, progress: 
     dist.barrier()
     state = _state(model, optimizer, loading=False)
     state["progress"] = asdict(progress)
-    state["architecture"] = model.architecture.model_dump()
+    state["adam_steps"] = optimizer.adam_steps
+    state["layout"] = asdict(model.groups.layout)
+    state["dtype"] = str(model.config.params_dtype)
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if model.groups.is_main:
+        write_config(partial, model.architecture, model.config.params_dtype)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
@@ -68,42 +79,41 @@ def save_checkpoint(folder: Path, model: Model, optimizer: Optimizer, progress: 
     return target
 
 
+@torch.no_grad()
 def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
-    """Puts a checkpoint's state into model and optimizer. Collective over all ranks.
+    """Puts a checkpoint's state into model and optimizer, whatever layout wrote it. Collective over all ranks.
 
-    Raises CheckpointError where the checkpoint is of another architecture, damaged, or of another layout.
+    Raises CheckpointError where the checkpoint is of another architecture or dtype, or damaged.
     """
-    with _readable(path):
+    with checkpoint_errors(path, "loaded", _FIX):
         common = dist_checkpointing.load_common_state_dict(str(path))
-    _check_architecture(path, common.get("architecture"), model)
-    with _readable(path):
-        state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-    for index, chunk in enumerate(model.gpt_chunks):
-        chunk.load_state_dict(state[f"model_{index}"])
-    progress = Progress(**state["progress"])
-    optimizer.load(state["optimizer"], progress.policy_version)
-    _set_rng_state(state["rng"])
+    if "progress" not in common:
+        raise CheckpointError(f"{path} was not written by gspo_moe; give another logging.run_dir")
+    with checkpoint_errors(path, "loaded", _FIX):
+        saved = architecture_from_hf(path)
+    _check_model(path, saved, common["dtype"], model)
+    same_layout = common["layout"] == asdict(model.groups.layout)
+    state = _state(model, optimizer, loading=True)
+    if not same_layout:
+        del state["rng"]
+    with checkpoint_errors(path, "loaded", _FIX):
+        found = dist_checkpointing.load(state, str(path))
+    for number, parameter in enumerate(weight_shards(model)):
+        parameter.copy_(found["weights"][str(number)])
+    progress = Progress(**common["progress"])
+    optimizer.restore(found["optimizer"], common["adam_steps"], progress.policy_version)
+    if same_layout:
+        _set_rng_state(found["rng"])
+    elif model.groups.is_main:
+        _log.warning("%s was written in another layout: random number generators start from the seed again", path)
     return progress
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    # Damaged files raise almost anything, torch's CheckpointException, which is no Exception, among it.
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-        raise CheckpointError(
-            f"{path} cannot be loaded in this layout ({reason}); resume with the layout that wrote it, start from its "
-            "HF export with model.hf, or, if its files are damaged, delete it to go on from the one before"
-        ) from error
-
-
 def _state(model: Model, optimizer: Optimizer, *, loading: bool) -> dict[str, Any]:
-    shards = {f"model_{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.gpt_chunks)}
+    weights = weight_shards(model)
     return {
-        **shards,
-        "optimizer": optimizer.sharded_state(shards, loading=loading),
+        "weights": {str(number): shard for number, shard in enumerate(weights.values())},
+        "optimizer": optimizer.shards(weights, loading=loading),
         "rng": _rng_state(model.groups),
     }
 
@@ -122,14 +132,19 @@ def _set_rng_state(rng: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(rng["cuda"])
 
 
-def _check_architecture(path: Path, saved: dict[str, Any] | None, model: Model) -> None:
-    mine = model.architecture.model_dump()
-    if saved is None:
-        raise CheckpointError(f"{path} was not written by gspo_moe; give another logging.run_dir")
+def _check_model(path: Path, saved: Architecture, dtype: str, model: Model) -> None:
+    mine = model.architecture
     changed = [
-        f"{name} is {saved.get(name)} there and {mine[name]} here" for name in mine if saved.get(name) != mine[name]
+        f"{name} is {value} there and {getattr(mine, name)} here"
+        for name, value in saved.model_dump().items()
+        if value != getattr(mine, name)
     ]
     if changed:
         raise CheckpointError(
             f"{path} holds another model ({'; '.join(changed)}); give another logging.run_dir or the same model"
+        )
+    if dtype != str(model.config.params_dtype):
+        raise CheckpointError(
+            f"{path} was trained in {dtype} and this run is in {model.config.params_dtype}; resume with the same "
+            "model.dtype, or start another run from its weights with model.checkpoint"
         )

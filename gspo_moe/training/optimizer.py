@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,13 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
-
-STATE = ("params", "step")  # what is state, not setting, in a parameter group
-# Each data-parallel rank writes and reads its own shards; megatron-core refuses to write its default format.
-SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
+from gspo_moe.model.sharded import Shard
+from gspo_moe.training.optimizer_state import optimizer_shards, restore
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,14 @@ class UpdateResult:
 
 
 class Optimizer:
-    """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step."""
+    """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step.
+
+    adam_steps: updates so far that were not skipped.
+    """
 
     def __init__(self, config: Config, model: Model, total_updates: int) -> None:
         self._wrapped = _wrap(config, model)
+        self.adam_steps = 0
         settings = config.optimizer
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -75,28 +77,16 @@ class Optimizer:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.megatron.scale_loss
 
-    @torch.no_grad()
-    def load(self, state: dict[str, Any], updates: int) -> None:
-        """Goes on after `updates` updates from megatron-core's optimizer state; all settings stay the config's own."""
-        # Before loading: megatron-core 0.19 finds a parameter group by its settings, learning rates included.
-        for group, own in zip(_groups(state), self.megatron.param_groups, strict=True):
-            group.update({name: value for name, value in own.items() if name not in STATE})
-        self.megatron.load_state_dict(state)
-        for part in self._distributed():
-            _restore_steps(part)
+    def shards(self, weights: Mapping[torch.nn.Parameter, Shard], *, loading: bool) -> dict[str, dict[str, Shard]]:
+        """Adam's state, to be written or, with `loading`, read for `restore`; weights: `weight_shards`. Collective."""
+        return optimizer_shards(self.megatron.chained_optimizers, weights, loading=loading)
+
+    def restore(self, found: Mapping[str, Mapping[str, torch.Tensor]], adam_steps: int, updates: int) -> None:
+        """Goes on after `updates` updates, `adam_steps` of which were not skipped; settings stay the config's own."""
+        restore(self.megatron.chained_optimizers, found, adam_steps)
+        self.adam_steps = adam_steps
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=updates + self._ahead)
-
-    def sharded_state(self, model_shards: dict[str, Any], *, loading: bool) -> Any:
-        """megatron-core's optimizer state, to be saved or, with `loading`, to be filled, cut along `model_shards`."""
-        if loading:
-            for part in self._distributed():
-                if not part.optimizer.state:
-                    part._init_optimizer_states_with_dummy_values()
-        return self.megatron.sharded_state_dict(model_shards, is_loading=loading, metadata=SHARDING)
-
-    def _distributed(self) -> list[DistributedOptimizer]:
-        return [part for part in self.megatron.chained_optimizers if isinstance(part, DistributedOptimizer)]
 
     def zero_grad(self) -> None:
         for chunk in self._wrapped:
@@ -111,23 +101,9 @@ class Optimizer:
         finite = math.isfinite(grad_norm)
         if finite:
             self.megatron.step()
+            self.adam_steps += 1
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, learning_rate, skipped=not finite)
-
-
-def _groups(state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """The parameter groups in megatron-core's optimizer state, which numbers its optimizers where it has several."""
-    parts = [state[number] for number in sorted(state)] if 0 in state else [state]
-    return [group for part in parts for group in part.get("optimizer", part)["param_groups"]]
-
-
-def _restore_steps(part: DistributedOptimizer) -> None:
-    # Loading leaves torch's Adam one `step` tensor for all parameters, and an old value in it.
-    for group in part.optimizer.param_groups:
-        for parameter in group["params"]:
-            state = part.optimizer.state[parameter]
-            if "step" in state:
-                state["step"] = torch.tensor(float(group["step"]))
 
 
 def _wrap(config: Config, model: Model) -> list[DistributedDataParallel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gspo_moe.config.checks import check_files
 from gspo_moe.config.layout import check_layout
+from gspo_moe.config.loading import read_yaml
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
@@ -11,9 +12,11 @@ from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.megatron import make_stop_ids
 from gspo_moe.tasks import make_task
+from gspo_moe.training.checkpoint import newest_checkpoint
 from gspo_moe.training.session import Plan
 
 TOKENIZER_TEXTS = 1000
+IDENTITY = ("stage", "seed", "task")  # with another of these a run would go on as neither the old one nor a new one
 
 
 def make_plan(config: Config) -> Plan:
@@ -26,7 +29,7 @@ def make_plan(config: Config) -> Plan:
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
         return [prompt.text for prompt in prompts] + answers
 
-    tokenizer = load_tokenizer(config.tokenizer, config.model.hf, texts, config.run_path)
+    tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     if tokenizer.vocab_size > architecture.vocab_size:
@@ -39,3 +42,19 @@ def make_plan(config: Config) -> Plan:
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backend(config.model.backend, config.model.dtype)
     return Plan(config, layout, architecture, tokenizer, task)
+
+
+def check_continues(config: Config) -> None:
+    """Raises ConfigError where `logging.run_dir` holds checkpoints of a run with another stage, seed or task."""
+    written = config.run_path / "config.yaml"
+    if newest_checkpoint(config.run_path / "checkpoints") is None or not written.is_file():
+        return
+    before, now = read_yaml(written), config.model_dump(mode="json")
+    changed = [
+        f"{key} was {before[key]} and is {now[key]}" for key in IDENTITY if before.get(key, now[key]) != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); name another folder, or "
+            "restore these to go on with it"
+        )

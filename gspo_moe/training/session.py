@@ -12,6 +12,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
@@ -86,9 +87,11 @@ def open_session(plan: Plan) -> Session:
 
 
 def load_initial_weights(config: Config, model: Model) -> None:
-    """Weights from `model.hf`, or random ones that are the same in every layout."""
+    """Weights from `model.hf` or `model.checkpoint`, or random ones that are the same in every layout."""
     if config.model.hf is not None and not config.model.random_init:
         load_weights(model, SafetensorsSource(Path(config.model.hf)))
+    elif config.model.checkpoint is not None:
+        load_stored_weights(model, Path(config.model.checkpoint))
     else:
         load_weights(model, RandomSource(model.architecture, config.seed))
 

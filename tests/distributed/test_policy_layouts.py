@@ -14,7 +14,6 @@ import torch.distributed as dist
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.data.packing import pack
-from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
@@ -139,11 +138,7 @@ def check_layouts(world_size: int, folder: Path) -> None:
         with trained(config(**parallel), layout(world_size, **parallel), SIZES, other) as (model, optimizer):
             assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
             assert observe(model, optimizer, expected["samples"], expected["old"])["metrics"] == second, parallel
-            if number and "expert" in LAYOUTS[world_size][number - 1]:
-                # Experts spread over data-parallel ranks have an optimizer of their own, with other names in its state.
-                with pytest.raises(CheckpointError, match="resume with the layout that wrote it"):
-                    load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
-            elif number:
+            if number:
                 load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
                 again = observe(model, optimizer, expected["samples"], expected["old"])["metrics"]
                 assert again == pytest.approx(second, rel=1e-5, abs=1e-6), parallel

@@ -21,6 +21,12 @@ CONFIGS = (
     (1, "model.dtype=fp8", ("model.dtype='fp8'", "expected 'fp32' or 'bf16'")),
     (1, "model={hf: nowhere}", ("model.hf=nowhere", "does not exist; give the folder")),
     (1, "model={hf: .}", ("model.hf=.", "config.json does not exist; give the folder")),
+    (
+        1,
+        "model={checkpoint: nowhere}",
+        ("model.checkpoint=nowhere", "no distributed checkpoint", "gspo-moe convert"),
+    ),
+    (1, "model={checkpoint: ., random_init: true}", ("model.random_init=true", "name its folder in model.hf")),
     (1, "model.overrides.num_attention_heads=3", ("num_attention_heads=3", "num_key_value_heads=2; choose a divisor")),
     (1, "task.name=sort_leters", ("task.name=sort_leters", "the nearest is sort_letters")),
     (1, "task.options.min_lenght=3", ("task.options.min_lenght=3", "task.options.min_length")),

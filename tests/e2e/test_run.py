@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from gspo_moe.cli import USER_ERROR
 from gspo_moe.config.loading import load_config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from tests.e2e.conftest import FinishedRun
@@ -136,6 +137,16 @@ def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> 
     assert "run has finished its 8 steps before" in first
     assert "logging.run_dir" in first
     assert table == one_process.outcome.stdout.splitlines()
+    assert (one_process.path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("other", ["seed=7", "stage=sft", "task.options.min_length=5"])
+def test_a_run_folder_of_another_run_is_refused(other: str, one_process: FinishedRun) -> None:
+    before = (one_process.path / "metrics.jsonl").read_bytes()
+    outcome = Program([*one_process.command, other], one_process.path.parent).finish()
+    assert outcome.code == USER_ERROR
+    key = other.partition(".")[0].partition("=")[0]
+    assert f"logging.run_dir=run holds another run ({key} was" in outcome.stderr
     assert (one_process.path / "metrics.jsonl").read_bytes() == before
 
 

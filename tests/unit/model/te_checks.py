@@ -11,7 +11,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model import build
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import export_hf, whole_tensors
-from gspo_moe.model.weights import SafetensorsSource
+from gspo_moe.model.weights import RandomSource, SafetensorsSource
 from gspo_moe.platform import Backend
 from gspo_moe.rollout.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -97,14 +97,24 @@ def test_gradients_are_those_of_the_local_layers(recompute: str, monkeypatch: py
         assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
-def test_a_checkpoint_brings_the_weights_back(tmp_path: Path) -> None:
-    with trained(Config(), layout()) as (model, optimizer):
-        step(Config(), model, optimizer)
-        path = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), keep=1)
-        saved = {name: parameter.clone() for name, parameter in model.gpt_chunks[0].named_parameters()}
-        with torch.no_grad():
-            for parameter in model.gpt_chunks[0].parameters():
-                parameter.zero_()
-        assert load_checkpoint(path, model, optimizer) == Progress(step=1)
-        loaded = dict(model.gpt_chunks[0].named_parameters())
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+def weights_and_next_step(model: Model, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], float]:
+    weights = {name: tensor.clone() for name, tensor in whole_tensors(model)}
+    return weights, step(Config(), model, optimizer).grad_norm
+
+
+def test_either_backend_goes_on_from_the_others_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = RandomSource(SIZES, seed=9)
+    for writer, reader in (("transformer_engine", "local"), ("local", "transformer_engine")):
+        take(monkeypatch, writer)
+        with trained(Config(), layout()) as (model, optimizer):
+            step(Config(), model, optimizer)
+            path = save_checkpoint(tmp_path / writer, model, optimizer, Progress(step=1), keep=1)
+            step(Config(), model, optimizer)
+            load_checkpoint(path, model, optimizer)
+            expected, norm = weights_and_next_step(model, optimizer)
+        take(monkeypatch, reader)
+        with trained(Config(), layout(), source=other) as (model, optimizer):
+            assert load_checkpoint(path, model, optimizer) == Progress(step=1)
+            found, found_norm = weights_and_next_step(model, optimizer)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert found_norm == pytest.approx(norm, rel=1e-5)

@@ -1,0 +1,292 @@
+"""Weights between a Hugging Face folder and megatron-core's distributed checkpoint, both ways, a few tensors at a time.
+
+A distributed checkpoint has no layout, so neither has a conversion: shapes come from a model without memory, every
+process converts its share of the tensors, and any layout reads the result. A process holds a few of the largest
+tensors while it writes a checkpoint, and one file's tensors while it writes a Hugging Face folder or compares.
+
+Both directions end with a comparison: every tensor, read back from the result, is the source's, bit for bit (where
+dtypes differ: the source's in the result's dtype). Only then does the result take its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.checks import check_files
+from gspo_moe.config.layout import Layout
+from gspo_moe.config.schema import Config, ModelConfig
+from gspo_moe.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from gspo_moe.errors import CheckpointError, DataError
+from gspo_moe.model.build import build_model
+from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index
+from gspo_moe.model.names import Entry, hf_shapes
+from gspo_moe.model.sharded import (
+    MISFIT,
+    Shard,
+    check_stored,
+    raise_together,
+    read_shards,
+    stored,
+    stored_tensors,
+    weight_shards,
+    with_data,
+    write_streaming,
+)
+from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_entries, value_problems
+from gspo_moe.parallel.groups import initialize, world_size_from_environment
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert into what. `source` has a config.json, which `architecture` was read from.
+
+    dtype: of the result, `fp32` or `bf16`; None for bf16 where the whole source is, else fp32.
+    tokenizer: goes into the result. batch_bytes: of one HF file, and of what is compared at a time.
+    """
+
+    source: Path
+    target: Path
+    architecture: Architecture
+    dtype: str | None = None
+    tokenizer: Tokenizer | None = None
+    batch_bytes: int = FILE_BYTES
+    timeout_minutes: float = 10.0
+    show_progress: bool = True
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One parameter of the whole model: the HF tensors that it joins, and how megatron-core stores it."""
+
+    entry: Entry
+    parameter: torch.nn.Parameter
+    shard: Shard
+
+    def __len__(self) -> int:
+        return len(self.entry.hf_names)
+
+
+def convert(config: Config, target: Path) -> int:
+    """Converts what `model.hf` or `model.checkpoint` names into the other kind; how many tensors were compared.
+
+    Of the config, `model.dtype` counts where it is given, `tokenizer`, `parallel.timeout_minutes` and
+    `logging.progress`. Without `tokenizer.path` the source's own tokenizer, if it has one, goes into the result.
+    Raises ConfigError, DataError and CheckpointError for what cannot be converted and for a target that exists.
+    Collective.
+    """
+    check_files(config)
+    if target.exists():
+        raise CheckpointError(f"{target} exists; name a folder that does not, or remove it")
+    assert config.model.folder is not None
+    source = Path(config.model.folder)
+    if config.tokenizer.path is not None:
+        tokenizer: Tokenizer | None = load_tokenizer(config.tokenizer, None, list, target)
+    else:
+        tokenizer = find_tokenizer(config.tokenizer.kind, source)
+    conversion = Conversion(
+        source=source,
+        target=target,
+        architecture=config.model.architecture(),
+        dtype=config.model.dtype if "dtype" in config.model.model_fields_set else None,
+        tokenizer=tokenizer,
+        timeout_minutes=config.parallel.timeout_minutes,
+        show_progress=config.logging.progress,
+    )
+    return hf_to_megatron(conversion) if config.model.hf is not None else megatron_to_hf(conversion)
+
+
+@torch.no_grad()
+def hf_to_megatron(conversion: Conversion) -> int:
+    """Writes an HF folder's weights as a distributed checkpoint; how many tensors were compared. Collective.
+
+    Raises DataError that names tensors which are missing, unknown, misshapen, of an unknown dtype or not finite, and
+    CheckpointError where the result cannot be written or differs at the end.
+    """
+    source = SafetensorsSource(conversion.source)
+    check_shapes(conversion.architecture, source)
+    items = _whole_model(conversion, conversion.dtype or _dtype(source.is_bf16))
+    with _staged(conversion, items) as folder, _progress(conversion) as bar:
+        _write_megatron(_share(items), source, folder, bar)
+        return _compare(items, folder, source, conversion, bar)
+
+
+@torch.no_grad()
+def megatron_to_hf(conversion: Conversion) -> int:
+    """Writes a distributed checkpoint's weights as an HF folder; how many tensors were compared. Collective.
+
+    Raises CheckpointError that names tensors which are missing, unknown, misshapen or not finite, or differ at the end.
+    """
+    dtypes = {tensor.dtype for tensor in stored_tensors(conversion.source).values()}
+    items = _whole_model(conversion, conversion.dtype or _dtype(dtypes == {torch.bfloat16}))
+    check_stored(conversion.source, [item.shard for item in items], conversion.architecture)
+    with _staged(conversion, items) as folder, _progress(conversion) as bar:
+        _write_hf(items, conversion, folder, bar)
+        return _compare(items, conversion.source, SafetensorsSource(folder), conversion, bar)
+
+
+def _dtype(is_bf16: bool) -> str:
+    return "bf16" if is_bf16 else "fp32"
+
+
+def _whole_model(conversion: Conversion, dtype: str) -> list[_Item]:
+    """Every parameter, in the order of the HF model's tensors; joins the job."""
+    world_size = world_size_from_environment()
+    whole = Layout(
+        data=world_size,
+        expert_data=world_size,
+        tensor=1,
+        pipeline=1,
+        virtual_pipeline=None,
+        expert=1,
+        expert_tensor=1,
+        context=1,
+        sequence_parallel=False,
+    )
+    groups = initialize(whole, seed=0, timeout_minutes=conversion.timeout_minutes)
+    config = Config(model=ModelConfig.model_validate({"preset": "tiny", "dtype": dtype, "backend": "local"}))
+    model = build_model(config, conversion.architecture, groups, on_meta=True)
+    shards = weight_shards(model)
+    order = {name: number for number, name in enumerate(hf_shapes(conversion.architecture))}
+    items = [_Item(entry, parameter, shards[parameter]) for entry, parameter in local_entries(model)]
+    return sorted(items, key=lambda item: order[item.entry.hf_names[0]])
+
+
+def _share(all_of_them: Sequence[Any]) -> Sequence[Any]:
+    return all_of_them[dist.get_rank() :: dist.get_world_size()]
+
+
+@contextlib.contextmanager
+def _staged(conversion: Conversion, items: Sequence[_Item]) -> Iterator[Path]:
+    """A hidden folder beside the target, which gets the target's name at the end and goes away after an error."""
+    target, is_main = conversion.target, dist.get_rank() == 0
+    partial = target.with_name(f".{target.name}.partial")
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    try:
+        yield partial
+    except BaseException:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if is_main:
+        write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
+        if conversion.tokenizer is not None:
+            conversion.tokenizer.save(partial)
+        partial.replace(target)
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def _progress(conversion: Conversion) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = conversion.show_progress and dist.get_rank() == 0
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        yield bar
+
+
+def _task(bar: Progress, name: str, items: Sequence[_Item]) -> TaskID:
+    share = f" (this process's share of {dist.get_world_size()})" if dist.get_world_size() > 1 else ""
+    return bar.add_task(name + share, total=sum(len(item) for item in items))
+
+
+def _write_megatron(items: Sequence[_Item], source: SafetensorsSource, folder: Path, bar: Progress) -> None:
+    item_of = {(piece.key, piece.global_offset): item for item in items for piece in stored(item.shard)}
+    task = _task(bar, "writing", items)
+    problems: list[str] = []
+    made: dict[int, list[ShardedTensor]] = {}  # the pieces of one item, which are asked for one after another
+
+    def make(piece: ShardedTensor) -> torch.Tensor:
+        item = item_of[piece.key, piece.global_offset]
+        if id(item) not in made:
+            made.clear()
+            values = {name: source.get(name) for name in item.entry.hf_names}
+            problems.extend(problem for name, value in values.items() for problem in value_problems(name, value))
+            parameter = item.entry.join([item.entry.cut(value) for value in values.values()])
+            made[id(item)] = stored(with_data(item.shard, parameter.to(item.parameter.dtype)))
+            bar.advance(task, len(item))
+        by_key = {(one.key, one.global_offset): one.data for one in made[id(item)]}
+        return by_key[piece.key, piece.global_offset]
+
+    write_streaming(folder, [item.shard for item in items], make)
+    raise_together(source, MISFIT, problems, DataError)
+
+
+def _write_hf(items: Sequence[_Item], conversion: Conversion, folder: Path, bar: Progress) -> None:
+    batches = _batches(items, conversion.batch_bytes)
+    task = _task(bar, "writing", [item for batch in _share(batches) for item in batch])
+    problems: list[str] = []
+
+    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        problems.extend(problem for name, value in tensors.items() for problem in value_problems(name, value))
+        save_file(tensors, folder / file_name(number, len(batches)), metadata=METADATA)
+        bar.advance(task, len(tensors))
+
+    _for_each_batch(conversion.source, batches, write)
+    raise_together(conversion.source, MISFIT, problems)
+    if dist.get_rank() == 0:
+        names = [[name for item in batch for name in item.entry.hf_names] for batch in batches]
+        write_index(folder, names, sum(item.parameter.nbytes for item in items))
+    dist.barrier()
+
+
+def _compare(
+    items: Sequence[_Item], megatron: Path, hf: SafetensorsSource, conversion: Conversion, bar: Progress
+) -> int:
+    """Compares every tensor of the two, as they are on disk; how many there are."""
+    batches = _batches(items, conversion.batch_bytes)
+    task = _task(bar, "comparing", [item for batch in _share(batches) for item in batch])
+    problems: list[str] = []
+
+    def compare(_: int, tensors: dict[str, torch.Tensor]) -> None:
+        differ = (name for name, value in tensors.items() if not torch.equal(hf.get(name).to(value.dtype), value))
+        problems.extend(f"{name}: differs" for name in differ)
+        bar.advance(task, len(tensors))
+
+    _for_each_batch(megatron, batches, compare)
+    raise_together(conversion.target, "read back, it is not the source; convert again", problems)
+    return sum(len(item) for item in items)
+
+
+def _for_each_batch(
+    path: Path, batches: Sequence[Sequence[_Item]], use: Callable[[int, dict[str, torch.Tensor]], None]
+) -> None:
+    """Calls `use` with the number and the HF tensors of each batch of this process's share. Collective."""
+    world_size = dist.get_world_size()
+    for start in range(0, len(batches), world_size):
+        number = start + dist.get_rank()
+        # A process without a batch takes part in reading.
+        batch = batches[number] if number < len(batches) else []
+        found = read_shards(path, {item.parameter: item.shard for item in batch})
+        tensors: dict[str, torch.Tensor] = {}
+        for item in batch:
+            tensors |= zip(item.entry.hf_names, item.entry.merge([found.pop(item.parameter)]), strict=True)
+        if batch:
+            use(number, tensors)
+        del tensors
+
+
+def _batches(items: Sequence[_Item], max_bytes: int) -> list[list[_Item]]:
+    batches: list[list[_Item]] = [[]]
+    used = 0
+    for item in items:
+        if batches[-1] and used + item.parameter.nbytes > max_bytes:
+            batches.append([])
+            used = 0
+        batches[-1].append(item)
+        used += item.parameter.nbytes
+    return batches

@@ -1,0 +1,192 @@
+"""Weights as megatron-core's distributed checkpoints hold them: whole tensors that any layout reads its own parts of.
+
+megatron-core stacks a tensor of all layers (and of all experts) under one key; a `Shard` says which part of it a
+parameter of this rank is. The vocabulary's padding differs between layouts and is zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from gspo_moe.config.architecture import Architecture
+from gspo_moe.errors import CheckpointError, GspoMoeError
+from gspo_moe.model.build import Model
+from gspo_moe.model.weights import problem_list
+
+Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
+
+MISFIT = "these tensors do not fit the model; give a complete checkpoint of it"
+COPY_AGAIN = "copy it again, or give another one"
+OPTIMIZER = "optimizer."  # what every key of the optimizer's tensors begins with
+
+
+def weight_shards(model: Model) -> dict[torch.nn.Parameter, Shard]:
+    """Which part of which stored tensor each parameter of this rank is."""
+    states = [chunk.sharded_state_dict() for chunk in model.gpt_chunks]
+    # Layers' extra states, which are left out, are empty unless weights are fp8.
+    shards = {s.data: s for state in states for s in state.values() if isinstance(s, Shard)}
+    assert shards.keys() == {parameter for chunk in model.gpt_chunks for parameter in chunk.parameters()}
+    return shards
+
+
+def stored(shard: Shard) -> list[ShardedTensor]:
+    """The pieces that are written for a parameter: `linear_fc1` goes apart into its gate and its up half."""
+    return list(nested_values({"built": shard.build()})) if isinstance(shard, ShardedTensorFactory) else [shard]
+
+
+def with_data(shard: Shard, data: torch.Tensor, **changes: Any) -> Shard:
+    """The same part of a stored tensor, to be written from or read into `data` of the parameter's shape."""
+    if not isinstance(shard, ShardedTensorFactory):
+        changes["dtype"] = data.dtype
+    return replace(shard, data=data, **changes)
+
+
+@torch.no_grad()
+def load_stored_weights(model: Model, path: Path) -> None:
+    """Fills every parameter of this rank from a checkpoint of any layout, in the parameter's own dtype. Collective.
+
+    Raises CheckpointError where it cannot be read or holds other tensors than the model's, or values that are not
+    finite; the message names up to ten of them.
+    """
+    shards = weight_shards(model)
+    check_stored(path, shards.values(), model.architecture)
+    for parameter, value in read_shards(path, shards).items():
+        parameter.copy_(value)
+    names = [
+        name for chunk in model.gpt_chunks for name, value in chunk.named_parameters() if not value.isfinite().all()
+    ]
+    raise_together(path, MISFIT, [f"{name}: holds values that are not finite" for name in names])
+
+
+def read_shards(path: Path, shards: Mapping[torch.nn.Parameter, Shard]) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """New tensors with what is stored for each shard; the ranks may ask for different ones. Collective.
+
+    What the checkpoint has lost of a tensor is NaN; rows of the vocabulary beyond the stored ones are zero.
+    """
+    found = {parameter: torch.full_like(parameter, float("nan"), device="cpu") for parameter in shards}
+    pieces = [piece for parameter, shard in shards.items() for piece in stored(with_data(shard, found[parameter]))]
+    wanted = {str(number): _by_itself(piece) for number, piece in enumerate(pieces)}
+    with checkpoint_errors(path, "loaded", COPY_AGAIN):
+        dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+    return found
+
+
+def _by_itself(piece: ShardedTensor) -> ShardedTensor:
+    """A piece over the same memory that one process may read without the others that are stacked with it.
+
+    As a part of a regular grid, megatron-core takes every place of the grid for some rank's and finds none in one.
+    """
+    shape = _stored_shape(piece)
+    return replace(piece, data=piece.data.view(shape), local_shape=shape, prepend_axis_num=0, axis_fragmentations=None)
+
+
+def stored_tensors(path: Path) -> dict[str, ShardedTensor]:
+    """Key, shape and dtype of every weight in a checkpoint, without its data."""
+    with checkpoint_errors(path, "loaded", COPY_AGAIN):
+        found = dist_checkpointing.load_tensors_metadata(str(path))
+    return {key: tensor for key, tensor in found.items() if not key.startswith(OPTIMIZER)}
+
+
+def check_stored(path: Path, shards: Iterable[Shard], architecture: Architecture) -> None:
+    """Raises CheckpointError that names what is missing, unknown to the model or of another shape. Collective."""
+    found = stored_tensors(path)
+    pieces = [piece for shard in shards for piece in stored(shard)]
+    problems = {}
+    for piece in pieces:
+        if piece.key not in found:
+            problems[piece.key] = f"{piece.key}: missing"
+        elif not _fits(piece, found[piece.key].global_shape, architecture.vocab_size):
+            shape, own = found[piece.key].global_shape, piece.global_shape
+            problems[piece.key] = f"{piece.key}: shape {list(shape)}, not {list(own)}"
+    # Another stage's tensors are unknown to this one, but not to all.
+    known: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(known, {piece.key for piece in pieces})
+    extra = found.keys() - set().union(*known)
+    unknown = [f"{key}: the architecture has no such tensor" for key in sorted(extra)]
+    raise_together(path, MISFIT, [*problems.values(), *unknown])
+
+
+def _fits(piece: ShardedTensor, shape: tuple[int, ...], vocab_size: int) -> bool:
+    if not piece.allow_shape_mismatch:
+        return bool(piece.global_shape == shape)
+    return shape[0] >= vocab_size and shape[1:] == piece.global_shape[1:]  # another layout's padding
+
+
+def raise_together(where: object, what: str, problems: list[str], kind: type[GspoMoeError] = CheckpointError) -> None:
+    """Raises one error on every rank for what any of them found. Collective."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, problems)
+    unique = list(dict.fromkeys(problem for part in found for problem in part))
+    if unique:
+        raise kind(problem_list(where, what, unique))
+
+
+@contextlib.contextmanager
+def checkpoint_errors(path: Path, doing: str, fix: str) -> Iterator[None]:
+    """Turns whatever reading or writing a checkpoint raises into a CheckpointError that says what to do."""
+    # Damaged files raise almost anything, torch's CheckpointException, which is no Exception, among it.
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+        raise CheckpointError(f"{path} cannot be {doing} ({reason}); {fix}") from error
+
+
+def write_streaming(folder: Path, shards: Iterable[Shard], make: Callable[[ShardedTensor], torch.Tensor]) -> None:
+    """Writes a checkpoint that megatron-core reads, asking for a piece's values only when it is their turn. Collective.
+
+    shards: this process's, of which no other process has one; their data may be on the meta device.
+    make: gives the values of a stored piece. Raises CheckpointError where the folder cannot be written.
+    """
+    pieces = [piece for shard in shards for piece in stored(shard)]
+    with checkpoint_errors(folder, "written", "free space on its disk, or name another folder"):
+        # With nothing copied ahead, the writer holds one tensor of each key at most.
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        torch.distributed.checkpoint.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces, make))
+        if dist.get_rank() == 0:
+            torch.save({}, folder / "common.pt")
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    dist.barrier()
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    def __init__(self, pieces: list[ShardedTensor], make: Callable[[ShardedTensor], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._pieces = {(piece.key, torch.Size(piece.global_offset)): piece for piece in pieces}
+        self._make = make
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(piece) for piece in self._pieces.values()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.index.offset is not None
+        piece = self._pieces[write_item.index.fqn, write_item.index.offset]
+        return self._make(piece).view(_stored_shape(piece))
+
+
+def _stored_shape(piece: ShardedTensor) -> tuple[int, ...]:
+    return (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+
+
+def _write_item(piece: ShardedTensor) -> WriteItem:
+    offset = torch.Size(piece.global_offset)
+    chunk = ChunkStorageMetadata(offset, torch.Size(_stored_shape(piece)))
+    properties = TensorProperties(dtype=piece.dtype)
+    data = TensorWriteData(chunk, properties, torch.Size(piece.global_shape))
+    return WriteItem(MetadataIndex(piece.key, offset), WriteItemType.SHARD, tensor_data=data)
