@@ -1,5 +1,6 @@
 """The same weights in every layout: logits, cached decoding and the HF export do not depend on it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.model.hf import export_hf
+from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
 from tests.launch import launch
+from tests.memory import memory_profile, peak_bytes
 from tests.qwen3 import (
     architecture,
     built,
@@ -82,3 +85,22 @@ def test_logits_and_exports_are_the_same_in_every_layout(world_size: int, tmp_pa
             found = tensors_in(tmp_path / f"{kind}-{number}")
             assert found.keys() == tensors.keys()
             assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items()), (kind, parallel)
+
+
+def check_streaming(folder: Path) -> None:
+    sizes = architecture(hidden_size=128, num_hidden_layers=4, num_experts=16, moe_intermediate_size=64)
+    largest = max(math.prod(shape) for shape in hf_shapes(sizes).values()) * 4
+    file_bytes = 8 * largest
+    with built(sizes, layout(2, expert=2), RandomSource(sizes, seed=3)) as model:
+        with memory_profile() as profile:
+            export_hf(model, folder / "hf", max_shard_bytes=file_bytes)
+        files = [file.stat().st_size for file in (folder / "hf").glob("*.safetensors")]
+        assert sum(files) > 20 * file_bytes
+        assert peak_bytes(profile) < file_bytes + 5 * largest
+        with memory_profile() as profile:
+            load_weights(model, SafetensorsSource(folder / "hf"))
+        assert largest < peak_bytes(profile, files) < 4 * largest
+
+
+def test_no_process_holds_more_than_a_few_tensors_beside_its_own(tmp_path: Path) -> None:
+    launch(check_streaming, 2, tmp_path)

@@ -20,6 +20,7 @@ from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.checkpoint import Progress, save_checkpoint
+from tests.memory import memory_profile, peak_bytes
 from tests.policy import trained
 from tests.qwen3 import Tensors, architecture, built, layout, tensors_in
 
@@ -98,25 +99,13 @@ def test_another_dtype_rounds_once(written: torch.dtype, tmp_path: Path) -> None
     assert [name for name, value in tensors.items() if not torch.equal(value.bfloat16(), found[name])] == []
 
 
-def peak_bytes(profile: torch.profiler.profile, mapped: set[int]) -> int:
-    """Most bytes of CPU tensors that were alive at once; files of `mapped` sizes are mapped, which takes no memory."""
-    assert profile.profiler is not None
-    results: Any = profile.profiler.kineto_results
-    used = peak = 0
-    for event in sorted(results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]" and abs(event.nbytes()) not in mapped:
-            used += event.nbytes()
-            peak = max(peak, used)
-    return peak
-
-
 def test_no_more_than_a_few_tensors_are_held_at_once(tmp_path: Path) -> None:
     sizes = architecture(hidden_size=128, num_hidden_layers=6, num_experts=16, moe_intermediate_size=64)
     tensors = hf_folder(tmp_path / "hf", sizes)
     batch = 10 * max(value.nbytes for value in tensors.values())
     assert 30 * batch < sum(value.nbytes for value in tensors.values())
     for make, source, target in ((hf_to_megatron, "hf", "megatron"), (megatron_to_hf, "megatron", "again")):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with memory_profile() as profile:
             make(conversion(tmp_path / source, tmp_path / target, sizes, batch_bytes=batch))
         shut_down()
         peak = peak_bytes(profile, {file.stat().st_size for file in tmp_path.rglob("*.safetensors")})
