@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
+from math import log2, prod
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 
 FIXES_EXPERT_GRADIENTS = (0, 19)
+MOST_NEAREST = 3
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,17 @@ def check_layout(
     """The layout of `world_size` processes.
 
     Raises ConfigError with one line, naming key, value and fix, for each thing that cannot work or that this
-    megatron-core is known to compute wrongly without a word.
+    megatron-core is known to compute wrongly without a word, and a last line with the nearest layouts that work.
     """
-    found = [
-        *_world(config, world_size),
-        *_model(config, architecture),
-        *_engine(config, megatron_version),
-    ]
-    parallel = config.parallel
-    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    if data:
-        found += _batches(config, data)
+    found = _misfits(config, architecture, world_size, megatron_version)
     if found:
+        nearest = _nearest(config, architecture, world_size, megatron_version)
+        if nearest:
+            found.append(f"nearest layouts that work with {world_size} processes: {'; or '.join(nearest)}")
         raise ConfigError("\n".join(found))
+    parallel = config.parallel
     return Layout(
-        data=data,
+        data=world_size // (parallel.tensor * parallel.pipeline * parallel.context),
         expert_data=world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor_size),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -71,6 +70,51 @@ def check_layout(
     )
 
 
+def _misfits(config: Config, architecture: Architecture, world_size: int, megatron_version: str) -> list[str]:
+    found = [
+        *_world(config, world_size),
+        *_model(config, architecture),
+        *_engine(config, megatron_version),
+    ]
+    parallel = config.parallel
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    return [*found, *_batches(config, data)] if data else found
+
+
+def _nearest(config: Config, architecture: Architecture, world_size: int, megatron_version: str) -> list[str]:
+    """Up to three layouts of these processes that fit, as what to set; those whose sizes change least come first."""
+    parallel = config.parallel
+    wanted = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "expert": parallel.expert,
+        "expert_tensor": parallel.expert_tensor_size,
+        "context": parallel.context,
+    }
+    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    choices = [divisors] * 4 + [sorted({1, parallel.context})]
+    ranked = []
+    for sizes, virtual in product(product(*choices), sorted({None, parallel.virtual_pipeline}, key=str)):
+        found: dict[str, int | None] = {**dict(zip(wanted, sizes, strict=True)), "virtual_pipeline": virtual}
+        if parallel.expert_tensor is None and found["expert_tensor"] == found["tensor"]:
+            found["expert_tensor"] = None
+        changed = {key: value for key, value in found.items() if value != getattr(parallel, key)}
+        steps = sum(abs(log2(size / before)) for size, before in zip(sizes, wanted.values(), strict=True))
+        ranked.append((steps + ("virtual_pipeline" in changed), len(changed), sizes, changed))
+    fitting = []
+    for *_, changed in sorted(ranked, key=lambda entry: entry[:3]):
+        new = config.model_copy(update={"parallel": parallel.model_copy(update=changed)})
+        if not _misfits(new, architecture, world_size, megatron_version):
+            fitting.append(" ".join(f"parallel.{key}={_yaml(value)}" for key, value in changed.items()))
+        if len(fitting) == MOST_NEAREST:
+            break
+    return fitting
+
+
+def _yaml(value: int | None) -> str:
+    return "null" if value is None else str(value)
+
+
 def _world(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     grids = (
@@ -78,14 +122,12 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         {"pipeline": parallel.pipeline, "expert": parallel.expert, "expert_tensor": parallel.expert_tensor_size},
     )
     for sizes in grids:
-        product = 1
-        for size in sizes.values():
-            product *= size
-        if world_size % product:
+        needed = prod(sizes.values())
+        if world_size % needed:
             named = " * ".join(f"parallel.{name}={size}" for name, size in sizes.items())
             yield (
-                f"{named} = {product} does not divide the {world_size} processes of this run; "
-                f"start a multiple of {product} (torchrun --nproc-per-node) or lower one of them"
+                f"{named} = {needed} does not divide the {world_size} processes of this run; "
+                f"start a multiple of {needed} (torchrun --nproc-per-node) or lower one of them"
             )
 
 

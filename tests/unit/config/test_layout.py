@@ -101,6 +101,35 @@ def test_all_violations_come_in_one_message() -> None:
         assert any(key in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("world", "parallel", "nearest"),
+    [
+        (4, "tensor: 4", "parallel.tensor=2; or parallel.tensor=2 parallel.expert=2"),
+        (
+            2,
+            "tensor: 2, expert_tensor: 1",
+            "parallel.tensor=1; or parallel.expert_tensor=2; or parallel.expert=2",
+        ),
+        (8, "pipeline: 8, virtual_pipeline: 2", "parallel.pipeline=2; or"),
+    ],
+)
+def test_the_nearest_layouts_that_work_are_named(world: int, parallel: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _check(world, parallel)
+    last = str(caught.value).splitlines()[-1]
+    assert last.startswith(f"nearest layouts that work with {world} processes: {nearest}")
+    for named in last.partition(": ")[2].split("; or "):
+        changes = dict(item.removeprefix("parallel.").split("=") for item in named.split())
+        given = dict(item.split(": ") for item in parallel.split(", ")) | changes
+        assert _check(world, ", ".join(f"{key}: {value}" for key, value in given.items()))
+
+
+def test_no_layout_is_named_where_none_works() -> None:
+    with pytest.raises(ConfigError) as caught:
+        _check(3, "tensor: 3")
+    assert "nearest layouts" not in str(caught.value)
+
+
 def test_large_presets_fit_their_published_layouts() -> None:
     for preset, world, parallel in (
         ("qwen3_30b_a3b", 32, "tensor: 4, expert: 8, expert_tensor: 1"),
