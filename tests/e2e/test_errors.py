@@ -41,7 +41,7 @@ CONFIGS = (
     (1, "seed", ("override 'seed'", "section.key=value")),
     (1, "parallel.expert=2", ("parallel.expert=2", "does not divide the 1 processes", "start a multiple of 2")),
     (3, "parallel.expert=3 rollout.prompts_per_step=36", ("parallel.expert=3", "num_experts=16; set", "1 or 2")),
-    (2, "parallel.tensor=2 parallel.expert_tensor=1", ("parallel.expert_tensor=1", "set parallel.expert_tensor=2 or")),
+    (2, "parallel.tensor=2 parallel.expert=2", ("= 4 does not divide the 2 processes", "nearest layouts that work")),
     (2, "parallel.context=2", ("parallel.context=2 is not supported", "set parallel.context=1")),
 )
 DATA = (
@@ -151,15 +151,17 @@ def test_a_plain_start_ends_with_exit_code_2(here: Path) -> None:
 
 
 def test_under_torchrun_the_message_comes_last(here: Path) -> None:
-    command = torchrun(2, "-m", "gspo_moe", "train", "config.yaml", "parallel.tensor=2", "parallel.expert_tensor=1")
+    command = torchrun(2, "-m", "gspo_moe", "train", "config.yaml", "parallel.expert=3")
     outcome = Program(command, here).finish()
     assert outcome.code != 0
     assert outcome.left_behind == ()
-    *_, last, border = outcome.stderr.splitlines()
+    message = "gspo-moe: ConfigError: parallel.pipeline=1 * parallel.expert=3"
+    *_, said, _, nearest, border = outcome.stderr.splitlines()
     assert border.strip("=") == ""
-    assert "traceback : gspo-moe: ConfigError: parallel.tensor=2 with" in last
+    assert f"traceback : {message}" in said
+    assert "nearest layouts that work with 2 processes: parallel.expert=2" in nearest
     # The ranks themselves say it once, without a stack trace.
-    assert outcome.stderr.splitlines()[0].startswith("gspo-moe: ConfigError: parallel.tensor=2 with")
+    assert outcome.stderr.startswith(message)
     assert '"/gspo_moe/' not in outcome.stderr
 
 
