@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,12 @@ LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
 PEER_GRACE_SECONDS = 5.0
 # megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
+# The same of what they log: no CUDA although there is a toolkit, deprecations of what 0.19 brings no other way for.
+LIBRARY_LOGS = (
+    "torch.utils.cpp_extension",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
 LIBRARY_NOISE = ((r"megatron\.core", Warning), (r"torch\.distributed", FutureWarning))
 
 
@@ -30,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
+    for name in LIBRARY_LOGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         error = _under_launcher(_attempt)(options)
     except KeyboardInterrupt:
@@ -106,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", metavar="CONFIG.yaml", help="model.dtype, tokenizer and logging.progress count")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.dtype=bf16")
     command.set_defaults(run=_convert)
+    command = commands.add_parser("bank", help="freeze rollouts and rewards of a policy, for runs with rollout.bank")
+    command.add_argument("config", metavar="CONFIG.yaml", help="schedule.steps * rollout.prompts_per_step prompts")
+    command.add_argument("--output", required=True, metavar="BANK.safetensors")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. routing.engine_routes=true")
+    command.set_defaults(run=_bank)
+    command = commands.add_parser("study", help="arms x seeds from one cold start, compared in pairs")
+    command.add_argument("study", metavar="STUDY.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. 'seeds=[1, 2]' set.schedule.steps=20")
+    command.set_defaults(run=_study)
     command = commands.add_parser("doctor", help="what was found on this machine and what each absence means")
     command.set_defaults(run=_doctor)
     return parser
@@ -188,6 +206,22 @@ def _convert(options: argparse.Namespace) -> None:
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{options.target}: {count} tensors equal those of {options.source}")
+
+
+def _bank(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from gspo_moe.parallel.groups import shut_down
+    from gspo_moe.training.bank import make_bank
+    from gspo_moe.training.plan import make_plan
+
+    make_bank(make_plan(config), Path(options.output))
+    shut_down()
+
+
+def _study(options: argparse.Namespace) -> None:
+    from gspo_moe.study import run_study
+
+    print(run_study(options.study, options.overrides))
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -30,3 +30,7 @@ class CheckpointError(GspoMoeError, RuntimeError):
 
 class KernelError(GspoMoeError, RuntimeError):
     """A kernel that is missing, was built for another machine, or got arguments it cannot take."""
+
+
+class StudyError(GspoMoeError, RuntimeError):
+    """A study of which some runs failed; the others are finished and summarised."""

@@ -60,10 +60,21 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     `model=NAME` stands for `model.preset=NAME`; a section given whole (`parallel={tensor: 2}`) replaces the file's.
     Raises ConfigError, one line for each thing that is wrong.
     """
+    return validated(Config, read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values in a YAML file (None: nothing) with overrides in them, unchecked; raises ConfigError."""
     values = {} if path is None else read_yaml(path)
     for override in overrides:
         _apply(values, override)
-    return validated(Config, values)
+    return values
+
+
+def as_override(key: str, value: Any) -> str:
+    """`key=value` as `load_config` reads it back, whatever plain value it is."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
 
 
 def save_config(config: Config, path: str | Path) -> None:

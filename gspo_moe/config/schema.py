@@ -168,6 +168,7 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 32
     stop: tuple[str, ...] = ()
     max_batch: PositiveInt = 512
+    bank: str | None = None
 
 
 class RewardConfig(Section):

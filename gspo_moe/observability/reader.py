@@ -15,6 +15,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.observability.jsonl import read_json_lines
 
 NOT_METRICS = ("step", "time")
+FINAL_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Run:
         """Values of `name` at `steps(name)`, float64; raises KeyError for a metric this run does not have."""
         return self.series[name][1]
 
+    def mean(self, name: str) -> float:
+        """Mean of the finite values of `name` over the whole run; NaN where there is none."""
+        return _finite_mean(self.series[name][1]) if name in self.series else math.nan
+
+    def final(self, name: str) -> float:
+        """Mean of the finite values among the last tenth (at least one) of those written; NaN where there is none."""
+        if name not in self.series:
+            return math.nan
+        values = self.series[name][1]
+        return _finite_mean(values[-max(1, round(len(values) * FINAL_SHARE)) :])
+
 
 def load_run(path: str | Path) -> Run:
     """Reads the run folder `path`; raises DataError when it holds no metrics.jsonl or a damaged one."""
@@ -66,3 +78,8 @@ def load_run(path: str | Path) -> Run:
 def _arrays(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
     steps = sorted(values)
     return np.array(steps, dtype=np.int64), np.array([values[step] for step in steps], dtype=np.float64)
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan

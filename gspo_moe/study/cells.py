@@ -1,0 +1,155 @@
+"""A study's cells: which runs it consists of, with which settings, and which of them are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gspo_moe.config.loading import load_config, read_yaml
+from gspo_moe.config.schema import Config
+from gspo_moe.errors import ConfigError
+from gspo_moe.study.spec import BANKS, COLD_START, Settings, Study, settings_as_overrides
+
+ONLINE, BANK = "online", "bank"
+OWN_KEYS = ("logging",)  # may differ between two starts of one cell
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One curve of the study. mini_batches: N of a bank arm, None online. of: the arm in the study's file."""
+
+    name: str
+    of: str
+    mode: str
+    mini_batches: int | None
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process group to run: `command` of gspo-moe with these arguments, done when `product` is there."""
+
+    title: str
+    arguments: tuple[str, ...]
+    folder: Path
+    product: Path
+    needs: tuple[Path, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return self.product.exists()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one arm with one seed."""
+
+    arm: Arm
+    seed: int
+    job: Job
+    config: Config
+
+    @property
+    def steps(self) -> int:
+        return self.config.schedule.steps
+
+
+def arms(study: Study) -> list[Arm]:
+    """Every arm in every mode: online ones under their own names, bank ones with their N behind it."""
+    found = []
+    if study.online is not None:
+        found += [Arm(name, name, ONLINE, None, study.online.set | settings) for name, settings in study.arms.items()]
+    if study.bank is not None:
+        for count in study.bank.mini_batches:
+            own = {"schedule.steps": 1, "algorithm.mini_batches": count}
+            found += [
+                Arm(f"{name}.bank_n{count}", name, BANK, count, study.bank.set | settings | own)
+                for name, settings in study.arms.items()
+            ]
+    return found
+
+
+def cold_start_job(study: Study, here: Path) -> Job | None:
+    """The run that every cell starts from; None where the base config has a model of its own."""
+    if study.cold_start is None:
+        return None
+    folder = study.folder / COLD_START
+    settings = settings_as_overrides(study.cold_start.set, {"logging.run_dir": str(folder)})
+    arguments = ("train", str(here / study.cold_start.base), *settings)
+    load_config(arguments[1], settings)
+    return Job(COLD_START, arguments, folder, folder / "hf")
+
+
+def bank_jobs(study: Study, here: Path) -> list[Job]:
+    """One bank a seed, of the rollouts that the first step of any arm would make."""
+    if study.bank is None:
+        return []
+    jobs = []
+    for seed in study.seeds:
+        own = {"schedule.steps": 1, "algorithm.mini_batches": max(study.bank.mini_batches), "seed": seed}
+        # Any arm may replay the engine's routes.
+        routes = {"routing.engine_routes": True, "routing.replay": "none"}
+        product = _bank(study, seed)
+        settings = settings_as_overrides(study.set, study.bank.set, own, routes, _start(study))
+        arguments = ("bank", str(here / study.base), "--output", str(product), *settings)
+        jobs.append(Job(f"bank seed{seed}", arguments, product.with_suffix(""), product, _needs(study)))
+    return jobs
+
+
+def cells(study: Study, here: Path) -> list[Cell]:
+    """Every run of the study, seeds outermost, so that a stopped study has whole pairs.
+
+    Raises ConfigError for settings that do not fit, and for a cell's folder with a run of other settings.
+    """
+    return [_cell(study, here, arm, seed) for seed in study.seeds for arm in arms(study)]
+
+
+def _cell(study: Study, here: Path, arm: Arm, seed: int) -> Cell:
+    folder = study.folder / arm.name / f"seed{seed}"
+    own: Settings = {"seed": seed, "logging.run_dir": str(folder)}
+    needs = _needs(study)
+    if arm.mode == BANK:
+        own["rollout.bank"] = str(_bank(study, seed))
+        needs = (*needs, _bank(study, seed))
+    overrides = settings_as_overrides(study.set, arm.settings, own, _start(study))
+    config = load_config(here / study.base, overrides)
+    product = folder / "checkpoints" / f"step_{config.schedule.steps:08d}"
+    _check_same(folder, config)
+    arguments = ("train", str(here / study.base), *overrides)
+    return Cell(arm, seed, Job(f"{arm.name} seed{seed}", arguments, folder, product, needs), config)
+
+
+def _start(study: Study) -> Settings:
+    return {} if study.cold_start is None else {"model.preset": None, "model.hf": str(study.folder / COLD_START / "hf")}
+
+
+def _needs(study: Study) -> tuple[Path, ...]:
+    return () if study.cold_start is None else (study.folder / COLD_START / "hf",)
+
+
+def _bank(study: Study, seed: int) -> Path:
+    return study.folder / BANKS / f"seed{seed}.safetensors"
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    written = folder / "config.yaml"
+    if not written.is_file():
+        return
+    before, now = read_yaml(written), config.model_dump(mode="json")
+    changed = list(_differences({k: v for k, v in before.items() if k not in OWN_KEYS}, now))
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run of other settings ({'; '.join(changed)}); give the study another name, restore "
+            "these, or remove the folder"
+        )
+
+
+def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> Iterator[str]:
+    """Keys that both know and that differ: a newer version's further keys are no difference."""
+    for key, old in before.items():
+        new = now.get(key, old)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {old} and is {new}"
