@@ -22,13 +22,13 @@ INTERRUPTED = 130
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
 PEER_GRACE_SECONDS = 5.0
-# megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
-# The same of what they log: no CUDA although there is a toolkit, deprecations of what 0.19 brings no other way for.
+# Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for.
 LIBRARY_LOGS = (
     "torch.utils.cpp_extension",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.dist_checkpointing.strategies.torch",
 )
+# megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
 LIBRARY_NOISE = ((r"megatron\.core", Warning), (r"torch\.distributed", FutureWarning))
 
 
