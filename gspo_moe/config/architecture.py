@@ -110,6 +110,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 2, "max_position_embeddings": 1024,
         "rope_theta": 10_000.0,
     },
+    "small": {
+        "hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+        "moe_intermediate_size": 32, "num_experts": 64, "num_experts_per_tok": 8, "max_position_embeddings": 1024,
+        "rope_theta": 10_000.0,
+    },
     "qwen3_30b_a3b": {
         "vocab_size": 151_936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128,

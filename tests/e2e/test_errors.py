@@ -17,7 +17,7 @@ CONFIGS = (
     (1, "optimizer.lrr=1", ("optimizer.lrr=1", "optimizer.lr")),
     (1, "paralel.expert=2", ("paralel=", "nearest valid key is parallel")),
     (1, "schedule.steps=many", ("schedule.steps='many'", "expected a valid integer")),
-    (1, "model=tinny", ("model.preset='tinny'", "known are tiny, qwen3_30b_a3b")),
+    (1, "model=tinny", ("model.preset='tinny'", "known are tiny, small, qwen3_30b_a3b")),
     (1, "model.dtype=fp8", ("model.dtype='fp8'", "expected 'fp32' or 'bf16'")),
     (1, "model={hf: nowhere}", ("model.hf=nowhere", "does not exist; give the folder")),
     (1, "model={hf: .}", ("model.hf=.", "config.json does not exist; give the folder")),

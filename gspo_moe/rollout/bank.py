@@ -1,0 +1,115 @@
+"""Rollouts of one policy with their rewards, frozen in one file, so that several runs learn from the very same ones.
+
+A safetensors file. Tensors, rollouts end to end in the order of the groups:
+  token_ids int32 [sum of tokens], prompt and response; prompt_lengths, response_lengths int32 [R];
+  log_probs float64 [sum of response tokens], as `types.Rollout`; rewards float64 [R];
+  routes uint8 or int16 [sum of (tokens - 1), MoE layers, K], only where the engine reported them.
+Metadata: `format`, `bank` (JSON: groups' prompts and sizes, rollouts' texts and the like, sampling).
+
+Shape letters: R rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gspo_moe.errors import DataError
+from gspo_moe.rollout.answers import Answers, ScoredGroup
+from gspo_moe.types import Prompt, Rollout, RolloutGroup
+
+FORMAT = "gspo_moe bank 1"
+KEPT = ("uid", "sample_index", "finished", "policy_version", "text")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """groups: in the order in which steps take them. sampling: the settings that the rollouts were made with."""
+
+    groups: tuple[ScoredGroup, ...]
+    sampling: dict[str, Any]
+
+    def take(self, start: int, count: int) -> Answers:
+        """`count` groups from the position `start`; there must be as many."""
+        assert start + count <= len(self.groups)
+        return Answers(self.groups[start : start + count], failures=0, timeouts=0, first_error=None)
+
+
+def write_bank(path: Path, bank: Bank) -> None:
+    """Writes the file at once, so that nobody reads half of it."""
+    rollouts = [rollout for scored in bank.groups for rollout in scored.group.rollouts]
+    tensors = {
+        "token_ids": torch.tensor([t for r in rollouts for t in (*r.prompt_ids, *r.response_ids)], dtype=torch.int32),
+        "prompt_lengths": torch.tensor([len(r.prompt_ids) for r in rollouts], dtype=torch.int32),
+        "response_lengths": torch.tensor([len(r.response_ids) for r in rollouts], dtype=torch.int32),
+        "log_probs": torch.tensor([p for r in rollouts for p in r.log_probs], dtype=torch.float64),
+        "rewards": torch.tensor([reward for scored in bank.groups for reward in scored.rewards], dtype=torch.float64),
+    }
+    routes = [rollout.routes for rollout in rollouts if rollout.routes is not None]
+    if routes:
+        assert len(routes) == len(rollouts)
+        tensors["routes"] = torch.cat(routes).cpu()
+    described = {
+        "sampling": bank.sampling,
+        "groups": [{"prompt": asdict(g.group.prompt), "size": len(g.group.rollouts)} for g in bank.groups],
+        "rollouts": [{key: getattr(rollout, key) for key in KEPT} for rollout in rollouts],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": FORMAT, "bank": json.dumps(described)})
+    os.replace(partial, path)
+
+
+def describe_bank(path: str | Path) -> dict[str, Any]:
+    """Sampling, groups and rollouts as plain values, without the tensors; raises DataError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as a bank ({error}); make one with `gspo-moe bank`") from error
+    if metadata.get("format") != FORMAT:
+        raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
+    found: dict[str, Any] = json.loads(metadata["bank"])
+    return found
+
+
+def read_bank(path: str | Path) -> Bank:
+    """Reads what `write_bank` wrote; raises DataError for any other file."""
+    described = describe_bank(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    rollouts = _rollouts(tensors, described["rollouts"])
+    rewards = iter(tensors["rewards"].tolist())
+    groups = []
+    for group in described["groups"]:
+        members = tuple(next(rollouts) for _ in range(group["size"]))
+        scored = RolloutGroup(Prompt(**group["prompt"]), members)
+        groups.append(ScoredGroup(scored, tuple(next(rewards) for _ in members)))
+    return Bank(tuple(groups), described["sampling"])
+
+
+def _rollouts(tensors: dict[str, torch.Tensor], described: Sequence[dict[str, Any]]) -> Iterator[Rollout]:
+    prompts, responses = tensors["prompt_lengths"].tolist(), tensors["response_lengths"].tolist()
+    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    tokens = tensors["token_ids"].split(lengths)
+    log_probs = tensors["log_probs"].split(responses)
+    routes: Sequence[torch.Tensor | None] = [None] * len(lengths)
+    if "routes" in tensors:
+        routes = tensors["routes"].split([length - 1 for length in lengths])
+    for number, fields in enumerate(described):
+        ids = tokens[number].tolist()
+        yield Rollout(
+            prompt_ids=tuple(ids[: prompts[number]]),
+            response_ids=tuple(ids[prompts[number] :]),
+            log_probs=tuple(log_probs[number].tolist()),
+            routes=routes[number],
+            **fields,
+        )
