@@ -25,7 +25,7 @@ class Head(Protocol):
     Under context parallelism T is this rank's part of the pack.
     """
 
-    def __call__(self, index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor | None, Any]: ...
+    def __call__(self, index: int, logits_TV: torch.Tensor, /) -> tuple[torch.Tensor | None, Any]: ...
 
 
 RecordScope = Callable[[int, torch.nn.Module, ContextSplit], contextlib.AbstractContextManager[None]]

@@ -120,8 +120,8 @@ class ContextSplit:
         padded: tokens of each rank with the padding behind its own. Returns bounds of stretches of consecutive tokens
         among this rank's `padded` queries and among their keys, both int64 [stretches + 1], and where each of those
         keys lies, int64. A stretch's keys are its sequence's from the start to the stretch's own last, so that
-        causality is aligned at the end: the last query sees every key. Over a pack of long sequences they are
-        1 + 1 / (2 ranks) times its tokens. Padding is a stretch that sees itself.
+        causality is aligned at the end: the last query sees every key. Over long sequences they are at
+        most 1 + 1 / (2 ranks) times the pack's tokens. Padding is a stretch that sees itself.
         """
         device = self.cu_seqlens.device
         place_T = torch.empty_like(self.rank_T)

@@ -35,7 +35,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Generates and scores; data and context-parallel ranks take contiguous, nearly equal shares of a call's prompts."""
+    """Generates and scores; data and context-parallel ranks take contiguous, nearly equal shares of the prompts."""
 
     engine: RolloutEngine
     tokenizer: Tokenizer

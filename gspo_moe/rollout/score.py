@@ -23,7 +23,8 @@ def score(
 ) -> list[torch.Tensor]:
     """Log-probs [T] (fp32, nats) of each pack's targets at `temperature`; on the last pipeline stage, else empty.
 
-    Under context parallelism each rank runs its own tokens and gets every token's log-probs. A given recorder keeps the routes of the same pass.
+    Under context parallelism each rank runs its own tokens and gets every token's log-probs. A given recorder keeps
+    the routes of the same pass.
     """
 
     splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
