@@ -34,17 +34,17 @@ def architecture(**changes: Any) -> Architecture:
 
 def layout(world_size: int = 1, **parallel: int) -> Layout:
     """The layout of `world_size` ranks with these keys of the config's `parallel` section."""
-    tensor, pipeline, expert = (parallel.get(name, 1) for name in ("tensor", "pipeline", "expert"))
+    tensor, pipeline, expert, context = (parallel.get(name, 1) for name in ("tensor", "pipeline", "expert", "context"))
     expert_tensor = parallel.get("expert_tensor", tensor)
     return Layout(
-        data=world_size // (tensor * pipeline),
+        data=world_size // (tensor * pipeline * context),
         expert_data=world_size // (pipeline * expert * expert_tensor),
         tensor=tensor,
         pipeline=pipeline,
         virtual_pipeline=parallel.get("virtual_pipeline"),
         expert=expert,
         expert_tensor=expert_tensor,
-        context=1,
+        context=context,
         sequence_parallel=tensor > 1,
     )
 

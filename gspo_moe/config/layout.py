@@ -171,11 +171,6 @@ def _engine(config: Config, megatron_version: str) -> Iterator[str]:
             f"expert gradients without a word in megatron-core {megatron_version}; "
             f"set parallel.expert_tensor={tensor}{f' or parallel.expert={tensor}' if tensor > 1 else ''}"
         )
-    if parallel.context > 1:
-        yield (
-            f"parallel.context={parallel.context} is not supported: the packed attention keeps whole sequences on one "
-            "rank; set parallel.context=1"
-        )
 
 
 def _batches(config: Config, data: int) -> Iterator[str]:

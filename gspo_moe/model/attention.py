@@ -6,8 +6,13 @@ training agree; a backend brings only the kernel that attends within sequences. 
 scaled-dot-product attention, since megatron-core's own refuses packed sequences; `model.transformer_engine` has the
 other. Invariant: a token's result does not depend on which other sequences share its pack.
 
-Shape letters: T tokens of a pack, N sequences, S longest sequence, H query heads, G key/value heads, D head size,
-B rows of the cache.
+Under context parallelism a rank has some tokens of every sequence. Keys and values, rotated where they are, are
+gathered over the group, and each stretch of consecutive queries attends to the keys of its sequence up to its own last.
+A layer so holds the keys and values of a whole pack, 2 T G D numbers and about as many again in the stretches' order,
+while hidden states stay T / ranks; ring exchange would hold less.
+
+Shape letters: T tokens of a pack (of this rank's part of it), N sequences, S longest sequence, H query heads, G
+key/value heads, D head size, B rows of the cache, K keys that the stretches see.
 """
 
 from __future__ import annotations
@@ -16,10 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.parallel.context import ContextSplit
 
 
 class KVCache:
@@ -61,6 +69,8 @@ class AttentionParams(PackedSeqParams):
     slot_T: where each token lies in an [N, S] grid, flattened. num_sequences: N. longest: S.
     cache, rows_T, positions_T: set when generating; `decode` is True when each row brings one new token;
     `rows_in_order` when rows_T is 0, 1, 2, ..., which spares a copy of the cache.
+    context, keys_K: set where the tokens are one rank's part; keys_K: which keys of all ranks of `context`, end to end,
+    the stretches of queries see, stretch by stretch. stretches: how many queries and keys each has.
     """
 
     cos_TD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -73,6 +83,9 @@ class AttentionParams(PackedSeqParams):
     positions_T: torch.Tensor | None = None
     decode: bool = False
     rows_in_order: bool = False
+    context: dist.ProcessGroup | None = None
+    keys_K: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    stretches: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 def attention_params(
@@ -89,9 +102,7 @@ def attention_params(
 
     position_ids_T: int64 [T]. cu_seqlens: int64 [N + 1]. rows_T: int64 [T], each token's row of `cache`.
     """
-    half = torch.arange(0, architecture.head_dim, 2, device=position_ids_T.device, dtype=torch.float32)
-    inverse_frequency = 1.0 / architecture.rope_theta ** (half / architecture.head_dim)
-    angle_TD = torch.outer(position_ids_T.float(), inverse_frequency).repeat(1, 2)
+    angle_TD = _angles(position_ids_T, architecture)
     lengths_N = cu_seqlens.diff()
     bounds = cu_seqlens.to(torch.int32)  # what Transformer Engine takes
     longest = int(lengths_N.max())
@@ -114,6 +125,33 @@ def attention_params(
         decode=decode,
         rows_in_order=rows_in_order,
     )
+
+
+def split_attention_params(
+    position_ids_T: torch.Tensor, split: ContextSplit, architecture: Architecture
+) -> AttentionParams:
+    """Prepares the attention of this rank's part of a pack. position_ids_T: int64, of its tokens and the padding."""
+    queries, keys, keys_K = split.visible_keys(position_ids_T.numel())
+    angle_TD = _angles(position_ids_T, architecture)
+    stretches = tuple(queries.diff().tolist()), tuple(keys.diff().tolist())
+    return AttentionParams(
+        qkv_format="thd",
+        cu_seqlens_q=queries.to(torch.int32),
+        cu_seqlens_kv=keys.to(torch.int32),
+        max_seqlen_q=max(stretches[0]),
+        max_seqlen_kv=max(stretches[1]),
+        cos_TD=angle_TD.cos(),
+        sin_TD=angle_TD.sin(),
+        context=split.group,
+        keys_K=keys_K,
+        stretches=stretches,
+    )
+
+
+def _angles(position_ids_T: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    half = torch.arange(0, architecture.head_dim, 2, device=position_ids_T.device, dtype=torch.float32)
+    inverse_frequency = 1.0 / architecture.rope_theta ** (half / architecture.head_dim)
+    return torch.outer(position_ids_T.float(), inverse_frequency).repeat(1, 2)
 
 
 def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
@@ -148,12 +186,26 @@ class CachedAttention:
             keys, values = params.cache.write(self.layer_number, params.rows_T, params.positions_T, key_TGD, value_TGD)
             if params.decode:
                 return self._decode(query_THD, keys, values, params)
-        return self._within_sequences(query_THD, key_TGD, value_TGD, params)
+        if params.context is None:
+            return self._within_sequences(query_THD, key_TGD, value_TGD, params)
+        both_T2GD = torch.stack([key_TGD, value_TGD], dim=1)
+        every_2GD: torch.Tensor = gather_from_sequence_parallel_region(both_T2GD, group=params.context)
+        key_KGD, value_KGD = every_2GD[params.keys_K].unbind(dim=1)
+        return self._over_stretches(query_THD, key_KGD, value_KGD, params)
 
     def _within_sequences(
         self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """Causal attention of each sequence to itself: [T, H * D], scores divided by the root of D."""
+        raise NotImplementedError
+
+    def _over_stretches(
+        self, query_THD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """Attention of each stretch to its own keys, [T, H * D]: its last query sees them all, one before all but one.
+
+        cu_seqlens_q and cu_seqlens_kv of `params` bound the stretches.
+        """
         raise NotImplementedError
 
     def _decode(
@@ -199,3 +251,22 @@ class PackedAttention(CachedAttention, torch.nn.Module):
             enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
         )
         return out.transpose(1, 2).reshape(grid[0] * grid[1], -1)[params.slot_T]
+
+    def _over_stretches(
+        self, query_THD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """Takes a mask of queries x keys for each stretch, and on GPUs its scores too, heads x queries x keys: for
+        contexts that fill a GPU take Transformer Engine."""
+        queries, keys = params.stretches
+        parts = []
+        for query, key, value in zip(query_THD.split(queries), key_KGD.split(keys), value_KGD.split(keys), strict=True):
+            visible = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
+            out = F.scaled_dot_product_attention(
+                query.transpose(0, 1)[None],
+                key.transpose(0, 1)[None],
+                value.transpose(0, 1)[None],
+                attn_mask=visible.tril(len(key) - len(query)),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            parts.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(parts)

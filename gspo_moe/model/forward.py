@@ -15,19 +15,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_moe.model.build import Model, unwrap
 from gspo_moe.model.inputs import ModelInput, PaddedInput, pad_inputs
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
 
 
 class Head(Protocol):
-    """What the last stage makes of a pack's logits [T, V]: a loss to differentiate (or None) and anything to keep."""
+    """What the last stage makes of a pack's logits [T, V]: a loss to differentiate (or None) and anything to keep.
 
-    def __call__(self, index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor | None, Any]: ...
+    Under context parallelism T is this rank's part of the pack.
+    """
+
+    def __call__(self, index: int, logits_TV: torch.Tensor, /) -> tuple[torch.Tensor | None, Any]: ...
 
 
-RecordScope = Callable[[int, torch.nn.Module, int], contextlib.AbstractContextManager[None]]
+RecordScope = Callable[[int, torch.nn.Module, ContextSplit], contextlib.AbstractContextManager[None]]
 
 
-def no_recording(index: int, chunk: torch.nn.Module, num_tokens: int) -> contextlib.AbstractContextManager[None]:
+def no_recording(index: int, chunk: torch.nn.Module, split: ContextSplit) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -44,6 +48,7 @@ def run(
     Other stages get an empty list. The loss that `head` returns is summed over packs: megatron-core's division by the
     number of packs is undone here. Gradients stay in the chunks' gradient buffers, reduced as megatron-core does when
     its finalize function is set. Every data-parallel rank calls it with equally many packs; a pack may be empty.
+    Context-parallel ranks call it with the same packs, each for its own tokens (`ModelInput.split`).
     Virtual pipelining takes a multiple of the pipeline size: a pass without backward is filled up with the last pack.
     """
     fillers = -len(inputs) % model.groups.pipeline.size() if len(model.chunks) > 1 else 0
@@ -55,7 +60,7 @@ def run(
     def step(data: Iterator[tuple[int, PaddedInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, item = next(data)
         filler = index >= len(inputs)
-        with contextlib.nullcontext() if filler else record(index, chunk, item.num_tokens):
+        with contextlib.nullcontext() if filler else record(index, chunk, item.split):
             output = chunk(
                 item.input_ids_1P,
                 item.position_ids_1P,
@@ -83,7 +88,7 @@ def run(
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=count,
-            seq_length=longest,
+            seq_length=longest * model.groups.layout.context,  # which megatron-core divides by
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,

@@ -1,10 +1,11 @@
 """Packs as the model takes them: padded where a layout needs it, the padding kept from experts and from the cache.
 
-Padding is needed where sequence parallelism divides a pack, where the allgather dispatcher wants equally long packs on
-every rank, and where a rank has nothing to run while its peers do. Invariant: padding tokens form sequences of their
+Padding is needed where sequence parallelism divides a pack, where context parallelism leaves a rank fewer tokens than
+another, where the allgather dispatcher wants equally long packs on every rank, and where a rank has nothing to run
+while its peers do. Invariant: padding tokens form sequences of their
 own behind the real ones and reach no expert (`model.router`), so no real token's result or gradient depends on them.
 
-Shape letters: T tokens of a pack, P tokens with padding.
+Shape letters: T tokens of a pack, C this rank's tokens of it, P those with padding.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from gspo_moe.model.attention import AttentionParams, KVCache, attention_params
+from gspo_moe.model.attention import AttentionParams, KVCache, attention_params, split_attention_params
 from gspo_moe.model.build import Model
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.types import Microbatch
 
 
@@ -28,6 +31,7 @@ class ModelInput:
     cache: keys and values so far; padding goes to its last row, which the caller keeps free.
     rows_T: int64, each token's row of the cache. decode: each row brings one new token.
     rows_in_order: rows_T is 0, 1, 2, ..., which spares a copy of the cache.
+    split: which tokens this rank runs; None runs all of them. Never with a cache.
     """
 
     input_ids_T: torch.Tensor
@@ -37,6 +41,7 @@ class ModelInput:
     rows_T: torch.Tensor | None = None
     decode: bool = False
     rows_in_order: bool = False
+    split: ContextSplit | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -45,31 +50,53 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class PaddedInput:
-    """What a GPTModel is called with. padding_mask: True on padding, [1, P] bool, None without any."""
+    """What a GPTModel is called with.
+
+    padding_mask: True on padding, [1, P] bool, None without any. num_tokens: C. split: whose tokens they are.
+    """
 
     input_ids_1P: torch.Tensor
     position_ids_1P: torch.Tensor
     attention: AttentionParams
     padding_mask: torch.Tensor | None
     num_tokens: int
+    split: ContextSplit
 
 
-def microbatch_input(microbatch: Microbatch) -> ModelInput:
-    return ModelInput(microbatch.input_ids_T, microbatch.position_ids_T, microbatch.cu_seqlens)
+def microbatch_input(microbatch: Microbatch, split: ContextSplit) -> ModelInput:
+    return ModelInput(microbatch.input_ids_T, microbatch.position_ids_T, microbatch.cu_seqlens, split=split)
 
 
 def pad_inputs(model: Model, inputs: Sequence[ModelInput]) -> list[PaddedInput]:
-    """Pads each pack as this layout needs it. Collective over data-parallel ranks with the allgather dispatcher."""
-    lengths = [max(item.num_tokens, 1) for item in inputs]
+    """Pads each pack as this layout needs it. Collective over data and context ranks with the allgather dispatcher."""
+    lengths = [max(item.num_tokens if item.split is None else max(item.split.counts), 1) for item in inputs]
     if model.config.moe_token_dispatcher_type == "allgather":
         longest = torch.tensor(max(lengths), device=inputs[0].input_ids_T.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=model.groups.data)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=model.groups.data_context)
         lengths = [int(longest)] * len(lengths)
     multiple = model.groups.layout.tensor if model.groups.layout.sequence_parallel else 1
-    return [_pad(model, item, length + -length % multiple) for item, length in zip(inputs, lengths, strict=True)]
+    padded = [length + -length % multiple for length in lengths]
+    return [
+        _pad_whole(model, item, length)
+        if item.split is None or item.split.size == 1
+        else _pad_part(model, item, item.split, length)
+        for item, length in zip(inputs, padded, strict=True)
+    ]
 
 
-def _pad(model: Model, item: ModelInput, length: int) -> PaddedInput:
+def _pad_part(model: Model, item: ModelInput, split: ContextSplit, length: int) -> PaddedInput:
+    assert item.cache is None
+    count = split.num_local
+    ids, positions = (
+        F.pad(split.local(values_T), (0, length - count)) for values_T in (item.input_ids_T, item.position_ids_T)
+    )
+    # Given on every rank or on none: only with it does megatron-core's auxiliary loss count the ranks' real tokens.
+    mask = torch.arange(length, device=ids.device) >= count
+    attention = split_attention_params(positions, split, model.architecture)
+    return PaddedInput(ids[None], positions[None], attention, mask[None], count, split)
+
+
+def _pad_whole(model: Model, item: ModelInput, length: int) -> PaddedInput:
     count = item.num_tokens
     extra = length - count
     ids, positions, bounds, rows = item.input_ids_T, item.position_ids_T, item.cu_seqlens, item.rows_T
@@ -92,4 +119,4 @@ def _pad(model: Model, item: ModelInput, length: int) -> PaddedInput:
         rows_in_order=item.rows_in_order and not extra,
     )
     mask = (torch.arange(length, device=ids.device) >= count)[None] if extra else None
-    return PaddedInput(ids[None], positions[None], attention, mask, count)
+    return PaddedInput(ids[None], positions[None], attention, mask, count, item.split or ContextSplit(item.cu_seqlens))

@@ -10,10 +10,13 @@ Shape letters: T tokens of a pack, C this rank's tokens of it, N sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 def context_rank(cu_seqlens: torch.Tensor, size: int) -> torch.Tensor:
@@ -44,6 +47,99 @@ def join_context(parts: Sequence[torch.Tensor], cu_seqlens: torch.Tensor) -> tor
     for rank, part in enumerate(parts):
         whole[rank_T == rank] = part
     return whole
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """Which tokens of one pack this rank has.
+
+    What is known of whole packs (targets, old log-probs, routes to replay) becomes this rank's by `local`; what this
+    rank found becomes the pack's by `whole`.
+    cu_seqlens: int64 [N + 1], bounds of the whole pack's sequences.
+    group: the ranks that share them; None where this rank has all tokens.
+    """
+
+    cu_seqlens: torch.Tensor
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @cached_property
+    def rank_T(self) -> torch.Tensor:
+        """The rank that has each token, int64 [T]."""
+        return context_rank(self.cu_seqlens, self.size)
+
+    @cached_property
+    def _here(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return split_context(self.cu_seqlens, self.size, self._rank)
+
+    @property
+    def tokens_C(self) -> torch.Tensor:
+        """This rank's tokens of the pack, int64, ascending."""
+        return self._here[0]
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        """cu_seqlens of this rank's tokens, int64 [N + 1]."""
+        return self.cu_seqlens if self.size == 1 else self._here[1]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many tokens each rank has."""
+        found: list[int] = self.rank_T.bincount(minlength=self.size).tolist()
+        return found
+
+    @property
+    def num_local(self) -> int:
+        return int(self.cu_seqlens[-1]) if self.size == 1 else self.counts[self._rank]
+
+    def local(self, values_T: torch.Tensor) -> torch.Tensor:
+        """This rank's [C, ...] of the whole pack's [T, ...]."""
+        return values_T if self.size == 1 else values_T[self.tokens_C]
+
+    def whole(self, values_C: torch.Tensor) -> torch.Tensor:
+        """The whole pack's [T, ...] from each rank's [C, ...], without gradient. Collective over the group."""
+        if self.size == 1:
+            return values_C
+        missing = max(self.counts) - len(values_C)
+        padded = F.pad(values_C.detach(), (0, 0) * (values_C.ndim - 1) + (0, missing)).contiguous()
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        # As bytes: gloo knows no int16, which routes among many experts have.
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=self.group)
+        return join_context([part[:n] for part, n in zip(parts, self.counts, strict=True)], self.cu_seqlens)
+
+    def visible_keys(self, padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which keys this rank's queries may see, among those of all ranks, gathered end to end.
+
+        padded: tokens of each rank with the padding behind its own. Returns bounds of stretches of consecutive tokens
+        among this rank's `padded` queries and among their keys, both int64 [stretches + 1], and where each of those
+        keys lies, int64. A stretch's keys are its sequence's from the start to the stretch's own last, so that
+        causality is aligned at the end: the last query sees every key. Over long sequences they are at
+        most 1 + 1 / (2 ranks) times the pack's tokens. Padding is a stretch that sees itself.
+        """
+        device = self.cu_seqlens.device
+        place_T = torch.empty_like(self.rank_T)
+        for rank, count in enumerate(self.counts):
+            place_T[self.rank_T == rank] = rank * padded + torch.arange(count, device=device)
+        first_T = self.cu_seqlens[:-1].repeat_interleave(self.cu_seqlens.diff())
+        tokens_C = self.tokens_C
+        before_C = torch.cat([tokens_C.new_full((1,), -2), tokens_C[:-1]])
+        begins = ((tokens_C != before_C + 1) | (tokens_C == first_T[tokens_C])).nonzero()[:, 0]
+        queries = torch.cat([begins, begins.new_tensor([self.num_local])])
+        ends = tokens_C[queries[1:] - 1] + 1
+        keys = [place_T[start:end] for start, end in zip(first_T[ends - 1].tolist(), ends.tolist(), strict=True)]
+        if self.num_local < padded:
+            mine = self._rank * padded
+            keys.append(torch.arange(mine + self.num_local, mine + padded, device=device))
+            queries = torch.cat([queries, queries.new_tensor([padded])])
+        lengths = torch.tensor([0, *map(len, keys)], device=device)
+        return queries, lengths.cumsum(0), torch.cat(keys)
 
 
 class _Sum(torch.autograd.Function):

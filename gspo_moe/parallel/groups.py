@@ -22,6 +22,7 @@ class Groups:
     """Who this process is and whom it talks to.
 
     data: ranks that hold the same weights' shard and see other sequences (context parallelism not counted in).
+    data_context: ranks that hold the same weights' shard and see other tokens.
     model: ranks that together hold one copy of the weights (tensor x pipeline).
     tensor, pipeline, expert, context: as in megatron-core.
     """
@@ -30,6 +31,7 @@ class Groups:
     rank: int
     world_size: int
     data: dist.ProcessGroup
+    data_context: dist.ProcessGroup
     model: dist.ProcessGroup
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
@@ -84,6 +86,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float = 10.0) -> Grou
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),

@@ -40,6 +40,11 @@ def from_last_stage(value: Any, groups: Groups) -> Any:
 
 def gather_over_data(value: Any, groups: Groups) -> list[Any]:
     """Each data-parallel rank's value, in the order of their ranks, on every rank."""
-    values: list[Any] = [None] * groups.data.size()
-    dist.all_gather_object(values, value, group=groups.data)
+    return gather_objects(value, groups.data)
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Each rank's value, in the order of the group's ranks, on every one of them."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
     return values

@@ -27,7 +27,7 @@ def report() -> str:
         (
             "Transformer Engine",
             _version("transformer-engine") if has_transformer_engine() else "absent",
-            "" if has_transformer_engine() else "local layers, SequentialMLP experts, no context parallelism",
+            "" if has_transformer_engine() else "local layers, SequentialMLP experts",
         ),
         (
             "NVIDIA Apex",

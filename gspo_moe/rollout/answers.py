@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.parallel.groups import Groups
-from gspo_moe.parallel.reduce import gather_over_data
+from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
 from gspo_moe.tasks.rewards import RewardBatch, RewardPool
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
@@ -35,7 +35,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Generates and scores; data-parallel ranks take contiguous, nearly equal shares of a call's prompts."""
+    """Generates and scores; data and context-parallel ranks take contiguous, nearly equal shares of the prompts."""
 
     engine: RolloutEngine
     tokenizer: Tokenizer
@@ -45,7 +45,7 @@ class Answerer:
     def generate(
         self, prompts: Sequence[Prompt], samples: int, params: SamplingParams, policy_version: int
     ) -> list[RolloutGroup]:
-        """This data-parallel rank's share of the prompts, each answered `samples` times. Collective."""
+        """This rank's share of the prompts, each answered `samples` times. Collective."""
         share = self._share(prompts)
         requests = [Request(prompt.uid, tuple(self.tokenizer.encode(prompt.text)), samples) for prompt in share]
         answered = self.engine.generate(requests, params, policy_version)
@@ -59,7 +59,8 @@ class Answerer:
         batch = self._rewards([(group.prompt, rollout.text) for group in share for rollout in group.rollouts])
         rewards = iter(batch.rewards)
         mine = [ScoredGroup(group, tuple(next(rewards) for _ in group.rollouts)) for group in share]
-        parts = gather_over_data((mine, batch.failures, batch.timeouts, batch.first_error), self.groups)
+        found = (mine, batch.failures, batch.timeouts, batch.first_error)
+        parts = gather_objects(found, self.groups.data_context)
         return Answers(
             groups=tuple(group for part in parts for group in part[0]),
             failures=sum(part[1] for part in parts),
@@ -68,7 +69,8 @@ class Answerer:
         )
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        ranks, rank, count = self.groups.data.size(), self.groups.data_rank, len(prompts)
+        # Context-parallel ranks generate like data-parallel ones: decoding splits no sequence.
+        ranks, rank, count = self.groups.data_context.size(), self.groups.data_context.rank(), len(prompts)
         return prompts[rank * count // ranks : (rank + 1) * count // ranks]
 
     def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:

@@ -104,9 +104,9 @@ class MegatronEngine:
         return batches
 
     def _most(self, count: int) -> int:
-        """The largest `count` over the data-parallel ranks, which step in unison."""
+        """The largest `count` over the data and context-parallel ranks, which step in unison."""
         value = torch.tensor(count, device=self._device)
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._model.groups.data)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._model.groups.data_context)
         return int(value)
 
     def _run_batch(

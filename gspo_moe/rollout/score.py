@@ -9,6 +9,7 @@ import torch
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import Microbatch
 
@@ -22,12 +23,17 @@ def score(
 ) -> list[torch.Tensor]:
     """Log-probs [T] (fp32, nats) of each pack's targets at `temperature`; on the last pipeline stage, else empty.
 
-    A given recorder keeps the routes of the same pass.
+    Under context parallelism each rank runs its own tokens and gets every token's log-probs. A given recorder keeps
+    the routes of the same pass.
     """
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, token_log_probs(model, logits_TV, microbatches[index].target_ids_T, temperature)
+    splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
 
-    inputs = [microbatch_input(microbatch) for microbatch in microbatches]
+    def head(index: int, logits_CV: torch.Tensor) -> tuple[None, torch.Tensor]:
+        split = splits[index]
+        targets_C = split.local(microbatches[index].target_ids_T)
+        return None, split.whole(token_log_probs(model, logits_CV, targets_C, temperature))
+
+    inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     record = no_recording if recorder is None else recorder.scope
     return run(model, inputs, head, backward=False, record=record)

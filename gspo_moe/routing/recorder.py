@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.routing.load import expert_load
 from gspo_moe.routing.volatility import overlap_TL
@@ -51,8 +52,8 @@ class RouteRecorder:
         self._current[router.layer_number - 1] = picked.to(self._dtype)
 
     @contextlib.contextmanager
-    def scope(self, index: int, chunk: torch.nn.Module, num_tokens: int) -> Iterator[None]:
-        """While open, routes belong to pack `index`, whose first `num_tokens` tokens are real."""
+    def scope(self, index: int, chunk: torch.nn.Module, split: ContextSplit) -> Iterator[None]:
+        """While open, routes belong to pack `index`, of which this rank has the tokens of `split`, then padding."""
         found: dict[int, torch.Tensor] = {}
         self._current = found
         try:
@@ -61,7 +62,7 @@ class RouteRecorder:
             self._current = None
         pack = self._packs.setdefault(index, {})
         for layer, routes in found.items():
-            pack[layer] = self._gather_tokens(routes)[:num_tokens]
+            pack[layer] = split.whole(self._gather_tokens(routes)[: split.num_local])
 
     def _gather_tokens(self, routes: torch.Tensor) -> torch.Tensor:
         # Under sequence parallelism each tensor rank routes its own stretch of the pack.

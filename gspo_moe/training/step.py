@@ -1,6 +1,6 @@
 """One optimizer step on one mini-batch: forward, loss, backward through the pipeline schedule, update.
 
-Shape letters: T tokens of a pack, V this rank's slice of the vocabulary.
+Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it, V this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from gspo_moe.algorithms import PolicyStatistics, policy_loss
+from gspo_moe.algorithms.ratios import whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import first_choice, no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
@@ -49,22 +51,24 @@ def train_minibatch(
     """
     clip_low, clip_high = algorithm.clips
     log_probs: list[torch.Tensor] = []
+    sum_over_context = sum_over(model.groups.context) if model.groups.layout.context > 1 else whole_sequences
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, PolicyStatistics]:
+    def head(index: int, logits_CV: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
-        log_probs_T = token_log_probs(model, logits_TV, pack.target_ids_T, temperature)
-        log_probs.append(log_probs_T.detach())
+        log_probs_C = token_log_probs(model, logits_CV, split.local(pack.target_ids_T), temperature)
+        log_probs.append(split.whole(log_probs_C.detach()))
         result = policy_loss(
             algorithm.name,
-            log_probs_T,
-            old_log_probs[index],
+            log_probs_C,
+            split.local(old_log_probs[index]),
             pack.advantages_N,
-            pack.cu_seqlens,
-            pack.response_mask_T,
+            split.bounds,
+            split.local(pack.response_mask_T),
             clip_low=clip_low,
             clip_high=clip_high,
             allow_wide_clip=algorithm.allow_wide_clip,
             num_sequences=num_sequences,
+            sum_over_context=sum_over_context,
         )
         return result.loss, result.sums
 
@@ -88,15 +92,16 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, SupervisedStatistics]:
+    def head(index: int, logits_CV: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
         pack = microbatches[index]
-        log_probs_T = token_log_probs(model, logits_TV, pack.target_ids_T)
+        targets_C, mask_C = split.local(pack.target_ids_T), split.local(pack.response_mask_T)
+        log_probs_C = token_log_probs(model, logits_CV, targets_C)
         sums = {
-            "tokens": pack.response_mask_T.double().sum(),
-            "log_prob": (log_probs_T.detach().double() * pack.response_mask_T).sum(),
-            "correct": (first_choice(model, logits_TV, pack.target_ids_T) * pack.response_mask_T.double()).sum(),
+            "tokens": mask_C.double().sum(),
+            "log_prob": (log_probs_C.detach().double() * mask_C).sum(),
+            "correct": (first_choice(model, logits_CV, targets_C) * mask_C.double()).sum(),
         }
-        return -(log_probs_T * pack.response_mask_T).sum() / num_tokens, SupervisedStatistics(sums, {})
+        return -(log_probs_C * mask_C).sum() / num_tokens, SupervisedStatistics(sums, {})
 
     statistics, update, _ = _step(model, optimizer, microbatches, head, None)
     return statistics, update
@@ -105,17 +110,19 @@ def train_supervised(
 def _step(
     model: Model, optimizer: Optimizer, microbatches: Sequence[Microbatch], head: Any, recorder: RouteRecorder | None
 ) -> tuple[Any, UpdateResult, list[torch.Tensor]]:
-    # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone.
+    # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
+    # context-parallel ranks it averages too, which megatron-core's schedules undo.
     data_ranks = model.groups.layout.data
+    splits = [ContextSplit(pack.cu_seqlens, model.groups.context) for pack in microbatches]
 
-    def scaled(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        loss, kept = head(index, logits_TV)
+    def scaled(index: int, logits_CV: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss, kept = head(index, logits_CV, splits[index])
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
     kept = run(
         model,
-        [microbatch_input(pack) for pack in microbatches],
+        [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)],
         scaled,
         backward=True,
         record=no_recording if recorder is None else recorder.scope,
@@ -125,6 +132,6 @@ def _step(
         statistics = kept[0]
         for other in kept[1:]:
             statistics = statistics.merge(other)
-        statistics = reduce_statistics(statistics, model.groups.data).cpu()
+        statistics = reduce_statistics(statistics, model.groups.data_context).cpu()
     update = optimizer.update()
     return from_last_stage(statistics, model.groups), update, [] if recorder is None else recorder.take()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from gspo_moe.algorithms import mismatch, policy_loss
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.errors import DataError
-from gspo_moe.parallel.context import split_context, sum_over
+from gspo_moe.parallel.context import ContextSplit, split_context, sum_over
 from gspo_moe.routing import RouteSums, overlap_TL
 from tests.launch import launch
 
@@ -103,6 +103,17 @@ def check_routing(group: dist.ProcessGroup) -> None:
     same(part, whole, group)
 
 
+def check_whole(group: dist.ProcessGroup) -> None:
+    """What a rank cuts out of a pack and the others cut out of it are the pack, in every type that is gathered."""
+    for lengths in PACKS:
+        split = ContextSplit(drawn("gspo", lengths)["cu_seqlens"], group)
+        generator = torch.Generator().manual_seed(4)
+        routes_TLK = torch.randint(600, (sum(lengths), 3, 2), generator=generator, dtype=torch.int16)
+        for values in (routes_TLK, routes_TLK[:, 0, 0].float(), routes_TLK[:, 0] > 300):
+            assert torch.equal(split.whole(split.local(values)), values)
+        assert split.num_local == len(split.tokens_C)
+
+
 def check_empty_response(group: dist.ProcessGroup) -> None:
     """What no rank has a response token of is refused on all of them."""
     pack = drawn("gspo", PACKS[0])
@@ -121,6 +132,7 @@ def check_all() -> None:
         check_losses(context)
         check_mismatch(context)
         check_routing(context)
+        check_whole(context)
         check_empty_response(context)
     dist.destroy_process_group()
 

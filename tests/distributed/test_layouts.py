@@ -7,7 +7,7 @@ from gspo_moe.platform import megatron_version
 from tools.check_layouts import TOLERANCE, WITHOUT_EXPERT_TENSOR, Case, cases, refused, run
 
 # Every axis at least once, and those that meet in one code path together: sequence parallelism with padding, uneven
-# gathers, interleaved schedules, tied embeddings over stages, the distributed optimizer's shards.
+# gathers, split sequences, interleaved schedules, tied embeddings over stages, the distributed optimizer's shards.
 COVERING = (
     "1: schedule.micro_batch_tokens=48",
     "2: expert=2 distributed_optimizer=true schedule.micro_batch_tokens=48",
@@ -15,6 +15,8 @@ COVERING = (
     "2: pipeline=2 recompute=full schedule.micro_batch_tokens=48",
     "2: pipeline=2 virtual_pipeline=2 schedule.micro_batch_tokens=48",
     "4: tensor=2 expert=2",
+    "4: context=2 tensor=2",
+    "4: context=2 pipeline=2 virtual_pipeline=2 expert=2 schedule.micro_batch_tokens=48",
     "4: pipeline=2 expert=2 distributed_optimizer=true recompute=selective",
     "4: tensor=2 pipeline=2 model.overrides.tie_word_embeddings=true",
 )

@@ -31,7 +31,8 @@ from tests.qwen3 import architecture, layout, random_sequences, reference_model
 
 SIZES = architecture(num_experts=8, num_hidden_layers=2)
 COEFFICIENT = 0.1
-# Two sequences a pack: 11, 18, 5 and 27 tokens, which sequence parallelism and the allgather dispatcher have to pad.
+# Two sequences a pack: 11, 18, 5 and 27 tokens, which sequence parallelism, context parallelism and the allgather
+# dispatcher have to pad.
 LENGTHS = (9, 4, 14, 6, 2, 5, 21, 8)
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -40,6 +41,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor": 2},
     {"tensor": 2, "expert": 2, "expert_tensor": 1, "dispatcher": "allgather"},
     {"pipeline": 2},
+    {"context": 2},
+    {"context": 2, "expert": 2, "dispatcher": "allgather"},
 ]
 
 

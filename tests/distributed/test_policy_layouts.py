@@ -40,6 +40,7 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
         {"tensor": 2},
         {"pipeline": 2},
         {"pipeline": 2, "virtual_pipeline": 2},
+        {"context": 2, "distributed_optimizer": True},
     ],
     4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
 }

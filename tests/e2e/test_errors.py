@@ -42,7 +42,7 @@ CONFIGS = (
     (1, "parallel.expert=2", ("parallel.expert=2", "does not divide the 1 processes", "start a multiple of 2")),
     (3, "parallel.expert=3 rollout.prompts_per_step=36", ("parallel.expert=3", "num_experts=16; set", "1 or 2")),
     (2, "parallel.tensor=2 parallel.expert=2", ("= 4 does not divide the 2 processes", "nearest layouts that work")),
-    (2, "parallel.context=2", ("parallel.context=2 is not supported", "set parallel.context=1")),
+    (1, "parallel.context=2", ("parallel.context=2", "does not divide the 1 processes", "start a multiple of 2")),
 )
 DATA = (
     (None, ("does not exist; give a file of lines",)),

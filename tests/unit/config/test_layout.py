@@ -29,6 +29,8 @@ def _check(world: int, parallel: str = "", *more: str, version: str = "0.16.1") 
         (8, "tensor: 2, pipeline: 2, expert: 2, expert_tensor: 1", (2, 2, 2, 2, None, 2, 1, 1, True)),
         (4, "pipeline: 2, virtual_pipeline: 2", (2, 2, 1, 2, 2, 1, 1, 1, False)),
         (16, "expert: 16", (16, 1, 1, 1, None, 16, 1, 1, False)),
+        (2, "context: 2", (1, 2, 1, 1, None, 1, 1, 2, False)),
+        (8, "tensor: 2, context: 2, expert: 4, expert_tensor: 1", (2, 2, 2, 1, None, 4, 1, 2, True)),
     ],
 )
 def test_layouts_that_fit(world: int, parallel: str, expected: tuple) -> None:
@@ -47,7 +49,7 @@ def test_layouts_that_fit(world: int, parallel: str, expected: tuple) -> None:
         (3, "pipeline: 3", (), ("parallel.pipeline=3", "num_hidden_layers=4", "1 or 2")),
         (2, "pipeline: 2, virtual_pipeline: 4", (), ("parallel.virtual_pipeline=4", "8 unequal", "1 or 2 or 4")),
         (1, "virtual_pipeline: 2", (), ("parallel.virtual_pipeline=2", "parallel.pipeline > 1", "null")),
-        (2, "context: 2", (), ("parallel.context=2", "whole sequences", "parallel.context=1")),
+        (3, "context: 2", (), ("parallel.context=2", "3 processes", "multiple of 2")),
         (3, "", (), ("rollout.prompts_per_step=32", "3 data-parallel", "rollout.prompts_per_step=33")),
         (3, "", ("stage=sft",), ("schedule.sft_batch=64", "3 data-parallel", "schedule.sft_batch=66")),
         (
@@ -96,7 +98,7 @@ def test_all_violations_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
         _check(5, "tensor: 3, context: 2, expert: 5, virtual_pipeline: 2")
     lines = str(caught.value).splitlines()
-    keys = ("divide the 5 processes", "num_attention_heads", "num_experts=16", "virtual_pipeline", "context=2 is not")
+    keys = ("divide the 5 processes", "num_attention_heads", "num_experts=16", "virtual_pipeline", "context=2 = 6")
     for key in keys:
         assert any(key in line for line in lines)
 

@@ -1,6 +1,8 @@
 """The Transformer Engine backend on its stand-in; `test_transformer_engine.py` runs these in a process of their own."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ from transformer_engine.pytorch import DotProductAttention, GroupedLinear, Linea
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model import build
+from gspo_moe.model.attention import PackedAttention, split_attention_params
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import export_hf, whole_tensors
 from gspo_moe.model.weights import RandomSource, SafetensorsSource
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.platform import Backend
 from gspo_moe.rollout.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -60,6 +64,26 @@ def test_prefill_decoding_and_export_are_transformers(key_value_heads: int, tmp_
     found, expected_tensors = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "in")
     assert found.keys() == expected_tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected_tensors.items())
+
+
+def test_a_context_parallel_ranks_stretches_are_attended_to_as_by_the_local_kernel() -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    split = ContextSplit(torch.tensor([0, 13, 14, 22]), group)
+    params = split_attention_params(split.local(torch.arange(22)), split, SIZES)
+    generator = torch.Generator().manual_seed(5)
+    heads, groups, size = SIZES.num_attention_heads, SIZES.num_key_value_heads, SIZES.head_dim
+    query = torch.randn(split.num_local, heads, size, generator=generator)
+    key, value = torch.randn(2, len(params.keys_K), groups, size, generator=generator)
+    with built(SIZES, layout()) as model:
+        attention = model.gpt_chunks[0].decoder.layers[0].self_attention.core_attention
+        found = attention._over_stretches(query, key, value, params)
+        # It takes the keys as they come and joins no exchange of its own.
+        config = replace(model.config, context_parallel_size=2)
+        assert type(attention)(config, 1, AttnMaskType.causal, "self").config.context_parallel_size == 1
+    expected = PackedAttention(model.config, 1)._over_stretches(query, key, value, params)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def step(config: Config, model: Model, optimizer: Optimizer) -> UpdateResult:

@@ -62,7 +62,7 @@ def test_absent_packages_say_what_runs_instead(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert line("Transformer Engine") == "absent - local layers, SequentialMLP experts, no context parallelism"
+    assert line("Transformer Engine") == "absent - local layers, SequentialMLP experts"
     assert line("NVIDIA Apex") == "absent - torch's AdamW, unless Transformer Engine brings its fused one"
     assert line("nvcc") == "absent"
     assert line("torch").endswith("CPU build: will not see a GPU")

@@ -57,10 +57,10 @@ class Lengths:
 
 
 def answerer(rank: int = 0, ranks: int = 1) -> Answerer:
-    """One of several data-parallel ranks, as far as sharing goes."""
+    """One of several data or context-parallel ranks, as far as sharing goes."""
     one: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     data: Any = SimpleNamespace(rank=lambda: rank, size=lambda: ranks)
-    groups: Any = SimpleNamespace(layout=layout(), data=data, data_rank=rank, model=one, is_main=True)
+    groups: Any = SimpleNamespace(layout=layout(), data_context=data, model=one, is_main=True)
     tokenizer: Any = Letters()
     rewards: Any = Lengths()
     return Answerer(Echo(), tokenizer, rewards, groups)
@@ -93,7 +93,7 @@ def test_ranks_share_the_prompts_in_order_and_nearly_evenly(ranks: int) -> None:
 
 
 def test_rewards_come_in_the_order_of_the_rollouts_with_their_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gspo_moe.rollout.answers.gather_over_data", lambda value, groups: [value])
+    monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: [value])
     share = answerer().generate(PROMPTS, 2, sampling(stop_ids=frozenset({STOP})), 0)
     answers = answerer().score(share)
     assert [scored.group for scored in answers.groups] == share
@@ -104,11 +104,11 @@ def test_rewards_come_in_the_order_of_the_rollouts_with_their_failures(monkeypat
 def test_every_ranks_groups_are_gathered_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[Any] = []
     for rank in range(2):
-        monkeypatch.setattr("gspo_moe.rollout.answers.gather_over_data", lambda value, groups: [value])
+        monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: [value])
         one = answerer(rank, 2)
         found = one.score(one.generate(PROMPTS, 1, sampling(stop_ids=frozenset({STOP})), 0))
         parts.append((list(found.groups), found.failures, found.timeouts, found.first_error))
-    monkeypatch.setattr("gspo_moe.rollout.answers.gather_over_data", lambda value, groups: parts)
+    monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: parts)
     answers = answerer().score([])
     assert [scored.group.prompt for scored in answers.groups] == PROMPTS
     assert (answers.failures, answers.timeouts, answers.first_error) == (1, 1, "abc broke")

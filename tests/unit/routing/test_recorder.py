@@ -9,6 +9,7 @@ import torch
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
+from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.step import train_minibatch
@@ -95,7 +96,7 @@ def test_packs_come_in_the_order_of_their_index_whenever_they_ran(model: Model) 
     expected = recorder.take()
 
     def run(pack: Microbatch, index: int) -> None:
-        with recorder.scope(index, model.chunks[0], pack.num_tokens):
+        with recorder.scope(index, model.chunks[0], ContextSplit(pack.cu_seqlens)):
             score(model, [pack])
 
     run(third, 2)
@@ -106,7 +107,7 @@ def test_packs_come_in_the_order_of_their_index_whenever_they_ran(model: Model) 
 
 def test_a_pass_that_fails_leaves_recording_off(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-    with pytest.raises(ZeroDivisionError), recorder.scope(0, model.chunks[0], 3):
+    with pytest.raises(ZeroDivisionError), recorder.scope(0, model.chunks[0], ContextSplit(torch.tensor([0, 3]))):
         raise ZeroDivisionError
     score(model, packs(SIZES))
     assert recorder.take() == []

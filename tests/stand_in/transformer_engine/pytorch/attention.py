@@ -56,18 +56,22 @@ class DotProductAttention(_Module):
         pad_between_seqs: bool | None = None,
     ) -> torch.Tensor:
         assert qkv_format == "thd"
-        assert attn_mask_type == "padding_causal"
+        assert attn_mask_type in ("padding_causal", "padding_causal_bottom_right")
         assert query_layer.shape[1:] == (self.heads, self.head_size)
         assert key_layer.shape[1:] == value_layer.shape[1:] == (self.groups, self.head_size)
         assert cu_seqlens_q is not None
         assert cu_seqlens_kv is not None
         assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
-        assert max_seqlen_q == max_seqlen_kv == int(cu_seqlens_q.diff().max())
-        bounds = cu_seqlens_q.tolist()
-        assert bounds[-1] == len(query_layer), "what lies beyond the last sequence is undefined"
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        assert max_seqlen_kv == int(cu_seqlens_kv.diff().max())
+        if attn_mask_type == "padding_causal":
+            assert torch.equal(cu_seqlens_q, cu_seqlens_kv), "causality is aligned at the start"
+        queries, keys = cu_seqlens_q.tolist(), cu_seqlens_kv.tolist()
+        assert queries[-1] == len(query_layer), "what lies beyond the last sequence is undefined"
+        assert keys[-1] == len(key_layer)
         parts = [
-            self._one_sequence(query_layer[start:stop], key_layer[start:stop], value_layer[start:stop])
-            for start, stop in pairwise(bounds)
+            self._one_sequence(query_layer[a:b], key_layer[c:d], value_layer[c:d])
+            for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True)
         ]
         return torch.cat(parts).reshape(len(query_layer), -1)
 
@@ -75,5 +79,5 @@ class DotProductAttention(_Module):
         repeats = self.heads // self.groups
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         scores = torch.einsum("qhd,khd->hqk", query, key) / self.head_size**0.5
-        future = torch.ones(len(query), len(query), dtype=torch.bool).triu(1)
+        future = torch.ones(len(query), len(key), dtype=torch.bool).triu(len(key) - len(query) + 1)
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(dim=-1), value)
