@@ -85,7 +85,8 @@ def read_bank(path: str | Path) -> Bank:
     """Reads what `write_bank` wrote; raises DataError for any other file."""
     described = describe_bank(path)
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     rollouts = _rollouts(tensors, described["rollouts"])
     rewards = iter(tensors["rewards"].tolist())
     groups = []
