@@ -29,7 +29,11 @@ LIBRARY_LOGS = (
     "megatron.core.dist_checkpointing.strategies.torch",
 )
 # megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
-LIBRARY_NOISE = ((r"megatron\.core", Warning), (r"torch\.distributed", FutureWarning))
+LIBRARY_NOISE = (
+    (r"megatron\.core", Warning),
+    (r"torch\.distributed", FutureWarning),
+    (r"torch\.distributed\.checkpoint\.utils", UserWarning),  # each rank reads what is common by itself
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
