@@ -49,6 +49,8 @@ class ModelConfig(Section):
     """Which model. `preset` names sizes; `hf` is a folder with config.json and, unless `random_init`, weights.
 
     backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
+    fused_log_probs: log-probs from hidden states, with at most `log_prob_memory_mib` MiB of logits at a time; false
+    has the output layer make all logits of a micro-batch.
     """
 
     preset: str | None = None
@@ -57,6 +59,8 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = {}
     dtype: Literal["fp32", "bf16"] = "fp32"
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    fused_log_probs: bool = True
+    log_prob_memory_mib: PositiveInt = 512
 
     @field_validator("preset")
     @classmethod

@@ -25,9 +25,9 @@ def score(
     A given recorder keeps the routes of the same pass.
     """
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, token_log_probs(model, logits_TV, microbatches[index].target_ids_T, temperature)
+    def head(index: int, output_TX: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, token_log_probs(model, output_TX, microbatches[index].target_ids_T, temperature).log_probs
 
     inputs = [microbatch_input(microbatch) for microbatch in microbatches]
     record = no_recording if recorder is None else recorder.scope
-    return run(model, inputs, head, backward=False, record=record)
+    return run(model, inputs, head, backward=False, record=record, for_log_probs=True)

@@ -1,6 +1,6 @@
 """One optimizer step on one mini-batch: forward, loss, backward through the pipeline schedule, update.
 
-Shape letters: T tokens of a pack, V this rank's slice of the vocabulary.
+Shape letters: T tokens of a pack, X what the last stage gives of each token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gspo_moe.algorithms import PolicyStatistics, policy_loss
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import first_choice, no_recording, run, token_log_probs
+from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RouteRecorder
@@ -50,9 +50,9 @@ def train_minibatch(
     clip_low, clip_high = algorithm.clips
     log_probs: list[torch.Tensor] = []
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, PolicyStatistics]:
+    def head(index: int, output_TX: torch.Tensor) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
-        log_probs_T = token_log_probs(model, logits_TV, pack.target_ids_T, temperature)
+        log_probs_T = token_log_probs(model, output_TX, pack.target_ids_T, temperature).log_probs
         log_probs.append(log_probs_T.detach())
         result = policy_loss(
             algorithm.name,
@@ -88,13 +88,14 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, SupervisedStatistics]:
+    def head(index: int, output_TX: torch.Tensor) -> tuple[torch.Tensor, SupervisedStatistics]:
         pack = microbatches[index]
-        log_probs_T = token_log_probs(model, logits_TV, pack.target_ids_T)
+        found = token_log_probs(model, output_TX, pack.target_ids_T)
+        log_probs_T = found.log_probs
         sums = {
             "tokens": pack.response_mask_T.double().sum(),
             "log_prob": (log_probs_T.detach().double() * pack.response_mask_T).sum(),
-            "correct": (first_choice(model, logits_TV, pack.target_ids_T) * pack.response_mask_T.double()).sum(),
+            "correct": (found.first_choice * pack.response_mask_T.double()).sum(),
         }
         return -(log_probs_T * pack.response_mask_T).sum() / num_tokens, SupervisedStatistics(sums, {})
 
@@ -108,8 +109,8 @@ def _step(
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone.
     data_ranks = model.groups.layout.data
 
-    def scaled(index: int, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        loss, kept = head(index, logits_TV)
+    def scaled(index: int, output_TX: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss, kept = head(index, output_TX)
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
@@ -119,6 +120,7 @@ def _step(
         scaled,
         backward=True,
         record=no_recording if recorder is None else recorder.scope,
+        for_log_probs=True,
     )
     statistics = None
     if kept:
