@@ -51,6 +51,8 @@ class ModelConfig(Section):
     checkpoint: a folder of megatron-core's with config.json, written by `gspo-moe convert` or by a run (its
     `checkpoints/step_*`); only the weights are read.
     backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
+    fused_log_probs: log-probs from hidden states, with at most `log_prob_memory_mib` MiB of logits at a time; false
+    has the output layer make all logits of a micro-batch.
     """
 
     preset: str | None = None
@@ -60,6 +62,8 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = {}
     dtype: Literal["fp32", "bf16"] = "fp32"
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    fused_log_probs: bool = True
+    log_prob_memory_mib: PositiveInt = 512
 
     @field_validator("preset")
     @classmethod

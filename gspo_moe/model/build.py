@@ -31,6 +31,7 @@ class Model:
 
     chunks: GPTModels, or what training wrapped around them; more than one only under virtual pipelining.
     padded_vocab: rows of the embedding over all tensor ranks, a multiple of their number.
+    fused_log_probs, log_prob_memory: as `model.fused_log_probs` and, in bytes, `model.log_prob_memory_mib`.
     """
 
     architecture: Architecture
@@ -38,6 +39,8 @@ class Model:
     groups: Groups
     chunks: list[torch.nn.Module]
     padded_vocab: int
+    fused_log_probs: bool
+    log_prob_memory: int
 
     @property
     def gpt_chunks(self) -> list[GPTModel]:
@@ -88,7 +91,15 @@ def build_model(config: Config, architecture: Architecture, groups: Groups, *, o
         _mark_tensor_parallel(chunk)
         dispatch_only_chosen(chunk)
         chunks.append(chunk.to(place))
-    return Model(architecture, megatron_config, groups, chunks, padded_vocab)
+    return Model(
+        architecture,
+        megatron_config,
+        groups,
+        chunks,
+        padded_vocab,
+        config.model.fused_log_probs,
+        config.model.log_prob_memory_mib * 2**20,
+    )
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:

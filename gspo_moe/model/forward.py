@@ -1,7 +1,8 @@
 """Runs packs through megatron-core's pipeline schedule: the one way in which every forward and backward happens.
 
 Training, scoring, evaluation and generation all come through `run`, so they share packing, padding and vocabulary
-handling. Shape letters: T tokens of a pack, P tokens with padding, V this rank's slice of the vocabulary.
+handling. Shape letters: T tokens of a pack, P tokens with padding, V this rank's slice of the vocabulary, X what the
+last stage gives of each token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from gspo_moe.kernels import TokenLogProbs, linear_token_log_probs
 from gspo_moe.model.build import Model, unwrap
 from gspo_moe.model.inputs import ModelInput, PaddedInput, pad_inputs
 from gspo_moe.parallel.context import ContextSplit
@@ -23,6 +25,7 @@ class Head(Protocol):
     """What the last stage makes of a pack's logits [T, V]: a loss to differentiate (or None) and anything to keep.
 
     Under context parallelism T is this rank's part of the pack.
+    Under `run(for_log_probs=True)` it gets, instead of logits, what `token_log_probs` takes, and nothing else can read.
     """
 
     def __call__(self, index: int, logits_TV: torch.Tensor, /) -> tuple[torch.Tensor | None, Any]: ...
@@ -42,6 +45,7 @@ def run(
     *,
     backward: bool,
     record: RecordScope = no_recording,
+    for_log_probs: bool = False,
 ) -> list[Any]:
     """Runs every pack forward (and backward) through the pipeline; what `head` kept, in order, on the last stage.
 
@@ -56,11 +60,13 @@ def run(
     padded = pad_inputs(model, inputs)
     packs = [*padded, *[padded[-1]] * fillers]
     count = len(packs)
+    hidden = for_log_probs and model.fused_log_probs
 
     def step(data: Iterator[tuple[int, PaddedInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, item = next(data)
         filler = index >= len(inputs)
-        with contextlib.nullcontext() if filler else record(index, chunk, item.split):
+        recording = contextlib.nullcontext() if filler else record(index, chunk, item.split)
+        with recording, _no_output_layer(chunk) if hidden else contextlib.nullcontext():
             output = chunk(
                 item.input_ids_1P,
                 item.position_ids_1P,
@@ -69,10 +75,10 @@ def run(
                 padding_mask=_stage_mask(model, chunk, item.padding_mask),
             )
 
-        def finish(logits_1PV: torch.Tensor, non_loss_data: bool = False) -> Any:
+        def finish(output_1PX: torch.Tensor, non_loss_data: bool = False) -> Any:
             if filler:
                 return None
-            loss, kept = head(index, logits_1PV[0, : item.num_tokens])
+            loss, kept = head(index, output_1PX[0] if hidden else output_1PX[0, : item.num_tokens])
             if non_loss_data:
                 return kept
             assert loss is not None, "a backward pass needs a loss"
@@ -103,28 +109,64 @@ def _stage_mask(model: Model, chunk: torch.nn.Module, mask_1P: torch.Tensor | No
     return mask_1P.chunk(model.groups.tensor.size(), dim=1)[model.groups.tensor.rank()]
 
 
+def _words(model: Model, width: int) -> tuple[int, int]:
+    """The first token of this tensor rank's `width` columns, and how many of them are tokens, the rest padding."""
+    start = model.groups.tensor.rank() * width
+    return start, min(max(model.architecture.vocab_size - start, 0), width)
+
+
 def mask_padded_vocab(model: Model, logits_TV: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Logits with the padding columns of this rank's slice at the dtype's minimum, and the slice's first token."""
     width = logits_TV.shape[-1]
-    start = model.groups.tensor.rank() * width
-    valid = min(max(model.architecture.vocab_size - start, 0), width)
+    start, valid = _words(model, width)
     if valid < width:
         column = torch.arange(width, device=logits_TV.device)
         logits_TV = logits_TV.masked_fill(column >= valid, torch.finfo(logits_TV.dtype).min)
     return logits_TV, start
 
 
+@contextlib.contextmanager
+def _no_output_layer(chunk: torch.nn.Module) -> Iterator[None]:
+    """Has the last stage give its hidden states [1, P, H], under sequence parallelism this rank's part of them."""
+    gpt = unwrap(chunk)
+    if not gpt.post_process:
+        yield
+        return
+    gpt.output_layer.forward = lambda hidden, **_: (hidden, None)
+    try:
+        yield
+    finally:
+        del gpt.output_layer.forward
+
+
 def token_log_probs(
-    model: Model, logits_TV: torch.Tensor, targets_T: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """Log-probs [T] (nats, fp32) of the targets at `temperature`, over the whole vocabulary; differentiable."""
-    logits_TV, start = mask_padded_vocab(model, logits_TV)
-    return vocab_parallel_log_probs(
-        logits_TV, targets_T, temperature=temperature, vocab_start=start, group=model.groups.tensor
+    model: Model, output_TX: torch.Tensor, targets_T: torch.Tensor, temperature: float = 1.0
+) -> TokenLogProbs:
+    """Log-probs [T] (nats, fp32) of the targets at `temperature`, over the whole vocabulary; differentiable.
+
+    output_TX: what `run(for_log_probs=True)` gave the head.
+    """
+    tensor = model.groups.tensor
+    if not model.fused_log_probs:
+        logits_TV, start = mask_padded_vocab(model, output_TX)
+        log_probs_T = vocab_parallel_log_probs(
+            logits_TV, targets_T, temperature=temperature, vocab_start=start, group=tensor
+        )
+        first_choice_T = vocab_parallel_first_choice(logits_TV, targets_T, vocab_start=start, group=tensor)
+        return TokenLogProbs(log_probs_T, None, first_choice_T)
+    gpt = model.gpt_chunks[-1]
+    shared = gpt.share_embeddings_and_output_weights
+    weight_VH = gpt.shared_embedding_or_output_weight() if shared else gpt.output_layer.weight
+    start, vocab = _words(model, len(weight_VH))
+    return linear_token_log_probs(
+        output_TX.to(weight_VH.dtype),  # megatron-core's wrapper for bf16 hands the last stage's output on in fp32
+        weight_VH,
+        targets_T,
+        temperature=temperature,
+        vocab_start=start,
+        vocab=vocab,
+        group=tensor,
+        sequence_parallel=model.config.sequence_parallel,
+        memory_budget=model.log_prob_memory,
+        into_main_grad=hasattr(weight_VH, "main_grad"),
     )
-
-
-def first_choice(model: Model, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """Whether each target is the likeliest token of the whole vocabulary, bool [T]."""
-    logits_TV, start = mask_padded_vocab(model, logits_TV)
-    return vocab_parallel_first_choice(logits_TV, targets_T, vocab_start=start, group=model.groups.tensor)

@@ -29,11 +29,11 @@ def score(
 
     splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
 
-    def head(index: int, logits_CV: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def head(index: int, output_CX: torch.Tensor) -> tuple[None, torch.Tensor]:
         split = splits[index]
         targets_C = split.local(microbatches[index].target_ids_T)
-        return None, split.whole(token_log_probs(model, logits_CV, targets_C, temperature))
+        return None, split.whole(token_log_probs(model, output_CX, targets_C, temperature).log_probs)
 
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     record = no_recording if recorder is None else recorder.scope
-    return run(model, inputs, head, backward=False, record=record)
+    return run(model, inputs, head, backward=False, record=record, for_log_probs=True)

@@ -1,6 +1,7 @@
 """One optimizer step on one mini-batch: forward, loss, backward through the pipeline schedule, update.
 
-Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it, V this rank's slice of the vocabulary.
+Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it, X what the last stage gives of each
+token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gspo_moe.algorithms.ratios import whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import first_choice, no_recording, run, token_log_probs
+from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
@@ -53,9 +54,9 @@ def train_minibatch(
     log_probs: list[torch.Tensor] = []
     sum_over_context = sum_over(model.groups.context) if model.groups.layout.context > 1 else whole_sequences
 
-    def head(index: int, logits_CV: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
+    def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
-        log_probs_C = token_log_probs(model, logits_CV, split.local(pack.target_ids_T), temperature)
+        log_probs_C = token_log_probs(model, output_CX, split.local(pack.target_ids_T), temperature).log_probs
         log_probs.append(split.whole(log_probs_C.detach()))
         result = policy_loss(
             algorithm.name,
@@ -92,14 +93,15 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, logits_CV: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
+    def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
         pack = microbatches[index]
         targets_C, mask_C = split.local(pack.target_ids_T), split.local(pack.response_mask_T)
-        log_probs_C = token_log_probs(model, logits_CV, targets_C)
+        found = token_log_probs(model, output_CX, targets_C)
+        log_probs_C = found.log_probs
         sums = {
             "tokens": mask_C.double().sum(),
             "log_prob": (log_probs_C.detach().double() * mask_C).sum(),
-            "correct": (first_choice(model, logits_CV, targets_C) * mask_C.double()).sum(),
+            "correct": (found.first_choice * mask_C.double()).sum(),
         }
         return -(log_probs_C * mask_C).sum() / num_tokens, SupervisedStatistics(sums, {})
 
@@ -115,8 +117,8 @@ def _step(
     data_ranks = model.groups.layout.data
     splits = [ContextSplit(pack.cu_seqlens, model.groups.context) for pack in microbatches]
 
-    def scaled(index: int, logits_CV: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        loss, kept = head(index, logits_CV, splits[index])
+    def scaled(index: int, output_CX: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss, kept = head(index, output_CX, splits[index])
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
@@ -126,6 +128,7 @@ def _step(
         scaled,
         backward=True,
         record=no_recording if recorder is None else recorder.scope,
+        for_log_probs=True,
     )
     statistics = None
     if kept:

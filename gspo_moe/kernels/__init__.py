@@ -1,0 +1,7 @@
+"""Fused kernels from logits, or hidden states, to the log-probs of sequences; PyTorch operators where none is built."""
+
+from gspo_moe.kernels.library import Kernels, kernels
+from gspo_moe.kernels.linear import linear_token_log_probs
+from gspo_moe.kernels.tokens import TokenLogProbs, token_log_probs
+
+__all__ = ["Kernels", "TokenLogProbs", "kernels", "linear_token_log_probs", "token_log_probs"]

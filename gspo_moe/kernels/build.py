@@ -1,0 +1,192 @@
+"""Compiles csrc/cuda with nvcc, GPU or not. Used by setup.py and by the kernels' proof: standard library only.
+
+GSPO_MOE_CUDA=auto (default) compiles where a toolkit is found, 1 insists on it, 0 leaves the CUDA kernels out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc" / "cuda"
+LAUNCHERS = ("token_stats.cu", "token_backward.cu", "sequence_reduce.cu", "checks.cu")
+# Ampere, Hopper, Blackwell; PTX of the oldest for what comes later.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+PTX_OF = "compute_80"
+# exp2f is one instruction with -ftz=true only; the sums that matter are far from subnormal numbers.
+FLAGS = ("-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror")
+# 1024 threads of 64 registers are all that a multiprocessor has.
+MAX_REGISTERS = 64
+OLDEST_TOOLKIT = (12, 8)
+
+
+class BuildError(Exception):
+    """A build that was asked for and cannot be made; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit. nvcc: its compiler, or a wrapper of it; top: its folder; version: of nvcc."""
+
+    nvcc: Path
+    top: Path
+    version: tuple[int, int]
+
+    @property
+    def libraries(self) -> Path:
+        return self.top / ("lib64" if (self.top / "lib64").is_dir() else "lib")
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What ptxas says of one kernel on one architecture; bytes except `registers`."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def find_toolkit() -> Toolkit | None:
+    """The toolkit of CUDA_HOME, else of the nvcc on PATH, else of /usr/local/cuda; None where there is none of use."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    in_home, in_default = (shutil.which("nvcc", path=f"{home}/bin") if home else None for home in homes)
+    nvcc = in_home or shutil.which("nvcc") or in_default
+    if nvcc is None:
+        return None
+    # The nvcc of PATH may be a wrapper in another folder; only nvcc itself knows where its toolkit is.
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+    version = re.search(r"release (\d+)\.(\d+)", release.stdout)
+    if top is None or version is None:
+        return None
+    return Toolkit(Path(nvcc), Path(top[1].strip()).resolve(), (int(version[1]), int(version[2])))
+
+
+def cuda_toolkit() -> Toolkit | None:
+    """The toolkit to build with as GSPO_MOE_CUDA says, None to leave the CUDA kernels out. Raises BuildError."""
+    mode = os.environ.get("GSPO_MOE_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise BuildError(f"GSPO_MOE_CUDA={mode!r} is not known; set auto, 0 or 1")
+    if mode == "0":
+        return None
+    toolkit = find_toolkit()
+    if toolkit is not None and toolkit.version >= OLDEST_TOOLKIT:
+        return toolkit
+    if mode == "auto":
+        return None
+    found = "no nvcc was found" if toolkit is None else "nvcc is {}.{}".format(*toolkit.version)
+    oldest = "{}.{}".format(*OLDEST_TOOLKIT)
+    raise BuildError(
+        f"GSPO_MOE_CUDA=1 asks for the CUDA kernels, but {found}; install CUDA {oldest} or newer "
+        "and point CUDA_HOME at it, or set GSPO_MOE_CUDA=0"
+    )
+
+
+def cuda_objects(build_dir: str | Path) -> list[str]:
+    """Compiles the CUDA kernels for every architecture and prints what they use; [] where they are left out.
+
+    Returns the object files to link. Raises BuildError for a compile error, a warning, a spill, local memory, or more
+    than MAX_REGISTERS registers.
+    """
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        return []
+    objects, uses = compile_objects(toolkit, Path(build_dir))
+    for line in summarize(uses):
+        print(line)
+    return objects
+
+
+def cuda_link_arguments() -> list[str]:
+    """What the linker needs beside `cuda_objects`: the static runtime, which loads without a GPU or a driver."""
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        return []
+    return [str(toolkit.libraries / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+
+
+def compile_objects(toolkit: Toolkit, build_dir: Path, sources: Path = SOURCES) -> tuple[list[str], list[KernelUse]]:
+    """Objects and resource use of every launcher in `sources`; objects of equal sources and flags are kept."""
+    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
+    flags = [*FLAGS, *STRICT, *targets, f"-gencode=arch={PTX_OF},code={PTX_OF}"]
+    build_dir.mkdir(parents=True, exist_ok=True)
+    key = fingerprint(sources, [*flags, str(toolkit.version)])
+
+    def compile_one(name: str) -> tuple[str, str]:
+        target = build_dir / f"{Path(name).stem}-{key}.o"
+        log = target.with_suffix(".log")
+        if not (target.exists() and log.exists()):
+            part = target.with_suffix(f".{os.getpid()}.o")
+            log.write_text(run([str(toolkit.nvcc), *flags, "-c", str(sources / name), "-o", str(part)]))
+            part.replace(target)
+        return str(target), log.read_text()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(compile_one, LAUNCHERS))
+    uses = [use for _, log in done for use in resource_use(log)]
+    check_resources(uses)
+    return [target for target, _ in done], uses
+
+
+def fingerprint(sources: Path, flags: list[str]) -> str:
+    """A hash of all sources and flags: any header may reach any object."""
+    files = sorted(path for path in sources.iterdir() if path.is_file())
+    parts = [*(path.name.encode() + path.read_bytes() for path in files), *(flag.encode() for flag in flags)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def run(command: list[str]) -> str:
+    """Runs a compiler and returns what it said. Raises BuildError with that where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{said}")
+    return said
+
+
+def resource_use(log: str) -> Iterator[KernelUse]:
+    """Parses what `ptxas -v` prints."""
+    entry = re.compile(
+        r"Compiling entry function '(?P<kernel>\w+)' for '(?P<architecture>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    for found in entry.finditer(log):
+        spills = int(found["stores"]) + int(found["loads"])
+        yield KernelUse(found["kernel"], found["architecture"], int(found["registers"]), int(found["stack"]), spills)
+
+
+def check_resources(uses: list[KernelUse]) -> None:
+    """Raises BuildError unless every architecture has kernels, and none of them spills or uses too much."""
+    missing = set(ARCHITECTURES) - {use.architecture for use in uses}
+    if missing:
+        raise BuildError(f"ptxas reported no kernel for {', '.join(sorted(missing))}")
+    for use in uses:
+        if use.spills or use.stack or use.registers > MAX_REGISTERS:
+            raise BuildError(
+                f"{use.kernel} on {use.architecture}: {use.registers} registers of {MAX_REGISTERS}, "
+                f"{use.stack} bytes of stack, {use.spills} bytes spilled; the kernel must be made smaller"
+            )
+
+
+def summarize(uses: list[KernelUse]) -> list[str]:
+    """One line an architecture: kernels, registers from least to most, spills."""
+    lines = []
+    for architecture in ARCHITECTURES:
+        registers = [use.registers for use in uses if use.architecture == architecture]
+        lines.append(
+            f"{architecture}: {len(registers)} kernels, {min(registers)} to {max(registers)} registers, 0 bytes spilled"
+        )
+    return lines

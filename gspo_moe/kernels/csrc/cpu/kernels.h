@@ -1,0 +1,25 @@
+// CPU kernels over ranges of tokens: the same arguments and results as the CUDA launchers of ../cuda/api.h.
+// Raw pointers only, so that a file compiled for one instruction set shares no inline code with another.
+#pragma once
+
+#include "../cuda/api.h"
+
+struct GspoCpuKernels {
+  const char* name;
+  // Tokens first to last of args; a row's result depends on no other row and not on the range.
+  void (*token_stats)(const GspoTokenStats* args, int64_t first, int64_t last);
+  void (*token_backward)(const GspoTokenBackward* args, int64_t first, int64_t last);
+};
+
+extern const GspoCpuKernels gspo_cpu_generic;
+#if defined(__x86_64__)
+extern const GspoCpuKernels gspo_cpu_avx2;
+extern const GspoCpuKernels gspo_cpu_avx512;
+#endif
+
+// The best that this processor runs; GSPO_MOE_CPU=generic|avx2|avx512 asks for a lesser one. Null for an unknown name or
+// one that does not run here.
+const GspoCpuKernels* gspo_cpu_kernels(const char* wanted);
+
+// Sequences first to last, float64, in order of the tokens.
+void gspo_cpu_sequence_reduce(const GspoSequenceReduce* args, int64_t first, int64_t last);

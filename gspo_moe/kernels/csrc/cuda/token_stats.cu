@@ -1,0 +1,17 @@
+#include "token_stats.cuh"
+
+#include "launch.cuh"
+
+int gspo_token_stats(const GspoTokenStats* args, void* stream) {
+  if (gspo_check_token_stats(args) != nullptr) return cudaErrorInvalidValue;
+  if (args->num_tokens == 0) return cudaSuccess;
+  int64_t num_sms = 0;
+  if (const cudaError_t error = gspo::count_sms(&num_sms)) return error;
+  return gspo::with_element(args->element_type, [&](auto element) {
+    using Element = decltype(element);
+    const int64_t vectors = args->vocab / Element::COUNT;
+    const int64_t threads = gspo::row_threads(args->num_tokens, vectors, num_sms);
+    auto* kernel = args->entropy ? gspo::token_stats_kernel<Element, true> : gspo::token_stats_kernel<Element, false>;
+    return gspo::launch(kernel, args->num_tokens, 1, threads, num_sms, *args, stream);
+  });
+}
