@@ -10,12 +10,13 @@ number of blocks, and thousands, so that blocks take several rows. Ranks are 1 t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from tests.unit.kernels.cuda.formats import BYTES, NAMES
-from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, WHOLE, Array, Case, expect
+from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, Array, Case, expect
 from tests.unit.kernels.cuda.sequence_cases import Pack, reduce_case
 from tests.unit.kernels.cuda.token_cases import (
     Gradients,
@@ -178,7 +179,9 @@ def ranks(random: Random) -> Iterator[Case]:
                 yield backward_case(f"{name} backward", rows, targets_T, grads, log_z_T=log_z_T, entropy_T=entropy_T)
 
 
-def collector(name: str, rank: int, size: int, found: dict[int, Array], wanted_TS: Array, tolerance_TS: Array):  # type: ignore[no-untyped-def]
+def collector(
+    name: str, rank: int, size: int, found: dict[int, Array], wanted_TS: Array, tolerance_TS: Array
+) -> Callable[[Array], None]:
     """Checks the combination once the last rank's statistics are there."""
 
     def collect(part_TS: Array) -> None:
@@ -229,10 +232,14 @@ def context_ranks(random: Random) -> Iterator[Case]:
             yield reduce_case(f"{name} finish", part, FINISH, np.asarray(whole_N2))
 
 
+def traffic_cases() -> tuple[Case, Case]:
+    """Forward and backward at Qwen3's vocabulary, every token with a gradient."""
+    random = np.random.default_rng(1)
+    rows = Rows(logits(random, 4, QWEN3_COLUMNS), "bf16")
+    targets_T = random.integers(0, QWEN3_COLUMNS, rows.tokens)
+    grads = Gradients(np.ones(rows.tokens, dtype=np.float32))
+    return stats_case("forward", rows, targets_T, entropy=False), backward_case("backward", rows, targets_T, grads)
+
+
 def large(case: Case) -> Case:
-    from dataclasses import replace
-
     return replace(case, small=False)
-
-
-__all__ = ["WHOLE", "fuzz", "grid"]

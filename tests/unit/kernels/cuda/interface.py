@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,11 +104,10 @@ class Case:
     traffic: tuple[int, int] | None = None
     num_sms: int = 1
     small: bool = True
-    threads: int = field(default=0)
 
     def arguments(self, addresses: Mapping[str, int]) -> ctypes.Structure:
-        numbers = {name: value for name, value in self.numbers.items()}
-        return ARGUMENTS[self.kernel](**numbers, **addresses)
+        """addresses: of the buffers, by name."""
+        return ARGUMENTS[self.kernel](**self.numbers, **addresses)
 
 
 class Mismatch(Exception):

@@ -255,7 +255,7 @@ class Machine:
         dtype = TYPES[opcode[-1]]
         space, blocks = opcode[1], self.block[lanes]
         base = self._value(address.base, "u4" if space == "shared" else "u8", lanes)
-        places = np.broadcast_to(base, lanes.shape) + base.dtype.type(address.offset % (1 << 32))
+        places = np.broadcast_to(base, lanes.shape) + base.dtype.type(address.offset % (1 << 8 * base.dtype.itemsize))
         if loads:
             for name, value in zip(names, self._load(space, places, dtype, len(names), blocks, lanes).T, strict=True):
                 self._set_converted(name, np.ascontiguousarray(value), lanes)
