@@ -66,9 +66,7 @@ def test_equal_inputs_give_equal_bits() -> None:
 
     def everything() -> list[torch.Tensor]:
         stats_TS = ops.token_stats(logits_TV, targets_T, 1.0, 0, 10_000, True)
-        reduced = ops.sequence_reduce(
-            new_T, old_T, mask_T, bounds, advantages_N, False, None, 3e-4, 4e-4, 1.0
-        )
+        reduced = ops.sequence_reduce(new_T, old_T, mask_T, bounds, advantages_N, False, None, 3e-4, 4e-4, 1.0)
         return [stats_TS, *reduced]
 
     for first, second in zip(everything(), everything(), strict=True):

@@ -1,11 +1,12 @@
 """The grid of cases, and random ones.
 
-Why these shapes. A row is a head up to a 16-byte boundary, a body of 16-byte loads (four a thread in flight, then one),
-and a tail; a block is 1 to 32 warps. So V takes 1 to 9 (no body, or one vector), both sides of a warp's and a block's
-width in elements and in vectors (31 to 257, 1023 to 4099), lengths that end the fourfold loop early, late and exactly
-(2048 * 8 and neighbours), the vocabulary of Qwen3 (151936 columns, 151643 of them tokens) and a shard of an eighth. Every
-residue of the row's start modulo 16 bytes occurs, with strides that move it from row to row. T is 1, both sides of the
-number of blocks, and thousands, so that blocks take several rows. Ranks are 1 to 8, down to ranks without a column.
+Why these shapes. A row is a head up to a 16-byte boundary, a body of 16-byte loads (four a thread in flight, then
+one), and a tail; a block is 1 to 32 warps. So V takes 1 to 9 (no body, or one vector), both sides of a warp's and a
+block's width in elements and in vectors (31 to 257, 1023 to 4099), lengths that end the fourfold loop early, late and
+exactly (2048 * 8 and neighbours), the vocabulary of Qwen3 (151936 columns, 151643 of them tokens) and a shard of an
+eighth. Every residue of the row's start modulo 16 bytes occurs, with strides that move it from row to row. T is 1, both
+sides of the number of blocks, and thousands, so that blocks take several rows. Ranks are 1 to 8, down to ranks without
+a column. Sequences are empty, of one token, both sides of a warp and of a block, and thousands long.
 """
 
 from __future__ import annotations

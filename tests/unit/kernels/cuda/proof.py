@@ -1,7 +1,7 @@
 """What can be known of the CUDA kernels without a GPU, stage by stage: `python -m tests.unit.kernels.cuda.proof`.
 
-Prints a line a stage and ends with 1 if one fails. --seed N repeats a run's random cases; --matrix runs every seeded bug
-through every stage instead.
+Prints a line a stage and ends with 1 if one fails. --seed N repeats a run's random cases; --matrix runs every seeded
+bug through every stage instead.
 """
 
 from __future__ import annotations

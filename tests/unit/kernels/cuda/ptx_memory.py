@@ -1,5 +1,5 @@
-"""Memory of the interpreter, which refuses what a GPU leaves undefined: accesses outside a buffer, misaligned, to shared
-memory nobody wrote, and races.
+"""Memory of the interpreter, which refuses what a GPU leaves undefined: accesses outside a buffer, misaligned, to
+shared memory nobody wrote, and races.
 
 A race is two accesses to the same bytes, one of them a write, by two warps with no barrier between them (shared memory)
 or by two blocks (global memory). Finding it needs no unlucky order: every access leaves its warp, or block, behind.
