@@ -210,7 +210,17 @@ def random_pack(random: Random, lengths: Array | None = None, spread: float = 1e
 
 
 def packs(random: Random) -> Iterator[Case]:
-    shapes = ([1], [0], [0, 0, 5], [1, 0, 1, 0], [31, 32, 33], [511, 512, 513], [7] * 40, [3000, 1, 0, 200], [])
+    shapes: tuple[list[int], ...] = (
+        [1],
+        [0],
+        [0, 0, 5],
+        [1, 0, 1, 0],
+        [31, 32, 33],
+        [511, 512, 513],
+        [7] * 40,
+        [3000, 1, 0, 200],
+        [],
+    )
     for lengths in shapes:
         for spread in (0.0, 1e-3, 2.0):
             pack = random_pack(random, np.array(lengths, dtype=np.int64), spread)

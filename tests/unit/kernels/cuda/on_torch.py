@@ -27,11 +27,11 @@ def _token_stats(case: Case, device: str) -> None:
 
 def _token_backward(case: Case, device: str) -> None:
     logits = _logits(case, device)
-    gradients = [_tensor(case, name, device) for name in ("targets_T", "log_z_T", "grad_log_probs_T")]
-    entropy = [
+    targets, log_z, grad = (_tensor(case, name, device) for name in ("targets_T", "log_z_T", "grad_log_probs_T"))
+    grad_entropy, entropy = (
         _tensor(case, name, device) if name in case.buffers else None for name in ("grad_entropy_T", "entropy_T")
-    ]
-    ops.token_backward_(logits, *gradients, *entropy, *_options(case))
+    )
+    ops.token_backward_(logits, targets, log_z, grad, grad_entropy, entropy, *_options(case))
     case.check({"logits_TV": _stored(case, logits)})
 
 

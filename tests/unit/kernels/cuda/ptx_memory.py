@@ -15,6 +15,8 @@ from tests.unit.kernels.cuda.interface import Array, Buffer
 from tests.unit.kernels.cuda.ptx_parse import PtxError
 
 NOBODY, MANY = -1, -2
+# Blocks have no barrier between them.
+ALWAYS = np.zeros((1, 1), dtype=np.int32)
 GUARD = 256
 BASE = 1 << 16
 
@@ -89,7 +91,7 @@ class GlobalMemory:
         """[L, count]."""
         size = np.dtype(dtype).itemsize
         at = self._locate(addresses, size * count, 0)
-        if not self.shadow.read(self._granules(at, size * count), blocks[:, None], np.int32(0)):
+        if not self.shadow.read(self._granules(at, size * count), blocks[:, None], ALWAYS):
             raise PtxError("a block reads what another block writes")
         return self.bytes.view(dtype)[at[:, None] // size + np.arange(count)]
 
@@ -97,7 +99,7 @@ class GlobalMemory:
         """values: [L, count]."""
         size, count = values.dtype.itemsize, values.shape[1]
         at = self._locate(addresses, size * count, 1)
-        if not self.shadow.write(self._granules(at, size * count), blocks[:, None], np.int32(0)):
+        if not self.shadow.write(self._granules(at, size * count), blocks[:, None], ALWAYS):
             raise PtxError("two threads write the same global memory, or a block what another reads")
         self.bytes.view(values.dtype)[at[:, None] // size + np.arange(count)] = values
 

@@ -96,7 +96,7 @@ def reduce_case(
         gradient = wanted["grad_log_probs_T"]
         expect(name, "gradient", outputs["grad_log_probs_T"], gradient, 1e-7 * np.abs(gradient) + 1e-37)
 
-    numbers = {"phases": phases, "num_sequences": num, "advantages_per_token": int(pack.per_token)}
+    numbers: dict[str, float] = {"phases": phases, "num_sequences": num, "advantages_per_token": int(pack.per_token)}
     numbers |= {"clip_low": pack.clip_low, "clip_high": pack.clip_high, "scale": pack.scale}
     buffers = {
         "cu_seqlens": Buffer(pack.bounds),
