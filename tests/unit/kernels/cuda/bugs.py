@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gspo_moe.kernels.build import SOURCES, BuildError
 from tests.unit.kernels.cuda import emulation, ptx
-from tests.unit.kernels.cuda.cases import grid
+from tests.unit.kernels.cuda.cases import far_rows, grid
 from tests.unit.kernels.cuda.interface import Case, Mismatch
 from tests.unit.kernels.cuda.ptx_parse import PtxError
 
@@ -36,7 +36,7 @@ def emulate(kind: str, orders: tuple[int, ...]) -> Callable[[Path, Path, list[Ca
 
 
 def interpret(sources: Path, build_dir: Path, cases: list[Case]) -> None:
-    ptx.run(ptx.build(sources, build_dir), cases)
+    ptx.run(ptx.build(sources, build_dir), [*far_rows(), *cases])
 
 
 STAGES = {

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from tests.unit.kernels.cuda.formats import BYTES, NAMES
-from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, Array, Case, expect
+from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, Array, Case, Outputs, expect
 from tests.unit.kernels.cuda.sequence_cases import Pack, reduce_case
 from tests.unit.kernels.cuda.token_cases import (
     Gradients,
@@ -183,12 +183,13 @@ def ranks(random: Random) -> Iterator[Case]:
 def collector(
     name: str, rank: int, size: int, found: dict[int, Array], wanted_TS: Array, tolerance_TS: Array
 ) -> Callable[[Array], None]:
-    """Checks the combination once the last rank's statistics are there."""
+    """Checks the combination once all ranks' statistics are there."""
 
     def collect(part_TS: Array) -> None:
         found[rank] = part_TS
-        if rank == size - 1:
-            whole_TS = combine(np.stack([found[other] for other in range(size)]))
+        if len(found) == size:
+            whole_TS = combine(np.stack(list(found.values())))
+            found.clear()
             expect(name, "combination", whole_TS, wanted_TS, 3 * tolerance_TS + 1e-6)
 
     return collect
@@ -241,6 +242,23 @@ def context_ranks(random: Random) -> Iterator[Case]:
             name = f"context rank {rank} of {size}"
             yield reduce_case(f"{name} partial", part, PARTIAL)
             yield reduce_case(f"{name} finish", part, FINISH, np.asarray(whole_N2))
+
+
+def far_rows() -> list[Case]:
+    """Rows that start more than 2^31 elements apart, where a 32-bit index wraps; for the interpreter."""
+    random = np.random.default_rng(2)
+    stride = 2**31 + 8
+    found = []
+    for case in both("far rows", Rows(logits(random, 3, 300), "bf16"), random, entropy=True):
+        memory = case.buffers["logits_TV"]
+        rows = replace(memory, data=memory.data.reshape(3, 300), stride=stride * BYTES["bf16"])
+
+        def check(outputs: Outputs, close: Case = case) -> None:
+            close.check({**outputs, "logits_TV": outputs["logits_TV"].reshape(-1)})
+
+        numbers = {**case.numbers, "row_stride": stride}
+        found.append(replace(case, numbers=numbers, buffers={**case.buffers, "logits_TV": rows}, check=check))
+    return found
 
 
 def traffic_cases() -> tuple[Case, Case]:

@@ -81,11 +81,16 @@ PARTIAL, FINISH, WHOLE = 1, 2, 3
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory behind a pointer. offset: bytes past a multiple of 16; counted: its traffic is counted."""
+    """Memory behind a pointer. offset: bytes past a multiple of 16; counted: its traffic is counted.
+
+    stride: where not 0, bytes from each row of `data` to the next, with nothing between; only the interpreter, whose
+    addresses are numbers, can lay rows out beyond the memory of this machine.
+    """
 
     data: Array
     offset: int = 0
     counted: bool = False
+    stride: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gspo_moe.kernels.build import SOURCES, BuildError, compile_objects, find_toolkit, summarize
 from tests.unit.kernels.cuda import bugs, emulation, ptx
-from tests.unit.kernels.cuda.cases import fuzz, grid, traffic_cases
+from tests.unit.kernels.cuda.cases import far_rows, fuzz, grid, traffic_cases
 from tests.unit.kernels.cuda.interface import Case, Mismatch
 from tests.unit.kernels.cuda.ptx_parse import PtxError
 
@@ -60,7 +60,7 @@ class Proof:
 
     def ptx(self) -> str:
         kernels = ptx.build(SOURCES, BUILD_DIR)
-        cases = [case for case in self.cases() if case.small]
+        cases = [*(case for case in self.cases() if case.small), *far_rows()]
         return f"{ptx.run(kernels, cases)} cases, no race"
 
     def traffic(self) -> str:

@@ -50,42 +50,61 @@ class Shadow:
         return not (written.any() or read.any()) and len(np.unique(at)) == at.size
 
 
+def _next_16(value: int) -> int:
+    return -(-value // 16) * 16
+
+
 class GlobalMemory:
     """Buffers at their offsets from 16-byte boundaries, with gaps between; addresses are generic."""
 
     def __init__(self, buffers: Mapping[str, Buffer]) -> None:
         self.addresses: dict[str, int] = {}
-        at = GUARD
-        for name, buffer in buffers.items():
-            self.addresses[name] = BASE + at + buffer.offset
-            at = -(-(at + buffer.offset + buffer.data.nbytes + GUARD) // 16) * 16
-        self.bytes = np.zeros(at, dtype=np.uint8)
         self.buffers = dict(buffers)
-        self.starts = np.array([address - BASE for address in self.addresses.values()], dtype=np.int64)
-        self.ends = self.starts + np.array([buffer.data.nbytes for buffer in buffers.values()], dtype=np.int64)
-        counted = [buffer.counted for buffer in buffers.values()]
-        self.counted = np.array(counted, dtype=bool)
+        address, at = BASE, 0
+        regions: list[tuple[int, int, int, bool]] = []
+        for name, buffer in buffers.items():
+            self.addresses[name] = address + buffer.offset
+            rows = buffer.data if buffer.stride else [buffer.data]
+            for index, row in enumerate(rows):
+                regions.append(
+                    (address + buffer.offset + index * buffer.stride, at + buffer.offset, row.nbytes, buffer.counted)
+                )
+                at = _next_16(at + buffer.offset + row.nbytes)
+            address = _next_16(sum(regions[-1][::2]) + GUARD) if len(rows) else address
+        self.starts, self.places, self.sizes, self.counted = (
+            np.array(column, dtype=np.int64) for column in zip(*regions, strict=True)
+        )
+        self.bytes = np.zeros(at, dtype=np.uint8)
         self.shadow = Shadow(at // 2)
         self.traffic = [0, 0]
-        for start, end, buffer in zip(self.starts, self.ends, buffers.values(), strict=True):
-            self.bytes[start:end] = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
+        given = b"".join(np.ascontiguousarray(buffer.data).tobytes() for buffer in buffers.values())
+        self.bytes[self._inside()] = np.frombuffer(given, dtype=np.uint8)
+
+    def _inside(self) -> Array:
+        """Where in `bytes` the buffers' bytes are, in order."""
+        spans = [np.arange(place, place + size) for place, size in zip(self.places, self.sizes, strict=True)]
+        return np.concatenate(spans)
 
     def contents(self) -> dict[str, Array]:
-        spans = zip(self.buffers.items(), self.starts, self.ends, strict=True)
-        return {
-            name: self.bytes[start:end].copy().view(buffer.data.dtype).reshape(buffer.data.shape)
-            for (name, buffer), start, end in spans
-        }
+        found, at = {}, 0
+        inside = self.bytes[self._inside()]
+        for name, buffer in self.buffers.items():
+            part = inside[at : at + buffer.data.nbytes]
+            found[name] = part.copy().view(buffer.data.dtype).reshape(buffer.data.shape)
+            at += buffer.data.nbytes
+        return found
 
     def _locate(self, addresses: Array, width: int, kind: int) -> Array:
-        at = addresses.astype(np.int64) - BASE
+        """Indices into `bytes`."""
+        at = addresses.astype(np.int64)
         region = np.searchsorted(self.starts, at, side="right") - 1
-        if (region < 0).any() or (at + width > self.ends[region]).any():
+        inside = at - self.starts[region]
+        if (region < 0).any() or (inside + width > self.sizes[region]).any():
             raise PtxError("an access outside every buffer")
-        if (addresses % np.uint64(width)).any():
+        if (at % width).any():
             raise PtxError("misaligned address")
         self.traffic[kind] += int(self.counted[region].sum()) * width
-        return at
+        return self.places[region] + inside
 
     def load(self, addresses: Array, dtype: str, count: int, blocks: Array) -> Array:
         """[L, count]."""
