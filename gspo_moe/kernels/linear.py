@@ -66,7 +66,7 @@ def _gathered(hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torc
     if ranks is None or not sequence_parallel:
         return hidden
     whole = hidden.new_empty((ranks.size() * len(hidden), hidden.shape[1]))
-    dist.all_gather_into_tensor(whole, hidden.contiguous(), group=ranks)
+    dist.all_gather_single(whole, hidden.contiguous(), group=ranks)
     return whole
 
 
@@ -198,7 +198,7 @@ def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> 
         dist.all_reduce(grad_hidden, group=ranks)
         return grad_hidden
     mine = grad_hidden.new_empty((len(grad_hidden) // ranks.size(), grad_hidden.shape[1]))
-    dist.reduce_scatter_tensor(mine, grad_hidden, group=ranks)
+    dist.reduce_scatter_single(mine, grad_hidden, group=ranks)
     return mine
 
 

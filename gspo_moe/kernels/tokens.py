@@ -58,8 +58,9 @@ def combine(stats_TS: torch.Tensor, group: str) -> Combined:
     parts_PTS = stats_TS[None]
     ranks = named_group(group)
     if ranks is not None:
-        parts_PTS = stats_TS.new_empty((ranks.size(), *stats_TS.shape))
-        dist.all_gather_into_tensor(parts_PTS, stats_TS.contiguous(), group=ranks)
+        gathered = stats_TS.new_empty((ranks.size() * len(stats_TS), stats_TS.shape[1]))
+        dist.all_gather_single(gathered, stats_TS.contiguous(), group=ranks)
+        parts_PTS = gathered.view(ranks.size(), *stats_TS.shape)
     max_PT, sum_PT, target_PT, *moment_PT = parts_PTS.unbind(dim=2)
     max_T, target_T = max_PT.amax(dim=0), target_PT.amax(dim=0)
     shift_PT = torch.where(sum_PT == 0, 0.0, max_PT - max_T)  # a shard of -inf alone adds nothing

@@ -1,21 +1,23 @@
 """The grid of cases, and random ones.
 
-Why these shapes. A row is a head up to a 16-byte boundary, a body of 16-byte loads (four a thread in flight, then one),
-and a tail; a block is 1 to 32 warps. So V takes 1 to 9 (no body, or one vector), both sides of a warp's and a block's
-width in elements and in vectors (31 to 257, 1023 to 4099), lengths that end the fourfold loop early, late and exactly
-(2048 * 8 and neighbours), the vocabulary of Qwen3 (151936 columns, 151643 of them tokens) and a shard of an eighth. Every
-residue of the row's start modulo 16 bytes occurs, with strides that move it from row to row. T is 1, both sides of the
-number of blocks, and thousands, so that blocks take several rows. Ranks are 1 to 8, down to ranks without a column.
+Why these shapes. A row is a head up to a 16-byte boundary, a body of 16-byte loads (four a thread in flight, then
+one), and a tail; a block is 1 to 32 warps. So V takes 1 to 9 (no body, or one vector), both sides of a warp's and a
+block's width in elements and in vectors (31 to 257, 1023 to 4099), lengths that end the fourfold loop early, late and
+exactly (2048 * 8 and neighbours), the vocabulary of Qwen3 (151936 columns, 151643 of them tokens) and a shard of an
+eighth. Every residue of the row's start modulo 16 bytes occurs, with strides that move it from row to row. T is 1, both
+sides of the number of blocks, and thousands, so that blocks take several rows. Ranks are 1 to 8, down to ranks without
+a column. Sequences are empty, of one token, both sides of a warp and of a block, and thousands long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from tests.unit.kernels.cuda.formats import BYTES, NAMES
-from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, WHOLE, Array, Case, expect
+from tests.unit.kernels.cuda.interface import FINISH, PARTIAL, Array, Case, Outputs, expect
 from tests.unit.kernels.cuda.sequence_cases import Pack, reduce_case
 from tests.unit.kernels.cuda.token_cases import (
     Gradients,
@@ -178,13 +180,16 @@ def ranks(random: Random) -> Iterator[Case]:
                 yield backward_case(f"{name} backward", rows, targets_T, grads, log_z_T=log_z_T, entropy_T=entropy_T)
 
 
-def collector(name: str, rank: int, size: int, found: dict[int, Array], wanted_TS: Array, tolerance_TS: Array):  # type: ignore[no-untyped-def]
-    """Checks the combination once the last rank's statistics are there."""
+def collector(
+    name: str, rank: int, size: int, found: dict[int, Array], wanted_TS: Array, tolerance_TS: Array
+) -> Callable[[Array], None]:
+    """Checks the combination once all ranks' statistics are there."""
 
     def collect(part_TS: Array) -> None:
         found[rank] = part_TS
-        if rank == size - 1:
-            whole_TS = combine(np.stack([found[other] for other in range(size)]))
+        if len(found) == size:
+            whole_TS = combine(np.stack(list(found.values())))
+            found.clear()
             expect(name, "combination", whole_TS, wanted_TS, 3 * tolerance_TS + 1e-6)
 
     return collect
@@ -206,7 +211,17 @@ def random_pack(random: Random, lengths: Array | None = None, spread: float = 1e
 
 
 def packs(random: Random) -> Iterator[Case]:
-    shapes = ([1], [0], [0, 0, 5], [1, 0, 1, 0], [31, 32, 33], [511, 512, 513], [7] * 40, [3000, 1, 0, 200], [])
+    shapes: tuple[list[int], ...] = (
+        [1],
+        [0],
+        [0, 0, 5],
+        [1, 0, 1, 0],
+        [31, 32, 33],
+        [511, 512, 513],
+        [7] * 40,
+        [3000, 1, 0, 200],
+        [],
+    )
     for lengths in shapes:
         for spread in (0.0, 1e-3, 2.0):
             pack = random_pack(random, np.array(lengths, dtype=np.int64), spread)
@@ -229,10 +244,31 @@ def context_ranks(random: Random) -> Iterator[Case]:
             yield reduce_case(f"{name} finish", part, FINISH, np.asarray(whole_N2))
 
 
+def far_rows() -> list[Case]:
+    """Rows that start more than 2^31 elements apart, where a 32-bit index wraps; for the interpreter."""
+    random = np.random.default_rng(2)
+    stride = 2**31 + 8
+    found = []
+    for case in both("far rows", Rows(logits(random, 3, 300), "bf16"), random, entropy=True):
+        memory = case.buffers["logits_TV"]
+        rows = replace(memory, data=memory.data.reshape(3, 300), stride=stride * BYTES["bf16"])
+
+        def check(outputs: Outputs, close: Case = case) -> None:
+            close.check({**outputs, "logits_TV": outputs["logits_TV"].reshape(-1)})
+
+        numbers = {**case.numbers, "row_stride": stride}
+        found.append(replace(case, numbers=numbers, buffers={**case.buffers, "logits_TV": rows}, check=check))
+    return found
+
+
+def traffic_cases() -> tuple[Case, Case]:
+    """Forward and backward at Qwen3's vocabulary, every token with a gradient."""
+    random = np.random.default_rng(1)
+    rows = Rows(logits(random, 4, QWEN3_COLUMNS), "bf16")
+    targets_T = random.integers(0, QWEN3_COLUMNS, rows.tokens)
+    grads = Gradients(np.ones(rows.tokens, dtype=np.float32))
+    return stats_case("forward", rows, targets_T, entropy=False), backward_case("backward", rows, targets_T, grads)
+
+
 def large(case: Case) -> Case:
-    from dataclasses import replace
-
     return replace(case, small=False)
-
-
-__all__ = ["WHOLE", "fuzz", "grid"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -35,13 +36,6 @@ ENVIRONMENT = {
 
 class EmulationError(Exception):
     """The emulation or a sanitizer ended the run; the message is what it printed."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Bytes read from and written to the counted buffers of each case, in order."""
-
-    traffic: list[tuple[int, int]]
 
 
 def build(kind: str, sources: Path, build_dir: Path) -> Path:
@@ -80,8 +74,9 @@ def call(*command: str) -> None:
         raise EmulationError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def run(driver: Path, cases: Sequence[Case], order: int) -> Run:
-    """Launches every case and checks it. Raises EmulationError or Mismatch.
+def run(driver: Path, cases: Sequence[Case], order: int) -> list[tuple[int, int]]:
+    """Launches every case and checks it; returns bytes read from and written to counted buffers, case by case.
+    Raises EmulationError or Mismatch.
 
     order: of a block's threads, 0 ascending, -1 descending, else the seed of a permutation.
     """
@@ -99,13 +94,13 @@ def run(driver: Path, cases: Sequence[Case], order: int) -> Run:
         if done.returncode != 0:
             raise EmulationError(f"exit {done.returncode}: {done.stderr[:3000]}")
         with results.open("rb") as file:
-            return Run([check_result(case, file.read) for case in cases])
+            return [check_result(case, file) for case in cases]
 
 
 def packed(case: Case) -> bytes:
     arguments = ARGUMENTS[case.kernel]
     parts = [
-        struct.pack("<qqq", KERNELS.index(case.kernel), case.num_sms, _size(arguments)),
+        struct.pack("<qqq", KERNELS.index(case.kernel), case.num_sms, ctypes.sizeof(arguments)),
         bytes(case.arguments({})),
         struct.pack("<q", len(case.buffers)),
     ]
@@ -116,17 +111,10 @@ def packed(case: Case) -> bytes:
     return b"".join(parts)
 
 
-def _size(arguments: type) -> int:
-    import ctypes
-
-    return ctypes.sizeof(arguments)
-
-
-def check_result(case: Case, read: object) -> tuple[int, int]:
-    assert callable(read)
-    status, bytes_read, bytes_written = struct.unpack("<qqq", read(24))
+def check_result(case: Case, results: BinaryIO) -> tuple[int, int]:
+    status, bytes_read, bytes_written = struct.unpack("<qqq", results.read(24))
     outputs = {
-        name: np.frombuffer(read(buffer.data.nbytes), dtype=buffer.data.dtype).reshape(buffer.data.shape)
+        name: np.frombuffer(results.read(buffer.data.nbytes), dtype=buffer.data.dtype).reshape(buffer.data.shape)
         for name, buffer in case.buffers.items()
     }
     if status != 0:

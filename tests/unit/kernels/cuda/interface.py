@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,11 +81,16 @@ PARTIAL, FINISH, WHOLE = 1, 2, 3
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory behind a pointer. offset: bytes past a multiple of 16; counted: its traffic is counted."""
+    """Memory behind a pointer. offset: bytes past a multiple of 16; counted: its traffic is counted.
+
+    stride: where not 0, bytes from each row of `data` to the next, with nothing between; only the interpreter, whose
+    addresses are numbers, can lay rows out beyond the memory of this machine.
+    """
 
     data: Array
     offset: int = 0
     counted: bool = False
+    stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +109,10 @@ class Case:
     traffic: tuple[int, int] | None = None
     num_sms: int = 1
     small: bool = True
-    threads: int = field(default=0)
 
     def arguments(self, addresses: Mapping[str, int]) -> ctypes.Structure:
-        numbers = {name: value for name, value in self.numbers.items()}
-        return ARGUMENTS[self.kernel](**numbers, **addresses)
+        """addresses: of the buffers, by name."""
+        return ARGUMENTS[self.kernel](**self.numbers, **addresses)
 
 
 class Mismatch(Exception):

@@ -1,7 +1,7 @@
 """Runs nvcc's PTX on NumPy arrays over all threads of a grid at once.
 
-Lanes that stand at the lowest instruction go first, so that lanes which parted meet again. A lane waits at a barrier for
-its block and at a shuffle for the lanes of its mask; if nothing can go on, that is an error.
+Lanes that stand at the lowest instruction go first, so that lanes which parted meet again. A lane waits at a barrier
+for its block and at a shuffle for the lanes of its mask; if nothing can go on, that is an error.
 """
 
 from __future__ import annotations
@@ -182,6 +182,8 @@ class Machine:
             return np.array([struct.unpack(">f", bytes.fromhex(operand[2:]))[0]], dtype="f4").view(dtype)
         if operand.startswith("0d"):
             return np.array([struct.unpack(">d", bytes.fromhex(operand[2:]))[0]], dtype="f8").view(dtype)
+        if operand not in self.kernel.symbols and not operand.lstrip("-").isdecimal():
+            raise PtxError(f"unknown operand {operand}")
         number = self.kernel.symbols[operand] if operand in self.kernel.symbols else int(operand)
         bits = 8 * np.dtype(dtype).itemsize
         return np.array([number % (1 << bits)], dtype=f"u{bits // 8}").view(dtype)
@@ -255,7 +257,7 @@ class Machine:
         dtype = TYPES[opcode[-1]]
         space, blocks = opcode[1], self.block[lanes]
         base = self._value(address.base, "u4" if space == "shared" else "u8", lanes)
-        places = np.broadcast_to(base, lanes.shape) + base.dtype.type(address.offset % (1 << 32))
+        places = np.broadcast_to(base, lanes.shape) + base.dtype.type(address.offset % (1 << 8 * base.dtype.itemsize))
         if loads:
             for name, value in zip(names, self._load(space, places, dtype, len(names), blocks, lanes).T, strict=True):
                 self._set_converted(name, np.ascontiguousarray(value), lanes)

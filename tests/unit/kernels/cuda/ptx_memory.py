@@ -1,5 +1,5 @@
-"""Memory of the interpreter, which refuses what a GPU leaves undefined: accesses outside a buffer, misaligned, to shared
-memory nobody wrote, and races.
+"""Memory of the interpreter, which refuses what a GPU leaves undefined: accesses outside a buffer, misaligned, to
+shared memory nobody wrote, and races.
 
 A race is two accesses to the same bytes, one of them a write, by two warps with no barrier between them (shared memory)
 or by two blocks (global memory). Finding it needs no unlucky order: every access leaves its warp, or block, behind.
@@ -15,6 +15,8 @@ from tests.unit.kernels.cuda.interface import Array, Buffer
 from tests.unit.kernels.cuda.ptx_parse import PtxError
 
 NOBODY, MANY = -1, -2
+# Blocks have no barrier between them.
+ALWAYS = np.zeros((1, 1), dtype=np.int32)
 GUARD = 256
 BASE = 1 << 16
 
@@ -48,48 +50,67 @@ class Shadow:
         return not (written.any() or read.any()) and len(np.unique(at)) == at.size
 
 
+def _next_16(value: int) -> int:
+    return -(-value // 16) * 16
+
+
 class GlobalMemory:
     """Buffers at their offsets from 16-byte boundaries, with gaps between; addresses are generic."""
 
     def __init__(self, buffers: Mapping[str, Buffer]) -> None:
         self.addresses: dict[str, int] = {}
-        at = GUARD
-        for name, buffer in buffers.items():
-            self.addresses[name] = BASE + at + buffer.offset
-            at = -(-(at + buffer.offset + buffer.data.nbytes + GUARD) // 16) * 16
-        self.bytes = np.zeros(at, dtype=np.uint8)
         self.buffers = dict(buffers)
-        self.starts = np.array([address - BASE for address in self.addresses.values()], dtype=np.int64)
-        self.ends = self.starts + np.array([buffer.data.nbytes for buffer in buffers.values()], dtype=np.int64)
-        counted = [buffer.counted for buffer in buffers.values()]
-        self.counted = np.array(counted, dtype=bool)
+        address, at = BASE, 0
+        regions: list[tuple[int, int, int, bool]] = []
+        for name, buffer in buffers.items():
+            self.addresses[name] = address + buffer.offset
+            rows = buffer.data if buffer.stride else [buffer.data]
+            for index, row in enumerate(rows):
+                regions.append(
+                    (address + buffer.offset + index * buffer.stride, at + buffer.offset, row.nbytes, buffer.counted)
+                )
+                at = _next_16(at + buffer.offset + row.nbytes)
+            address = _next_16(sum(regions[-1][::2]) + GUARD) if len(rows) else address
+        self.starts, self.places, self.sizes, self.counted = (
+            np.array(column, dtype=np.int64) for column in zip(*regions, strict=True)
+        )
+        self.bytes = np.zeros(at, dtype=np.uint8)
         self.shadow = Shadow(at // 2)
         self.traffic = [0, 0]
-        for start, end, buffer in zip(self.starts, self.ends, buffers.values(), strict=True):
-            self.bytes[start:end] = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
+        given = b"".join(np.ascontiguousarray(buffer.data).tobytes() for buffer in buffers.values())
+        self.bytes[self._inside()] = np.frombuffer(given, dtype=np.uint8)
+
+    def _inside(self) -> Array:
+        """Where in `bytes` the buffers' bytes are, in order."""
+        spans = [np.arange(place, place + size) for place, size in zip(self.places, self.sizes, strict=True)]
+        return np.concatenate(spans)
 
     def contents(self) -> dict[str, Array]:
-        spans = zip(self.buffers.items(), self.starts, self.ends, strict=True)
-        return {
-            name: self.bytes[start:end].copy().view(buffer.data.dtype).reshape(buffer.data.shape)
-            for (name, buffer), start, end in spans
-        }
+        found, at = {}, 0
+        inside = self.bytes[self._inside()]
+        for name, buffer in self.buffers.items():
+            part = inside[at : at + buffer.data.nbytes]
+            found[name] = part.copy().view(buffer.data.dtype).reshape(buffer.data.shape)
+            at += buffer.data.nbytes
+        return found
 
     def _locate(self, addresses: Array, width: int, kind: int) -> Array:
-        at = addresses.astype(np.int64) - BASE
+        """Indices into `bytes`."""
+        at = addresses.astype(np.int64)
         region = np.searchsorted(self.starts, at, side="right") - 1
-        if (region < 0).any() or (at + width > self.ends[region]).any():
+        inside = at - self.starts[region]
+        if (region < 0).any() or (inside + width > self.sizes[region]).any():
             raise PtxError("an access outside every buffer")
-        if (addresses % np.uint64(width)).any():
+        if (at % width).any():
             raise PtxError("misaligned address")
         self.traffic[kind] += int(self.counted[region].sum()) * width
-        return at
+        return self.places[region] + inside
 
     def load(self, addresses: Array, dtype: str, count: int, blocks: Array) -> Array:
         """[L, count]."""
         size = np.dtype(dtype).itemsize
         at = self._locate(addresses, size * count, 0)
-        if not self.shadow.read(self._granules(at, size * count), blocks[:, None], np.int32(0)):
+        if not self.shadow.read(self._granules(at, size * count), blocks[:, None], ALWAYS):
             raise PtxError("a block reads what another block writes")
         return self.bytes.view(dtype)[at[:, None] // size + np.arange(count)]
 
@@ -97,7 +118,7 @@ class GlobalMemory:
         """values: [L, count]."""
         size, count = values.dtype.itemsize, values.shape[1]
         at = self._locate(addresses, size * count, 1)
-        if not self.shadow.write(self._granules(at, size * count), blocks[:, None], np.int32(0)):
+        if not self.shadow.write(self._granules(at, size * count), blocks[:, None], ALWAYS):
             raise PtxError("two threads write the same global memory, or a block what another reads")
         self.bytes.view(values.dtype)[at[:, None] // size + np.arange(count)] = values
 

@@ -85,7 +85,7 @@ def _parse_body(kernel: Kernel, body: str) -> None:
 
 def _declare(kernel: Kernel, line: str) -> None:
     registers = re.match(r"\.reg \.(\w+)\s+(.+)", line)
-    shared = re.match(r"\.shared \.align (\d+) \.\w(\d+) (\w+)(?:\[(\d+)\])?", line)
+    shared = re.match(r"\.shared \.align (\d+) \.\w(\d+) ([\w$]+)(?:\[(\d+)\])?", line)
     if registers and registers[1] in REGISTER_TYPES:
         for name in registers[2].split(","):
             many = re.match(r"(%\w+)<(\d+)>", name.strip())

@@ -51,7 +51,7 @@ class Pack:
             if not length:
                 continue
             positions = np.arange(start, end)[self.mask_T[start:end] != 0]
-            by_token = self.advantages[positions] if self.per_token else np.full(len(positions), self.advantages[sequence])
+            by_token = self.advantages[positions if self.per_token else np.full(len(positions), sequence)]
             active, objective = self.active(ratio, by_token), self.objective(ratio, by_token)
             written["grad_log_probs_T"][positions] = -self.scale * ratio * by_token / length * active
             if self.per_token:
@@ -72,7 +72,9 @@ class Pack:
         return ~(outside & (self.objective(ratio, advantages) != ratio * advantages))
 
 
-def reduce_case(name: str, pack: Pack, phases: int = WHOLE, whole_sums_N2: Array | None = None, num_sms: int = 1) -> Case:
+def reduce_case(
+    name: str, pack: Pack, phases: int = WHOLE, whole_sums_N2: Array | None = None, num_sms: int = 1
+) -> Case:
     """whole_sums_N2: for FINISH, the sums over all ranks."""
     num = len(pack.lengths_N)
     own_sums_N2 = pack.sums()
@@ -94,7 +96,7 @@ def reduce_case(name: str, pack: Pack, phases: int = WHOLE, whole_sums_N2: Array
         gradient = wanted["grad_log_probs_T"]
         expect(name, "gradient", outputs["grad_log_probs_T"], gradient, 1e-7 * np.abs(gradient) + 1e-37)
 
-    numbers = {"phases": phases, "num_sequences": num, "advantages_per_token": int(pack.per_token)}
+    numbers: dict[str, float] = {"phases": phases, "num_sequences": num, "advantages_per_token": int(pack.per_token)}
     numbers |= {"clip_low": pack.clip_low, "clip_high": pack.clip_high, "scale": pack.scale}
     buffers = {
         "cu_seqlens": Buffer(pack.bounds),
