@@ -32,7 +32,7 @@ LIBRARY_LOGS = (
 LIBRARY_NOISE = (
     (r"megatron\.core", Warning),
     (r"torch\.distributed", FutureWarning),
-    (r"torch\.distributed\.checkpoint\.utils", UserWarning),  # each rank reads what is common by itself
+    (r"torch\.distributed\.checkpoint", UserWarning),
 )
 
 
