@@ -60,7 +60,7 @@ def _differences(title: str, unit: str, ends: dict[str, dict[int, float]]) -> li
         if seeds:
             whole = paired_difference(ends[name], ends[baseline])
             each = tuple(ends[name][seed] - ends[baseline][seed] for seed in seeds)
-            dots.append(Dot(name, f"{name} minus {baseline}", whole.mean, whole.low, whole.high, each))
+            dots.append(Dot(name, name, whole.mean, whole.low, whole.high, each))
     return [DotPanel(f"{title}: paired difference to {baseline}", unit, tuple(dots), 0.0)] if dots else []
 
 

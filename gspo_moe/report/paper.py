@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "gspo_moe",
 }
 RAW_SHOWN = 3
+TITLE_WIDTH = 40
 
 
 def write_figures(
@@ -66,7 +68,7 @@ def draw(figure: Figure, looks: Mapping[str, Look], seeds: str) -> Drawing:
     )
     grid = drawing.subplots(rows, columns, squeeze=False, sharey=figure.shared_y)
     for axes, panel in zip(grid.flat, figure.panels, strict=False):
-        axes.set_title(panel.title)
+        axes.set_title(textwrap.fill(_text(panel.title), TITLE_WIDTH))
         if isinstance(panel, LinePanel):
             _lines(axes, panel, looks)
         elif isinstance(panel, DotPanel):
@@ -136,13 +138,13 @@ def _heat(drawing: Drawing, axes: Axes, panel: HeatPanel) -> None:
     """The map, with the noise floor as a strip on its left in the same colours."""
     rows = np.arange(len(panel.layers))
     scale: dict[str, Any] = {"cmap": "cividis", "vmin": 0.0, "vmax": panel.top, "rasterized": True}
-    axes.set_title(_text(panel.title))
     axes.grid(visible=False)
     mesh = axes.pcolormesh(panel.steps, rows, panel.values_LS, **scale)
     outermost = axes
     if panel.floor_L is not None:
         outermost = axes.inset_axes((-0.07, 0.0, 0.05, 1.0))
-        outermost.pcolormesh([0], rows, panel.floor_L[:, None], **scale)
+        edges = np.arange(len(rows) + 1) - 0.5
+        outermost.pcolormesh([-0.5, 0.5], edges, panel.floor_L[:, None], **scale)
         outermost.set_xticks([0], ["floor"])
         outermost.grid(visible=False)
         axes.tick_params(labelleft=False, left=False)

@@ -21,7 +21,7 @@ PAIRS = {
 
 def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
     """Expert slots changed, a panel for each pair of policies that was compared, with its noise floor."""
-    panels, notes = [], []
+    panels, notes, drawn = [], [], []
     for pair, meaning in PAIRS.items():
         metric = f"routing/{pair}/slot_change"
         curves = each_arm(arms, partial(step_curve, metric=metric, smooth=True))
@@ -29,7 +29,8 @@ def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
             absent.append(f"Expert slots changed, {pair} ({meaning}): {metric}")
             continue
         floors = each_arm(arms, partial(_floor_curve, pair=pair))
-        panels.append(LinePanel(f"{pair.capitalize()}: {meaning}", "fraction", curves, floors))
+        drawn.append(pair)
+        panels.append(LinePanel(pair.capitalize(), "fraction", curves, floors))
         notes += lacking(arms, metric) + _floor_notes(arms, pair)
     counts = each_arm(arms, partial(count_curve, pattern=re.compile(r"routing/staleness/slot_change/mini_batch_(\d+)")))
     if counts:
@@ -41,8 +42,9 @@ def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
     return Figure(
         "volatility",
         "Volatility: expert slots changed",
-        "Share of a token's top-k expert slots that differ between two policies, over all layers; dotted: the noise "
-        "floor of the same comparison.",
+        "Share of a token's top-k expert slots that differ between two policies, over all layers. "
+        + ". ".join(f"{pair.capitalize()}: {PAIRS[pair]}" for pair in drawn)
+        + ". Dotted: the noise floor of the same comparison.",
         tuple(panels),
         tuple(notes),
     )
