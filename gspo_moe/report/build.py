@@ -31,7 +31,7 @@ def build_report(
         written = write_figures(
             figures,
             drawn,
-            looks([arm.name for arm in collection.arms]),
+            looks(list(dict.fromkeys(arm.of for arm in collection.arms))),
             {figure.key: seeds_text(figure, collection) for figure in drawn},
         )
         lines.append(f"{figures}: {len(written)} files, {len(drawn)} figures as PNG and SVG")

@@ -18,6 +18,7 @@ from gspo_moe.observability.jsonl import read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 SEED_FOLDER = re.compile(r"seed(\d+)")
+BANK_ARM = re.compile(r"(.+)\.bank_n(\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class Arm:
     cells: tuple[Cell, ...]
 
     @property
+    def mini_batches(self) -> int | None:
+        """N of an arm that trained on a study's bank, None for any other."""
+        match = BANK_ARM.fullmatch(self.name)
+        return int(match[2]) if match else None
+
+    @property
+    def of(self) -> str:
+        """The arm's name in the study's file, the same online and on the bank."""
+        match = BANK_ARM.fullmatch(self.name)
+        return match[1] if match else self.name
+
+    @property
     def names(self) -> set[str]:
         """Metrics that at least one of the runs has."""
         return {name for cell in self.cells for name in cell.run.names}
@@ -59,11 +72,23 @@ class Arm:
 
 @dataclass(frozen=True)
 class Collection:
-    """arms: in the order given, a study's in that of its summary.json, else by name. problems: in words."""
+    """arms: in the order given, a study's in that of its summary.json, else by name. problems: in words.
+
+    baseline: the arm that differences are taken to, the study's own where it names one that is here.
+    """
 
     title: str
     arms: tuple[Arm, ...]
+    baseline: str
     problems: tuple[str, ...]
+
+    @property
+    def online(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.arms if arm.mini_batches is None)
+
+    @property
+    def bank(self) -> tuple[Arm, ...]:
+        return tuple(arm for arm in self.arms if arm.mini_batches is not None)
 
 
 def collect(paths: Sequence[str | Path]) -> Collection:
@@ -76,8 +101,11 @@ def collect(paths: Sequence[str | Path]) -> Collection:
     folders = [Path(path) for path in paths]
     problems: list[str] = []
     found: dict[str, list[Path]] = {}
+    baselines = []
     for folder in folders:
-        for name, runs in _arms(folder, problems).items():
+        summary = _summary(folder / "summary.json", problems)
+        baselines.append(summary.get("baseline"))
+        for name, runs in _arms(folder, [str(name) for name in summary.get("arms", ())], problems).items():
             found.setdefault(_unused(name, folder, found), runs)
     arms = []
     for name, runs in found.items():
@@ -86,11 +114,13 @@ def collect(paths: Sequence[str | Path]) -> Collection:
             arms.append(Arm(name, tuple(sorted(cells, key=lambda cell: cell.seed))))
     if not arms:
         raise DataError("; ".join(problems))
-    return Collection(", ".join(folder.resolve().name for folder in folders), tuple(arms), tuple(problems))
+    baseline = next((arm.name for arm in arms if arm.name in baselines), arms[0].name)
+    title = ", ".join(folder.resolve().name for folder in folders)
+    return Collection(title, tuple(arms), baseline, tuple(problems))
 
 
-def _arms(folder: Path, problems: list[str]) -> dict[str, list[Path]]:
-    """Run folders by arm: of one run, of an arm's folder, or of a study's."""
+def _arms(folder: Path, order: Sequence[str], problems: list[str]) -> dict[str, list[Path]]:
+    """Run folders by arm, in `order` as far as it goes: of one run, of an arm's folder, or of a study's."""
     if (folder / METRICS_FILE).is_file():
         here = folder.resolve()
         return {f"{here.parent.name}/{here.name}" if SEED_FOLDER.fullmatch(here.name) else here.name: [folder]}
@@ -102,7 +132,6 @@ def _arms(folder: Path, problems: list[str]) -> dict[str, list[Path]]:
         raise DataError(
             f"{folder} is neither a run (a folder with {METRICS_FILE}) nor a study (folders ARM/seed1, ARM/seed2, ...)"
         )
-    order = _summary_order(folder / "summary.json", problems)
     problems += [f"{folder}: no runs of the arm {name} of summary.json" for name in order if name not in arms]
     return {name: arms[name] for name in dict.fromkeys([*order, *arms]) if name in arms}
 
@@ -113,15 +142,15 @@ def _seeds(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if SEED_FOLDER.fullmatch(child.name) and child.is_dir())
 
 
-def _summary_order(path: Path, problems: list[str]) -> list[str]:
+def _summary(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        return []
+        return {}
     try:
-        arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
-    except (ValueError, KeyError, TypeError):
-        problems.append(f"{path} is torn or has no `arms`; the arms stand in order of their names")
-        return []
-    return [str(name) for name in arms]
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        problems.append(f"{path} is torn; arms stand in order of their names and the first one is the baseline")
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _unused(name: str, folder: Path, found: dict[str, list[Path]]) -> str:

@@ -10,7 +10,7 @@ from gspo_moe.report.collect import Arm, Collection
 from gspo_moe.report.figures import Figure, LinePanel
 from gspo_moe.report.outcomes import attribution_figure, outcome_figure
 from gspo_moe.report.routing import PAIRS, load_maps, volatility_figure, volatility_maps
-from gspo_moe.report.series import each_arm, lacking, step_curve, unit_of
+from gspo_moe.report.series import bank_curve, each_arm, lacking, step_curve, unit_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,40 @@ MACHINE = (
         ),
     ),
 )
+ON_BANK = "Every arm took N off-policy mini-batches on the same frozen rollouts, so what differs is the objective."
+BANK = (
+    CurveFigure(
+        "bank_objective",
+        "Bank: clip fractions over N mini-batches",
+        ON_BANK,
+        (
+            Measure("clip_fraction/sequence", "Sequences clipped", log=True),
+            Measure("clip_fraction/token", "Tokens clipped", log=True),
+        ),
+    ),
+    CurveFigure(
+        "bank_ratios",
+        "Bank: ratio spread over N mini-batches",
+        ON_BANK,
+        (
+            Measure("ratio/token_std", "Token ratio", log=True),
+            Measure("ratio/sequence_std", "Sequence ratio", log=True),
+        ),
+    ),
+    CurveFigure(
+        "bank_routing",
+        "Bank: routing over N mini-batches",
+        ON_BANK,
+        (
+            Measure("routing/staleness/slot_change", "Expert slots changed"),
+            Measure("kl/old_k3", "KL from the old policy"),
+            Measure("routing/attribution/phi_token", "φ of tokens"),
+            Measure("routing/attribution/phi_sequence", "φ of sequences"),
+            Measure("routing/attribution/washout", "Washout W"),
+            Measure("eval/accuracy", "Held-out accuracy after it"),
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +150,11 @@ class Contents:
 
 def contents(collection: Collection) -> Contents:
     """Every figure that the runs have values for, in the order of the page."""
-    arms = collection.arms
+    arms = collection.online
     absent: list[str] = []
     figures = [
         *(_curves(kind, arms, absent) for kind in LEARNING),
-        outcome_figure(arms),
+        outcome_figure(arms, collection.baseline),
         *(_curves(kind, arms, absent) for kind in OBJECTIVE),
         volatility_figure(arms, absent),
         *(volatility_maps(arms, pair, absent) for pair in PAIRS),
@@ -129,7 +163,9 @@ def contents(collection: Collection) -> Contents:
         load_maps(arms),
         *(_curves(kind, arms, absent) for kind in MACHINE),
     ]
-    return Contents(tuple(figure for figure in figures if figure is not None), tuple(absent))
+    bank = _bank(collection.bank)
+    drawn = tuple(figure for figure in [*(figures if arms else ()), *bank] if figure is not None)
+    return Contents(drawn, tuple(absent) if arms else ())
 
 
 def _curves(kind: CurveFigure, arms: Sequence[Arm], absent: list[str]) -> Figure | None:
@@ -148,3 +184,21 @@ def _curves(kind: CurveFigure, arms: Sequence[Arm], absent: list[str]) -> Figure
     notes += [f"{metric}: no run has a value to draw" for metric in empty]
     shared = all(panel.log for panel in panels)
     return Figure(kind.key, kind.title, kind.caption, tuple(panels), tuple(notes), shared_y=shared)
+
+
+def _bank(arms: Sequence[Arm]) -> list[Figure | None]:
+    """Figures over the number of mini-batches N, for what took its updates on one frozen bank of rollouts."""
+    return [_bank_figure(kind, arms) for kind in BANK]
+
+
+def _bank_figure(kind: CurveFigure, arms: Sequence[Arm]) -> Figure | None:
+    panels = []
+    for measure in kind.measures:
+        final = measure.metric.startswith("eval/")
+        curves = bank_curve(arms, measure.metric, final=final, log=measure.log)
+        if curves:
+            panels.append(
+                LinePanel(measure.title, unit_of(measure.metric), curves, x_label="N", log=measure.log, markers=True)
+            )
+    shared = all(panel.log for panel in panels)
+    return Figure(kind.key, kind.title, kind.caption, tuple(panels), shared_y=shared) if panels else None

@@ -9,7 +9,7 @@ import numpy as np
 from gspo_moe.observability.comparison import paired_difference
 from gspo_moe.report.collect import Arm
 from gspo_moe.report.figures import Dot, DotPanel, Figure
-from gspo_moe.report.series import dot, final_value, run_mean, unit_of
+from gspo_moe.report.series import dot, unit_of
 
 OUTCOMES = {"eval/accuracy": "Held-out accuracy", "reward/mean": "Training reward"}
 ATTRIBUTION = {
@@ -19,8 +19,8 @@ ATTRIBUTION = {
 }
 
 
-def outcome_figure(arms: Sequence[Arm]) -> Figure | None:
-    """Where each arm's finished runs ended, and the differences to the first arm.
+def outcome_figure(arms: Sequence[Arm], baseline: str) -> Figure | None:
+    """Where each arm's finished runs ended, and the differences to the arm `baseline`.
 
     None without a finished run, and for a single run, whose end the table of arms tells.
     """
@@ -32,7 +32,7 @@ def outcome_figure(arms: Sequence[Arm]) -> Figure | None:
         dots = _rows(dot(name, list(values.values())) for name, values in ends.items())
         if dots:
             panels.append(DotPanel(f"{title} at the end", unit_of(metric), dots))
-            panels += _differences(title, unit_of(metric), ends)
+            panels += _differences(title, unit_of(metric), ends, baseline)
     if not panels:
         return None
     unfinished = [f"{arm.name}/seed{cell.seed}" for arm in arms for cell in arm.cells if not cell.finished]
@@ -48,14 +48,13 @@ def outcome_figure(arms: Sequence[Arm]) -> Figure | None:
 
 def finals(arm: Arm, metric: str) -> dict[int, float]:
     """The final value of each finished run by seed, finite ones only."""
-    values = {cell.seed: final_value(cell, metric) for cell in arm.cells if cell.finished}
+    values = {cell.seed: cell.run.final(metric) for cell in arm.cells if cell.finished}
     return {seed: value for seed, value in values.items() if np.isfinite(value)}
 
 
-def _differences(title: str, unit: str, ends: dict[str, dict[int, float]]) -> list[DotPanel]:
-    baseline, *others = ends
+def _differences(title: str, unit: str, ends: dict[str, dict[int, float]], baseline: str) -> list[DotPanel]:
     dots = []
-    for name in others:
+    for name in (arm for arm in ends if arm != baseline):
         seeds = sorted(ends[name].keys() & ends[baseline].keys())
         if seeds:
             whole = paired_difference(ends[name], ends[baseline])
@@ -68,7 +67,7 @@ def attribution_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
     """φ and W of each arm, each seed's mean over its run."""
     panels, notes = [], []
     for metric, (title, reference) in ATTRIBUTION.items():
-        dots = _rows(dot(arm.name, [run_mean(cell, metric) for cell in arm.cells]) for arm in arms)
+        dots = _rows(dot(arm.name, [cell.run.mean(metric) for cell in arm.cells]) for arm in arms)
         if dots:
             panels.append(DotPanel(title, "", dots, reference))
             lacking = [arm.name for arm in arms if arm.name not in {row.arm for row in dots}]

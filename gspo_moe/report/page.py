@@ -65,9 +65,9 @@ def page_parts(collection: Collection) -> tuple[str, dict[str, Any]]:
     """What changes while a run goes on: the body's HTML, and the data that the page's script draws."""
     found = contents(collection)
     rule = CollapseRule()
-    arms = collection.arms
-    look = looks([arm.name for arm in arms])
-    samples = {arm.name: rollouts for arm in arms if (rollouts := sample_rollouts(arm))}
+    arms = collection.online or collection.bank
+    look = looks(list(dict.fromkeys(arm.of for arm in collection.arms)))
+    samples = {arm.name: rollouts for arm in collection.online if (rollouts := sample_rollouts(arm))}
     body = (
         _templates()
         .get_template("body.html")
@@ -78,11 +78,11 @@ def page_parts(collection: Collection) -> tuple[str, dict[str, Any]]:
             seeds_of={figure.key: seeds_text(figure, collection) for figure in found.figures},
             numbers_of={figure.key: numbers(figure) for figure in found.figures},
             arm_rows=arm_rows(arms, rule),
-            run_rows=run_rows(arms, rule),
+            run_rows=run_rows(collection.arms, rule),
             rule=rule,
             level=LEVEL,
             differences=config_differences(arms),
-            without_samples=[arm.name for arm in arms if arm.name not in samples],
+            without_samples=[arm.name for arm in collection.online if arm.name not in samples],
             samples=samples,
             fewest_seeds=min(len(arm.cells) for arm in arms),
         )

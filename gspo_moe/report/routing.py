@@ -10,13 +10,14 @@ import numpy as np
 
 from gspo_moe.report.collect import Arm
 from gspo_moe.report.figures import Curve, Figure, HeatPanel, LinePanel
-from gspo_moe.report.series import count_curve, each_arm, heat, lacking, run_mean, step_curve
+from gspo_moe.report.series import count_curve, each_arm, heat, lacking, mean_of_finite, step_curve
 
 PAIRS = {
     "staleness": "policy in training against the policy that sampled",
     "update": "before against after one update, on fixed probes",
     "engine": "rollout engine against trainer, at equal weights",
 }
+MARGIN_AXIS = "margin: 0 below 1e-4, 1 to 1e-3, 2 to 1e-2, 3 to 0.1, 4 above"
 
 
 def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
@@ -37,6 +38,11 @@ def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
         panels.append(
             LinePanel("Staleness by mini-batch", "fraction", counts, x_label="mini-batch of the step", markers=True)
         )
+    margins = each_arm(
+        arms, partial(count_curve, pattern=re.compile(r"routing/staleness/flip_rate_by_margin/bin_(\d+)"))
+    )
+    if margins:
+        panels.append(LinePanel("Flip rate by router margin", "fraction", margins, x_label=MARGIN_AXIS, markers=True))
     if not panels:
         return None
     return Figure(
@@ -77,15 +83,14 @@ def _floor_notes(arms: Sequence[Arm], pair: str) -> list[str]:
 
 def volatility_maps(arms: Sequence[Arm], pair: str, absent: list[str]) -> Figure | None:
     """Expert slots changed by layer and step, a map for each arm."""
-    pattern = re.compile(rf"routing/{pair}/slot_change/layer_(\d+)")
     figure = _heat_figure(
         arms,
-        pattern,
+        f"routing/{pair}/slot_change",
         f"volatility_layers_{pair}",
         f"Volatility by layer and step, {pair}",
         f"Expert slots changed, {PAIRS[pair]}; mean over seeds. One colour scale for all panels; the narrow column on "
         "the left, where it was measured, is the noise floor in the same colours.",
-        floor=lambda arm, layers: _floor_by_layer(arm, pair, layers),
+        floor=lambda arm, depth: _floor_by_layer(arm, pair, depth),
     )
     if figure is None and pair == "staleness":
         absent.append(f"Volatility by layer and step: routing/{pair}/slot_change/layer_*")
@@ -96,23 +101,23 @@ def load_maps(arms: Sequence[Arm]) -> Figure | None:
     """The busiest expert by layer and step, a map for each arm."""
     return _heat_figure(
         arms,
-        re.compile(r"routing/load/max_violation/layer_(\d+)"),
+        "routing/load/max_violation",
         "load_layers",
         "Expert load by layer and step",
         "How far the busiest expert's tokens exceed the mean; mean over seeds, one colour scale for all panels.",
-        floor=lambda arm, layers: None,
+        floor=lambda arm, depth: None,
     )
 
 
 def _heat_figure(
     arms: Sequence[Arm],
-    pattern: re.Pattern[str],
+    metric: str,
     key: str,
     title: str,
     caption: str,
-    floor: Callable[[Arm, tuple[str, ...]], np.ndarray | None],
+    floor: Callable[[Arm, int], np.ndarray | None],
 ) -> Figure | None:
-    maps = [(arm, drawn) for arm in arms if (drawn := heat(arm, pattern)) is not None]
+    maps = [(arm, drawn) for arm in arms if (drawn := heat(arm, metric)) is not None]
     finite = [values[np.isfinite(values)] for _, (_, _, values) in maps]
     finite = [values for values in finite if len(values)]
     if not finite:
@@ -120,7 +125,7 @@ def _heat_figure(
     # A single outlying step would leave the rest of the map in one colour.
     top = max(float(np.quantile(np.concatenate(finite), 0.995)), 1e-12)
     panels = tuple(
-        HeatPanel(arm.name, arm.name, "fraction", steps, layers, values, floor(arm, layers), top)
+        HeatPanel(arm.name, arm.name, "fraction", steps, layers, values, floor(arm, len(layers)), top)
         for arm, (steps, layers, values) in maps
     )
     without = [arm.name for arm in arms if arm.name not in {panel.arm for panel in panels}]
@@ -128,11 +133,10 @@ def _heat_figure(
     return Figure(key, title, caption, panels, notes)
 
 
-def _floor_by_layer(arm: Arm, pair: str, layers: tuple[str, ...]) -> np.ndarray | None:
+def _floor_by_layer(arm: Arm, pair: str, depth: int) -> np.ndarray | None:
     """Mean over the run and seeds of each layer's floor, else of the floor of all layers together, [L]."""
-    by_layer = f"routing/{pair}/noise_floor/slot_change/layer_"
-    overall = floor_metric(arm, pair)
-    names = [f"{by_layer}{int(layer):02d}" for layer in layers]
-    values = [[run_mean(cell, name if name in cell.run.names else overall) for cell in arm.cells] for name in names]
-    finite = np.array([np.mean([v for v in row if np.isfinite(v)] or [np.nan]) for row in values])
-    return finite if np.isfinite(finite).any() else None
+    found = heat(arm, f"routing/{pair}/noise_floor/slot_change")
+    if found is not None and len(found[1]) == depth:
+        return mean_of_finite(found[2].T)
+    floor = mean_of_finite(np.array([cell.run.mean(floor_metric(arm, pair)) for cell in arm.cells]))
+    return np.full(depth, floor) if np.isfinite(floor) else None

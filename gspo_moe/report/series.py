@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from gspo_moe.observability import Run
 from gspo_moe.observability.catalog import CATALOG
 from gspo_moe.observability.comparison import band, estimate
-from gspo_moe.report.collect import Arm, Cell
+from gspo_moe.report.collect import Arm
 from gspo_moe.report.curves import moving_mean
 from gspo_moe.report.figures import Curve, Dot
 
 POINTS_DRAWN = 400
 COLUMNS_DRAWN = 120
-FINAL_SHARE = 0.1
 
 
 def unit_of(metric: str) -> str:
@@ -50,7 +50,7 @@ def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Cur
         seeds.low[thinned],
         seeds.high[thinned],
         seeds.seeds[thinned],
-        _mean(raw)[thinned] if smooth else None,
+        mean_of_finite(raw)[thinned] if smooth else None,
     )
 
 
@@ -59,51 +59,65 @@ def count_curve(arm: Arm, pattern: re.Pattern[str]) -> Curve | None:
     numbered = sorted((int(match[1]), name) for name in arm.names if (match := pattern.fullmatch(name)))
     if not numbered:
         return None
-    values = np.array([[run_mean(cell, name) for _, name in numbered] for cell in arm.cells])
+    values = np.array([[cell.run.mean(name) for _, name in numbered] for cell in arm.cells])
     if not np.isfinite(values).any():
         return None
     seeds = band(values)
     return Curve(arm.name, np.array([float(n) for n, _ in numbered]), seeds.mean, seeds.low, seeds.high, seeds.seeds)
 
 
-def heat(arm: Arm, pattern: re.Pattern[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray] | None:
-    """Steps [S], layers and values_LS (mean over seeds) of the metrics that `pattern` matches; None without any.
+def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray] | None:
+    """Steps [S], layers and values_LS (mean over seeds) of the metric's figures by layer; None without any.
 
     Long runs are averaged in blocks of steps, each named by its first step.
     """
-    layers = sorted((int(match[1]), name) for name in arm.names if (match := pattern.fullmatch(name)))
-    cells = [cell for cell in arm.cells if any(name in cell.run.names for _, name in layers)]
-    if not cells:
+    found = [series for cell in arm.cells if (series := layer_series(cell.run, metric)) is not None]
+    depth = max((values.shape[1] for _, values in found), default=0)
+    found = [(steps, values) for steps, values in found if values.shape[1] == depth and len(steps)]
+    if not found:
         return None
-    names = [name for _, name in layers]
-    steps = np.unique(np.concatenate([cell.run.steps(n) for cell in cells for n in names if n in cell.run.names]))
-    values = np.full((len(cells), len(names), len(steps)), np.nan)
-    for row, cell in enumerate(cells):
-        for column, name in enumerate(names):
-            if name in cell.run.names:
-                values[row, column, np.searchsorted(steps, cell.run.steps(name))] = cell.run.values(name)
+    steps = np.unique(np.concatenate([own for own, _ in found]))
+    values = np.full((len(found), depth, len(steps)), np.nan)
+    for row, (own, values_SL) in enumerate(found):
+        values[row][:, np.searchsorted(steps, own)] = values_SL.T
     block = -(-len(steps) // COLUMNS_DRAWN)
     starts = np.arange(0, len(steps), block)
-    mean_LS = _mean(values)
-    blocks_LS = np.stack([_mean(mean_LS[:, start : start + block].T) for start in starts], axis=1)
-    return steps[starts], tuple(str(number) for number, _ in layers), blocks_LS
+    mean_LS = mean_of_finite(values)
+    blocks_LS = np.stack([mean_of_finite(mean_LS[:, start : start + block].T) for start in starts], axis=1)
+    return steps[starts], tuple(str(layer) for layer in range(depth)), blocks_LS
 
 
-def run_mean(cell: Cell, metric: str) -> float:
-    """Mean of the metric's finite values over the whole run; NaN without any."""
-    if metric not in cell.run.names:
-        return float("nan")
-    values = cell.run.values(metric)
-    return float(_mean(values[:, None])[0])
+def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps [S] and values [S, L] of a figure by layer, from the run's arrays or from its metrics; None without."""
+    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = getattr(run, "layers", {})
+    if metric in arrays:
+        return arrays[metric]
+    names = [name for name in run.names if re.fullmatch(rf"{re.escape(metric)}/layer_\d+", name)]
+    if not names:
+        return None
+    steps = np.unique(np.concatenate([run.steps(name) for name in names]))
+    values = np.full((len(steps), len(names)), np.nan)
+    for layer, name in enumerate(names):
+        values[np.searchsorted(steps, run.steps(name)), layer] = run.values(name)
+    return steps, values
 
 
-def final_value(cell: Cell, metric: str) -> float:
-    """Mean over the last tenth of the points at which the metric was measured; NaN where it was not."""
-    if metric not in cell.run.names:
-        return float("nan")
-    values = cell.run.values(metric)
-    tail = values[-max(1, round(len(values) * FINAL_SHARE)) :]
-    return float(_mean(tail[:, None])[0])
+def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> tuple[Curve, ...]:
+    """`metric` of bank arms against their number of mini-batches, a curve for each arm of the study's file."""
+    curves = []
+    for name in dict.fromkeys(arm.of for arm in arms):
+        own = sorted((arm for arm in arms if arm.of == name), key=lambda arm: arm.mini_batches or 0)
+        seeds = sorted({cell.seed for arm in own for cell in arm.cells})
+        values = np.full((len(seeds), len(own)), np.nan)
+        for column, arm in enumerate(own):
+            for cell in arm.cells:
+                value = cell.run.final(metric) if final else cell.run.mean(metric)
+                values[seeds.index(cell.seed), column] = value if value > 0 or not log else np.nan
+        if np.isfinite(values).any():
+            over = band(values)
+            counts = np.array([float(arm.mini_batches or 0) for arm in own])
+            curves.append(Curve(name, counts, over.mean, over.low, over.high, over.seeds))
+    return tuple(curves)
 
 
 def dot(arm: str, values: Sequence[float]) -> Dot | None:
@@ -132,7 +146,7 @@ def lacking(arms: Sequence[Arm], metric: str) -> list[str]:
     return [f"{metric} not measured in: {', '.join(missing)}"] if missing else []
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def mean_of_finite(values: np.ndarray) -> np.ndarray:
     """Mean over the first axis of what is finite, NaN where nothing is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns of the empty mean that is meant here

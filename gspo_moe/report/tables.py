@@ -27,6 +27,7 @@ class ArmRow:
     """reward, accuracy: at the end of finished runs. collapsed: seeds and the step each collapsed at."""
 
     name: str
+    of: str
     seeds: int
     finished: int
     reward: Estimate
@@ -60,6 +61,7 @@ def arm_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[ArmRow, ...]:
         rows.append(
             ArmRow(
                 arm.name,
+                arm.of,
                 len(arm.cells),
                 sum(cell.finished for cell in arm.cells),
                 estimate(list(finals(arm, REWARD).values())),
