@@ -51,6 +51,8 @@ def write_figures(
         for figure in figures:
             drawing = draw(figure, looks, seeds[figure.key])
             canvas = FigureCanvasAgg(drawing)
+            drawing.draw_without_rendering()
+            drawing.set_layout_engine("none")  # settled; it is the slow part, and both files share it
             for suffix in ("png", "svg"):
                 target = folder / f"{figure.key}.{suffix}"
                 canvas.print_figure(target, dpi=200, metadata={"Date": None} if suffix == "svg" else None)

@@ -92,8 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
 def serve(paths: Sequence[str | Path], port: int) -> None:
     """Serves until Ctrl-C."""
     with ReportServer(paths, port) as server:
-        print(f"{server.url} follows {', '.join(map(str, server.paths))}; Ctrl-C ends it", flush=True)
         try:
+            print(f"{server.url} follows {', '.join(map(str, server.paths))}; Ctrl-C ends it", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print("report: ended")

@@ -29,6 +29,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.tags.append(tag)
+        self.text += " " if tag in ("td", "th") else ""
         self.addresses += [value for name, value in attrs if name in ("src", "href") and value is not None]
         if tag == "script":
             self._script = found.get("id") or f"script {len(self.scripts)}"
