@@ -128,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("study", metavar="STUDY.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. 'seeds=[1, 2]' set.schedule.steps=20")
     command.set_defaults(run=_study)
+
+    command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
+    command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
+    command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, whole in one file")
+    command.add_argument("--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form")
+    command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
+    command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
+    command.set_defaults(run=_report)
     command = commands.add_parser("doctor", help="what was found on this machine and what each absence means")
     command.set_defaults(run=_doctor)
     return parser
@@ -226,6 +235,19 @@ def _study(options: argparse.Namespace) -> None:
     from gspo_moe.study import run_study
 
     print(run_study(options.study, options.overrides))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from gspo_moe.report.build import build_report
+    from gspo_moe.report.server import serve
+
+    wanted = (options.output, options.figures, options.csv)
+    if not options.watch and not any(wanted):
+        raise ConfigError("say what to write: --output FILE.html, --figures DIR, --csv FILE, or --watch to serve it")
+    if any(wanted):
+        print(*build_report(options.paths, output=options.output, figures=options.figures, csv=options.csv), sep="\n")
+    if options.watch:
+        serve(options.paths, options.port)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -160,7 +160,7 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
             continue
         axes.plot(steps, values, color=curve.color, linewidth=0.8, alpha=0.35)
         marker = "o" if len(values) == 1 else None
-        mean = _moving_mean(values)
+        mean = moving_mean(values)
         axes.plot(steps, mean, color=curve.color, linewidth=1.8, label=curve.label, marker=marker, clip_on=False)
     crowded = len(present) > 3
     if panel.log and any((run.values(curve.metric) > 0).any() for curve in present):
@@ -171,7 +171,7 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
         axes.legend(ncols=2 if crowded else 1, loc="upper left" if crowded else "best")
 
 
-def _moving_mean(values: np.ndarray) -> np.ndarray:
+def moving_mean(values: np.ndarray) -> np.ndarray:
     """Centred mean over about a fifteenth of the run, over what there is at its ends; NaN is left out."""
     reach = len(values) // WINDOWS_A_RUN // 2
     kernel = np.ones(2 * reach + 1)

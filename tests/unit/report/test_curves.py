@@ -13,7 +13,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.observability import load_run
 from gspo_moe.observability.jsonl import JsonLines
 from gspo_moe.report import draw_curves
-from gspo_moe.report.curves import _moving_mean, curves_figure
+from gspo_moe.report.curves import curves_figure, moving_mean
 
 STEPS = range(1, 61)
 
@@ -67,7 +67,7 @@ def test_every_panel_draws_its_curves_and_the_picture_is_written(tmp_path: Path)
     }
 
 
-def test_thin_line_is_the_data_and_thick_line_its_moving_mean(tmp_path: Path) -> None:
+def test_thin_line_is_the_data_and_thick_line_itsmoving_mean(tmp_path: Path) -> None:
     figure = curves_figure(load_run(_run(tmp_path, "reward/mean", "eval/accuracy")))
     thin, thick, points = _lines(figure, 0)
     data = np.array([_value("reward/mean", step) for step in STEPS])
@@ -82,7 +82,7 @@ def test_thin_line_is_the_data_and_thick_line_its_moving_mean(tmp_path: Path) ->
 def test_the_moving_mean_leaves_nan_out() -> None:
     values = np.full(60, 2.0)
     values[[0, 30]] = np.nan
-    np.testing.assert_allclose(_moving_mean(values), 2.0, rtol=1e-12)
+    np.testing.assert_allclose(moving_mean(values), 2.0, rtol=1e-12)
 
 
 def test_axes_carry_the_catalogs_units_and_the_heading_names_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,299 @@
+"use strict";
+(() => {
+  const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
+  const CONFIG = { responsive: true, displayModeBar: false, doubleClick: "reset" };
+  const content = document.getElementById("content");
+  const hidden = new Set();
+  let data = JSON.parse(document.getElementById("data").textContent);
+  let sampleStep = null;
+
+  const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (document.documentElement.dataset.theme ?? (darkSystem.matches ? "dark" : "light")) === "dark";
+  const color = (arm) => data.looks[arm][isDark() ? "dark" : "light"];
+  const faint = (hex, share) => hex + Math.round(share * 255).toString(16).padStart(2, "0");
+  const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  const short = (value) => (value === null ? "?" : String(Number(value.toPrecision(4))));
+  const interval = (low, high) => (low === null ? "" : ` [${short(low)}, ${short(high)}]`);
+  const seeds = (count) => `${count} seed${count === 1 ? "" : "s"}`;
+  const format = (unit) => (unit === "fraction" ? "~%" : "~g");
+
+  function layout(panel, more) {
+    const ink = isDark() ? "#c6ccd3" : "#3c444d";
+    const grid = isDark() ? "#30363e" : "#e7e9ec";
+    const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, tickfont: { size: 12 } };
+    const touch = matchMedia("(pointer: coarse)").matches;
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      font: { family: FONT, size: 12, color: ink }, margin: { l: 44, r: 10, t: 8, b: 38 },
+      dragmode: touch ? false : "zoom",
+      hoverlabel: { bgcolor: isDark() ? "#262b32" : "#ffffff", bordercolor: grid, font: { family: FONT, size: 12, color: ink } },
+      ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
+      ...(more.xaxis2 ? { xaxis2: { ...axis, ...more.xaxis2 } } : {}),
+    };
+  }
+
+  function lineTraces(panel) {
+    const traces = [];
+    const shown = panel.curves.filter((entry) => !hidden.has(entry.arm));
+    for (const curve of shown) {
+      const stroke = color(curve.arm);
+      const inBand = curve.x.map((_, i) => i).filter((i) => curve.low[i] !== null && !(panel.log && curve.low[i] <= 0));
+      if (inBand.length > 1) {
+        const back = inBand.toReversed();
+        traces.push({
+          x: [...inBand, ...back].map((i) => curve.x[i]),
+          y: [...inBand.map((i) => curve.high[i]), ...back.map((i) => curve.low[i])],
+          fill: "toself", fillcolor: faint(stroke, 0.16), line: { width: 0 }, mode: "lines", hoverinfo: "skip",
+        });
+      }
+      if (curve.raw && shown.length <= 3) {
+        traces.push({ x: curve.x, y: curve.raw, mode: "lines", line: { width: 1, color: faint(stroke, 0.3) }, hoverinfo: "skip" });
+      }
+      const lone = curve.x.length === 1;
+      traces.push({
+        x: curve.x, y: curve.mean, mode: panel.markers || lone ? "lines+markers" : "lines", connectgaps: panel.markers,
+        line: { width: 2.2, color: stroke, dash: data.looks[curve.arm].dash },
+        marker: { size: 7, symbol: data.looks[curve.arm].marker, color: stroke },
+        customdata: curve.x.map((_, i) => [plain(curve.arm), interval(curve.low[i], curve.high[i]), seeds(curve.seeds[i])]),
+        hovertemplate: "%{customdata[0]}: <b>%{y:.4~g}</b>%{customdata[1]}, %{customdata[2]}<extra></extra>",
+        meta: { arm: curve.arm, spoken: true },
+      });
+    }
+    for (const floor of panel.floors.filter((entry) => !hidden.has(entry.arm))) {
+      traces.push({
+        x: floor.x, y: floor.mean, mode: "lines", line: { width: 1.6, color: color(floor.arm), dash: "dot" },
+        customdata: floor.x.map(() => plain(floor.arm)),
+        hovertemplate: "%{customdata}, noise floor: <b>%{y:.4~g}</b><extra></extra>",
+      });
+    }
+    return traces;
+  }
+
+  function logAxis(panel, panels) {
+    const values = panels.flatMap((panel) => panel.curves.flatMap((curve) => [...curve.mean, ...curve.low, ...curve.high, ...(curve.raw ?? [])]));
+    const logs = values.filter((value) => value > 0).map(Math.log10);
+    const low = logs.reduce((a, b) => Math.min(a, b), Infinity), high = logs.reduce((a, b) => Math.max(a, b), -Infinity);
+    const room = Math.max(0.05, (high - low) * 0.05);
+    const steps = high - low > 2.5 ? [1] : high - low > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
+    const tickvals = [];
+    for (let power = Math.floor(low - room); power <= high + room; power++) tickvals.push(...steps.map((step) => step * 10 ** power));
+    const percent = (value) => `${short(100 * value)}%`;
+    return {
+      type: "log", range: [low - room, high + room], tickvals,
+      ticktext: tickvals.map((value) => (panel.unit === "fraction" ? percent(value) : short(value))),
+    };
+  }
+
+  function line(panel, figure) {
+    const y = panel.log
+      ? { ...logAxis(panel, figure.shared_y ? figure.panels : [panel]), hoverformat: format(panel.unit) }
+      : { tickformat: format(panel.unit), rangemode: "tozero", nticks: 6 };
+    const places = panel.curves.flatMap((curve) => [curve.x[0], curve.x.at(-1)]);
+    const first = Math.min(...places), last = Math.max(...places), edge = (last - first || 1) * 0.02;
+    const x = {
+      title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 7, zeroline: false,
+      range: [first - edge, last + edge], ...(last - first < 8 ? { dtick: 1 } : {}),
+    };
+    return [lineTraces(panel), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
+  }
+
+  function heat(panel) {
+    const layers = panel.layers.map(Number);
+    const tick = format(panel.unit);
+    const traces = [{
+      type: "heatmap", x: panel.steps, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
+      hovertemplate: `layer %{y}, step %{x}: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+    }];
+    const more = {
+      coloraxis: {
+        cmin: 0, cmax: panel.top, colorscale: "Cividis",
+        colorbar: { thickness: 10, outlinewidth: 0, tickformat: tick, nticks: 5, tickfont: { size: 11 }, xpad: 6 },
+      },
+      xaxis: { title: { text: "step", font: { size: 12 }, standoff: 6 }, nticks: 6, showgrid: false },
+      yaxis: { title: { text: "layer", font: { size: 12 }, standoff: 2 }, dtick: Math.ceil(layers.length / 8), tick0: layers[0], showgrid: false, zeroline: false },
+    };
+    if (panel.floor_L) {
+      traces.push({
+        type: "heatmap", x: [0], y: layers, z: panel.floor_L.map((value) => [value]), coloraxis: "coloraxis", xaxis: "x2",
+        hovertemplate: `layer %{y}, noise floor: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+      });
+      more.xaxis.domain = [0.1, 1];
+      Object.assign(more.yaxis, { anchor: "free", position: 0 });
+      more.xaxis2 = { domain: [0, 0.06], tickvals: [0], ticktext: ["floor"], showgrid: false, zeroline: false };
+    }
+    return [traces, layout(panel, more)];
+  }
+
+  function dots(panel) {
+    const rows = panel.dots.filter((row) => !hidden.has(row.arm)).toReversed();
+    const traces = rows.flatMap((row) => {
+      const stroke = color(row.arm), label = plain(row.label);
+      const known = row.low !== null;
+      return [
+        {
+          x: row.values, y: row.values.map(() => label), mode: "markers", hoverinfo: "skip",
+          marker: { size: 6, color: faint(stroke, 0.45), symbol: data.looks[row.arm].marker },
+        },
+        {
+          x: [row.mean], y: [label], mode: "markers", marker: { size: 11, color: stroke, symbol: data.looks[row.arm].marker },
+          error_x: known ? { type: "data", symmetric: false, array: [row.high - row.mean], arrayminus: [row.mean - row.low], color: stroke, thickness: 2.2, width: 5 } : {},
+          customdata: [[interval(row.low, row.high), seeds(row.values.length)]],
+          hovertemplate: "%{y}: <b>%{x:.4~g}</b>%{customdata[0]}, %{customdata[1]}<extra></extra>",
+          meta: { spoken: true },
+        },
+      ];
+    });
+    const mark = { type: "line", xref: "x", yref: "paper", x0: panel.reference, x1: panel.reference, y0: 0, y1: 1, line: { width: 1.5, dash: "dash", color: isDark() ? "#8b949e" : "#6b737c" } };
+    const more = {
+      xaxis: { tickformat: format(panel.unit), nticks: 6 },
+      yaxis: { type: "category", showgrid: false, range: [-0.6, rows.length - 0.4] }, hovermode: "closest",
+      shapes: panel.reference === null ? [] : [mark],
+    };
+    if (rows.length) {
+      const ends = [...(panel.reference === null ? [] : [panel.reference]), ...rows.flatMap((row) => [...row.values, row.low ?? row.mean, row.high ?? row.mean])];
+      const low = Math.min(...ends), high = Math.max(...ends), room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 0.01;
+      more.xaxis.range = [low - room, high + room];
+    }
+    return [traces, layout(panel, more)];
+  }
+
+  async function draw(node) {
+    const figure = data.figures.find((entry) => entry.key === node.dataset.figure);
+    const panel = figure.panels[Number(node.dataset.panel)];
+    const plot = node.querySelector(".plot");
+    node.hidden = panel.kind === "heat" && hidden.has(panel.arm);
+    if (node.hidden) return;
+    if (panel.kind === "heat") plot.style.height = `${Math.min(420, 110 + 16 * panel.layers.length)}px`;
+    if (panel.kind === "dot") plot.style.height = `${70 + 34 * panel.dots.length}px`;
+    const [traces, shape] = { line, heat, dot: dots }[panel.kind](panel, figure);
+    await Plotly.react(plot, traces, shape, CONFIG);
+    plot.setAttribute("role", "img");
+    plot.setAttribute("aria-label", `${figure.title}: ${panel.title}. ${panel.kind === "heat" ? "" : "Arrow keys read its values."}`);
+    if (panel.kind !== "heat") plot.tabIndex = 0;
+    plot.onkeydown = (event) => readAloud(event, plot);
+  }
+
+  function readAloud(event, plot) {
+    const move = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: 1, ArrowDown: -1 }[event.key];
+    const curves = plot.data.map((trace, number) => [trace, number]).filter(([trace]) => trace.meta?.spoken);
+    if (!move || !curves.length) return;
+    event.preventDefault();
+    const places = Math.max(...curves.map(([trace]) => trace.x.length));
+    const dotted = curves.every(([trace]) => trace.x.length === 1) && curves.length > 1;
+    const span = dotted ? curves.length : places;
+    const at = ((Number(plot.dataset.at ?? (move > 0 ? -1 : 0)) + move) % span + span) % span;
+    plot.dataset.at = at;
+    const chosen = dotted ? [curves[at]] : curves;
+    Plotly.Fx.hover(plot, chosen.map(([trace, number]) => ({ curveNumber: number, pointNumber: dotted ? 0 : Math.min(at, trace.x.length - 1) })));
+    document.getElementById("spoken").textContent = [...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent).join("; ");
+  }
+
+  async function drawAll() {
+    await globalThis.plotlyReady;
+    for (const node of content.querySelectorAll(".panel")) {
+      await draw(node);
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+    drawSamples();
+    document.documentElement.dataset.drawn = content.querySelectorAll(".panel").length;
+  }
+
+  function drawSamples() {
+    const slider = document.getElementById("sample-slider");
+    if (!slider) return;
+    const arms = Object.keys(data.samples).filter((arm) => !hidden.has(arm));
+    const steps = [...new Set(Object.values(data.samples).flat().map((sample) => sample.step))].sort((a, b) => a - b);
+    slider.max = steps.length - 1;
+    const at = sampleStep === null ? steps.length - 1 : Math.max(0, steps.findLastIndex((step) => step <= sampleStep));
+    slider.value = at;
+    slider.setAttribute("aria-valuetext", `step ${steps[at]}`);
+    document.getElementById("sample-step").textContent = steps[at];
+    const columns = arms.map((arm) => {
+      const column = element("div");
+      const samples = data.samples[arm].filter((sample) => sample.step === steps[at]);
+      column.append(element("h3", `${arm}${samples.length ? `, seed ${samples[0].seed}` : ""}`));
+      if (!samples.length) column.append(element("p", "no sample kept at this step", "caption"));
+      column.append(...samples.map(rollout));
+      return column;
+    });
+    document.getElementById("rollouts").replaceChildren(...columns);
+  }
+
+  function rollout(sample) {
+    const card = element("div", "", "rollout");
+    const cut = sample.finished === false ? ", cut off by the length limit" : "";
+    card.append(element("p", "prompt", "label"), element("pre", sample.prompt));
+    card.append(element("p", "response", "label"), element("pre", sample.response));
+    const number = (value) => (typeof value === "number" ? short(value) : "not recorded");
+    card.append(element("p", `reward ${number(sample.reward)}, advantage ${number(sample.advantage)}${cut}`));
+    return card;
+  }
+
+  function element(tag, text = "", className = "") {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    made.className = className;
+    return made;
+  }
+
+  function markButtons() {
+    for (const button of content.querySelectorAll("[data-arm]")) button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.arm)));
+  }
+
+  content.addEventListener("click", (event) => {
+    const button = event.target.closest("button");
+    if (button?.dataset.arm !== undefined) {
+      const arm = button.dataset.arm;
+      hidden.has(arm) ? hidden.delete(arm) : hidden.add(arm);
+      markButtons();
+      drawAll();
+    } else if (button?.id === "all-arms") {
+      const arms = Object.keys(data.looks);
+      hidden.size ? hidden.clear() : arms.forEach((arm) => hidden.add(arm));
+      markButtons();
+      drawAll();
+    } else if (button?.id === "theme") {
+      document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+      drawAll();
+    }
+  });
+  content.addEventListener("input", (event) => {
+    if (event.target.id !== "sample-slider") return;
+    const steps = [...new Set(Object.values(data.samples).flat().map((sample) => sample.step))].sort((a, b) => a - b);
+    sampleStep = Number(event.target.value) === steps.length - 1 ? null : steps[Number(event.target.value)];
+    drawSamples();
+  });
+  darkSystem.addEventListener("change", drawAll);
+
+  async function watch(address) {
+    let version = "";
+    for (;;) {
+      try {
+        const answer = await fetch(`${address}?version=${version}`);
+        const parts = await answer.json();
+        if (parts.version !== version) {
+          version = parts.version;
+          replace(parts);
+        }
+        document.getElementById("news").textContent = parts.problem || `Watching; last change seen at ${new Date().toLocaleTimeString()}.`;
+      } catch {
+        document.getElementById("news").textContent = "The report server has ended; this is the last state.";
+      }
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  }
+
+  function replace(parts) {
+    if (!parts.body) return;
+    const open = [...content.querySelectorAll("details[open]")].map((entry) => entry.id);
+    const place = scrollY;
+    content.innerHTML = parts.body;
+    data = parts.data;
+    for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+    markButtons();
+    scrollTo(0, place);
+    drawAll();
+  }
+
+  drawAll().then(() => document.body.dataset.watch && watch(document.body.dataset.watch));
+})();

@@ -1,0 +1,48 @@
+"""`gspo-moe report`: the page, the figures and the numbers of runs and studies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gspo_moe.report.collect import collect
+from gspo_moe.report.contents import contents
+from gspo_moe.report.long_form import write_csv
+from gspo_moe.report.page import render_page, seeds_text
+from gspo_moe.report.palette import looks
+from gspo_moe.report.paper import write_figures
+
+
+def build_report(
+    paths: Sequence[str | Path], *, output: Path | None = None, figures: Path | None = None, csv: Path | None = None
+) -> list[str]:
+    """Writes what is asked for; returns, in words, what was written and what could not be read.
+
+    Raises DataError when no run under `paths` can be read.
+    """
+    collection = collect(paths)
+    lines = [f"not read: {problem}" for problem in collection.problems]
+    if output is not None:
+        write_whole(output, render_page(collection))
+        lines.append(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network")
+    if figures is not None:
+        drawn = contents(collection).figures
+        written = write_figures(
+            figures,
+            drawn,
+            looks(list(dict.fromkeys(arm.of for arm in collection.arms))),
+            {figure.key: seeds_text(figure, collection) for figure in drawn},
+        )
+        lines.append(f"{figures}: {len(written)} files, {len(drawn)} figures as PNG and SVG")
+    if csv is not None:
+        lines.append(f"{csv}: {write_csv(csv, collection)} values")
+    return lines
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside `path` and renames, so that nobody opens half a page; lone surrogates become question marks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(text.encode("utf-8", errors="replace"))
+    os.replace(partial, path)

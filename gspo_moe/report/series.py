@@ -1,0 +1,153 @@
+"""From an arm's runs to curves, heat maps and single values, with their intervals over seeds."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from gspo_moe.observability import Run
+from gspo_moe.observability.catalog import CATALOG
+from gspo_moe.observability.comparison import band, estimate
+from gspo_moe.report.collect import Arm
+from gspo_moe.report.curves import moving_mean
+from gspo_moe.report.figures import Curve, Dot
+
+POINTS_DRAWN = 400
+COLUMNS_DRAWN = 120
+
+
+def unit_of(metric: str) -> str:
+    """The catalog's unit; empty for a metric that the catalog does not have."""
+    return CATALOG[metric].unit if metric in CATALOG else ""
+
+
+def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Curve | None:
+    """The arm's `metric` over steps; None where no seed has a finite value of it. log: leaves out values <= 0."""
+    present = [cell for cell in arm.cells if metric in cell.run.names]
+    if not present:
+        return None
+    steps = np.unique(np.concatenate([cell.run.steps(metric) for cell in present]))
+    raw = np.full((len(present), len(steps)), np.nan)
+    smoothed = raw.copy()
+    for row, cell in enumerate(present):
+        places = np.searchsorted(steps, cell.run.steps(metric))
+        values = cell.run.values(metric)
+        raw[row, places] = values
+        smoothed[row, places] = moving_mean(values) if smooth else values
+    if log:
+        raw[raw <= 0], smoothed[smoothed <= 0] = np.nan, np.nan
+    if not np.isfinite(smoothed).any():
+        return None
+    seeds = band(smoothed)
+    thinned = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS_DRAWN)).round().astype(int))
+    return Curve(
+        arm.name,
+        steps[thinned].astype(np.float64),
+        seeds.mean[thinned],
+        seeds.low[thinned],
+        seeds.high[thinned],
+        seeds.seeds[thinned],
+        mean_of_finite(raw)[thinned] if smooth else None,
+    )
+
+
+def count_curve(arm: Arm, pattern: re.Pattern[str]) -> Curve | None:
+    """Means over the run of the metrics that `pattern` matches whole, against the number in its first group."""
+    numbered = sorted((int(match[1]), name) for name in arm.names if (match := pattern.fullmatch(name)))
+    if not numbered:
+        return None
+    values = np.array([[cell.run.mean(name) for _, name in numbered] for cell in arm.cells])
+    if not np.isfinite(values).any():
+        return None
+    seeds = band(values)
+    return Curve(arm.name, np.array([float(n) for n, _ in numbered]), seeds.mean, seeds.low, seeds.high, seeds.seeds)
+
+
+def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray] | None:
+    """Steps [S], layers and values_LS (mean over seeds) of the metric's figures by layer; None without any.
+
+    Long runs are averaged in blocks of steps, each named by its first step.
+    """
+    found = [series for cell in arm.cells if (series := layer_series(cell.run, metric)) is not None]
+    depth = max((values.shape[1] for _, values in found), default=0)
+    found = [(steps, values) for steps, values in found if values.shape[1] == depth and len(steps)]
+    if not found:
+        return None
+    steps = np.unique(np.concatenate([own for own, _ in found]))
+    values = np.full((len(found), depth, len(steps)), np.nan)
+    for row, (own, values_SL) in enumerate(found):
+        values[row][:, np.searchsorted(steps, own)] = values_SL.T
+    block = -(-len(steps) // COLUMNS_DRAWN)
+    starts = np.arange(0, len(steps), block)
+    mean_LS = mean_of_finite(values)
+    blocks_LS = np.stack([mean_of_finite(mean_LS[:, start : start + block].T) for start in starts], axis=1)
+    return steps[starts], tuple(str(layer) for layer in range(depth)), blocks_LS
+
+
+def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps [S] and values [S, L] of a figure by layer, from the run's arrays or from its metrics; None without."""
+    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = getattr(run, "layers", {})
+    if metric in arrays:
+        return arrays[metric]
+    names = [name for name in run.names if re.fullmatch(rf"{re.escape(metric)}/layer_\d+", name)]
+    if not names:
+        return None
+    steps = np.unique(np.concatenate([run.steps(name) for name in names]))
+    values = np.full((len(steps), len(names)), np.nan)
+    for layer, name in enumerate(names):
+        values[np.searchsorted(steps, run.steps(name)), layer] = run.values(name)
+    return steps, values
+
+
+def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> tuple[Curve, ...]:
+    """`metric` of bank arms against their number of mini-batches, a curve for each arm of the study's file."""
+    curves = []
+    for name in dict.fromkeys(arm.of for arm in arms):
+        own = sorted((arm for arm in arms if arm.of == name), key=lambda arm: arm.mini_batches or 0)
+        seeds = sorted({cell.seed for arm in own for cell in arm.cells})
+        values = np.full((len(seeds), len(own)), np.nan)
+        for column, arm in enumerate(own):
+            for cell in arm.cells:
+                value = cell.run.final(metric) if final else cell.run.mean(metric)
+                values[seeds.index(cell.seed), column] = value if value > 0 or not log else np.nan
+        if np.isfinite(values).any():
+            over = band(values)
+            counts = np.array([float(arm.mini_batches or 0) for arm in own])
+            curves.append(Curve(name, counts, over.mean, over.low, over.high, over.seeds))
+    return tuple(curves)
+
+
+def dot(arm: str, values: Sequence[float]) -> Dot | None:
+    """One value a seed as a row; None where none is finite."""
+    finite = tuple(value for value in values if np.isfinite(value))
+    if not finite:
+        return None
+    over_seeds = estimate(finite)
+    return Dot(arm, arm, over_seeds.mean, over_seeds.low, over_seeds.high, finite)
+
+
+def each_arm(arms: Sequence[Arm], make: Callable[[Arm], Curve | None]) -> tuple[Curve, ...]:
+    """What `make` draws of each arm, without those it has nothing for."""
+    return tuple(curve for arm in arms if (curve := make(arm)) is not None)
+
+
+def lacking(arms: Sequence[Arm], metric: str) -> list[str]:
+    """In words, the arms where not every seed has the metric."""
+    missing = []
+    for arm in arms:
+        without = sum(metric not in cell.run.names for cell in arm.cells)
+        if without:
+            missing.append(
+                arm.name if without == len(arm.cells) else f"{arm.name} ({without} of {len(arm.cells)} seeds)"
+            )
+    return [f"{metric} not measured in: {', '.join(missing)}"] if missing else []
+
+
+def mean_of_finite(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is finite, NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns of the empty mean that is meant here
+        return np.asarray(np.nanmean(np.where(np.isfinite(values), values, np.nan), axis=0))

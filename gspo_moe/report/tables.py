@@ -1,0 +1,141 @@
+"""The tables of a report: arms, runs, config differences, sample rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gspo_moe.observability.comparison import CollapseRule, Estimate, estimate, find_collapse
+from gspo_moe.report.collect import Arm, Cell
+from gspo_moe.report.outcomes import finals
+
+REWARD = "reward/mean"
+ACCURACY = "eval/accuracy"
+# Where a run lies and what makes it a seed are no differences between arms.
+NOT_COMPARED = ("seed", "logging.run_dir", "logging.wandb")
+ABSENT = "(absent)"
+STEPS_SHOWN = 25
+SAMPLES_A_STEP = 6
+CHARACTERS_SHOWN = 6000
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """reward, accuracy: at the end of finished runs. collapsed: seeds and the step each collapsed at."""
+
+    name: str
+    of: str
+    seeds: int
+    finished: int
+    reward: Estimate
+    accuracy: Estimate
+    collapsed: dict[int, int]
+    judged: int
+
+
+@dataclass(frozen=True)
+class RunRow:
+    arm: str
+    path: str
+    seed: int
+    last_step: int
+    planned_steps: int | None
+    collapsed_at: int | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One config key and its value in each arm; an arm whose seeds differ in it lists all of theirs."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+def arm_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[ArmRow, ...]:
+    rows = []
+    for arm in arms:
+        steps = {cell.seed: collapse_step(cell, rule) for cell in arm.cells}
+        rows.append(
+            ArmRow(
+                arm.name,
+                arm.of,
+                len(arm.cells),
+                sum(cell.finished for cell in arm.cells),
+                estimate(list(finals(arm, REWARD).values())),
+                estimate(list(finals(arm, ACCURACY).values())),
+                {seed: step for seed, step in steps.items() if step is not None},
+                sum(REWARD in cell.run.names for cell in arm.cells),
+            )
+        )
+    return tuple(rows)
+
+
+def run_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[RunRow, ...]:
+    return tuple(
+        RunRow(arm.name, str(cell.run.path), cell.seed, cell.last_step, cell.planned_steps, collapse_step(cell, rule))
+        for arm in arms
+        for cell in arm.cells
+    )
+
+
+def collapse_step(cell: Cell, rule: CollapseRule) -> int | None:
+    """The step from which on the run has collapsed, None where it has not or has no reward."""
+    if REWARD not in cell.run.names:
+        return None
+    index = find_collapse(cell.run.values(REWARD), rule)
+    return None if index is None else int(cell.run.steps(REWARD)[index])
+
+
+def config_differences(arms: Sequence[Arm]) -> tuple[Difference, ...]:
+    """The keys whose value is not the same in every arm that has a config.yaml; other arms show as absent."""
+    flat = [[_flat(cell.run.config) for cell in arm.cells] for arm in arms]
+    keys = sorted({key for arm in flat for config in arm for key in config} - set(NOT_COMPARED))
+    rows = []
+    for key in keys:
+        values = tuple(" or ".join(dict.fromkeys(config.get(key, ABSENT) for config in configs)) for configs in flat)
+        if len({value for value, configs in zip(values, flat, strict=True) if any(configs)}) > 1:
+            rows.append(Difference(key, values))
+    return tuple(rows)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    values: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            values |= _flat(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = "null" if value is None else str(value)
+    return values
+
+
+def sample_rollouts(arm: Arm) -> list[dict[str, Any]]:
+    """Rollouts of the first seed that has any, at up to STEPS_SHOWN steps spread over the run; long texts are cut."""
+    cell = next((cell for cell in arm.cells if cell.samples), None)
+    if cell is None:
+        return []
+    steps = sorted({sample["step"] for sample in cell.samples})
+    chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(len(steps), STEPS_SHOWN)).round().astype(int)}
+    shown: list[dict[str, Any]] = []
+    for step in sorted(chosen):
+        rollouts = [sample for sample in cell.samples if sample["step"] == step]
+        shown += [_readable(sample, cell.seed) for sample in rollouts[:SAMPLES_A_STEP]]
+    return shown
+
+
+def _readable(sample: dict[str, Any], seed: int) -> dict[str, Any]:
+    return {
+        "step": sample["step"],
+        "seed": seed,
+        "prompt": _cut(str(sample.get("prompt", ""))),
+        "response": _cut(str(sample.get("response", ""))),
+        "reward": sample.get("reward"),
+        "advantage": sample.get("advantage"),
+        "finished": sample.get("finished"),
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN] + " … (cut)"

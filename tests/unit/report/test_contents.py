@@ -1,0 +1,150 @@
+"""The numbers in the figures, against the numbers in the runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gspo_moe.observability import load_run
+from gspo_moe.observability.comparison import bootstrap_interval
+from gspo_moe.report.collect import collect
+from gspo_moe.report.contents import contents
+from gspo_moe.report.curves import moving_mean
+from gspo_moe.report.figures import DotPanel, Figure, HeatPanel, LinePanel
+from tests.runs import write_run
+
+
+def _figures(*paths: Path) -> dict[str, Figure]:
+    return {figure.key: figure for figure in contents(collect(paths)).figures}
+
+
+def _line(figure: Figure, number: int = 0) -> LinePanel:
+    panel = figure.panels[number]
+    assert isinstance(panel, LinePanel)
+    return panel
+
+
+def test_a_study_has_every_figure(study: Path) -> None:
+    assert list(_figures(study)) == [
+        "reward", "outcomes", "clip_fraction", "ratio_spread", "volatility", "volatility_layers_staleness",
+        "attribution", "load", "speed", "health",
+    ]  # fmt: skip
+
+
+def test_a_curve_is_the_mean_over_seeds_of_moving_means_with_its_interval(study: Path) -> None:
+    curve = _line(_figures(study)["reward"]).curves[1]
+    runs = [load_run(study / "gspo" / f"seed{seed}").values("reward/mean") for seed in (1, 2, 3)]
+    smooth = np.stack([moving_mean(values) for values in runs])
+    assert curve.arm == "gspo"
+    np.testing.assert_array_equal(curve.x, np.arange(1, 61))
+    np.testing.assert_allclose(curve.mean, smooth.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose([curve.low, curve.high], bootstrap_interval(smooth), rtol=1e-12)
+    assert curve.raw is not None
+    np.testing.assert_allclose(curve.raw, np.stack(runs).mean(axis=0), rtol=1e-12)
+    assert set(curve.seeds) == {3}
+
+
+def test_a_seed_that_stopped_early_leaves_the_mean_and_its_number_of_seeds(tmp_path: Path) -> None:
+    for seed, steps in ((1, 6), (2, 3)):
+        write_run(
+            tmp_path / "arm" / f"seed{seed}",
+            lambda step, seed=seed: {"eval/accuracy": 0.1 * seed + 0.01 * step},
+            steps=range(1, steps + 1),
+            overrides=("schedule.steps=6",),
+        )
+    figures = _figures(tmp_path / "arm")
+    curve = _line(figures["reward"]).curves[0]
+    np.testing.assert_array_equal(curve.seeds, [2, 2, 2, 1, 1, 1])
+    np.testing.assert_allclose(curve.mean, [0.16, 0.17, 0.18, 0.14, 0.15, 0.16], rtol=1e-12)
+    assert np.isnan(curve.low[3:]).all()
+    assert figures["reward"].notes == ("reward/mean: no run has a value to draw",)
+    assert "arm/seed2" in figures["outcomes"].notes[0]
+    ends = figures["outcomes"].panels[0]
+    assert isinstance(ends, DotPanel)
+    assert ends.dots[0].values == (0.16,)
+
+
+def test_paired_differences_are_taken_seed_by_seed_to_the_baseline(study: Path) -> None:
+    panel = _figures(study)["outcomes"].panels[1]
+    assert isinstance(panel, DotPanel)
+    ends = {
+        (arm, seed): load_run(study / arm / f"seed{seed}").values("eval/accuracy")[-1]
+        for arm in ("gspo", "grpo")
+        for seed in (1, 2, 3)
+    }
+    expected = [ends["gspo", seed] - ends["grpo", seed] for seed in (1, 2, 3)]
+    assert [row.arm for row in panel.dots] == ["gspo"]
+    np.testing.assert_allclose(panel.dots[0].values, expected, rtol=1e-12)
+    assert panel.dots[0].mean == pytest.approx(np.mean(expected))
+    assert (panel.reference, "grpo" in panel.title) == (0.0, True)
+
+
+def test_the_heat_map_is_by_layer_and_step_with_the_floor(study: Path) -> None:
+    panel = _figures(study)["volatility_layers_staleness"].panels[1]
+    assert isinstance(panel, HeatPanel)
+    runs = [load_run(study / "gspo" / f"seed{seed}") for seed in (1, 2, 3)]
+    for layer in range(4):
+        values = [run.values(f"routing/staleness/slot_change/layer_{layer:02d}") for run in runs]
+        np.testing.assert_allclose(panel.values_LS[layer], np.mean(values, axis=0), rtol=1e-12)
+    floor = np.mean([run.values("routing/staleness/noise_floor/slot_change").mean() for run in runs])
+    assert panel.floor_L is not None
+    np.testing.assert_allclose(panel.floor_L, floor, rtol=1e-12)
+
+
+def test_without_a_floor_the_first_mini_batch_stands_in_and_the_page_says_so(tmp_path: Path) -> None:
+    change = "routing/staleness/slot_change"
+    run = write_run(tmp_path / "old", lambda step: {change: 0.02, f"{change}/mini_batch_1": 0.001}, steps=range(1, 4))
+    figure = _figures(run)["volatility"]
+    np.testing.assert_allclose(_line(figure).floors[0].mean, 0.001)
+    assert "mini-batch 1" in figure.notes[0]
+    bare = write_run(tmp_path / "bare", lambda step: {change: 0.02}, steps=range(1, 4))
+    assert _figures(bare)["volatility"].notes == ("staleness, bare: the noise floor was not measured",)
+
+
+def test_long_runs_are_thinned_and_zeros_have_no_place_on_a_log_axis(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "long",
+        lambda step: {"clip_fraction/sequence": 0.0, "clip_fraction/token": 0.1, "x/layer_00": 1.0,
+                      "routing/staleness/slot_change/layer_00": step / 1000},
+        steps=range(1, 1001),
+    )  # fmt: skip
+    figures = _figures(run)
+    assert [panel.title for panel in figures["clip_fraction"].panels] == ["Tokens clipped"]
+    assert figures["clip_fraction"].notes == ("clip_fraction/sequence: no run has a value to draw",)
+    assert len(_line(figures["clip_fraction"]).curves[0].x) == 400
+    heat = figures["volatility_layers_staleness"].panels[0]
+    assert isinstance(heat, HeatPanel)
+    assert heat.values_LS.shape == (1, 112)
+    np.testing.assert_allclose(heat.values_LS[0, :2], [0.005, 0.014], rtol=1e-12)
+
+
+def test_runs_with_different_metrics_say_which_arm_lacks_which(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", lambda step: {"reward/mean": 0.1, "ratio/token_std": 0.1}, steps=range(3))
+    two = write_run(tmp_path / "two", lambda step: {"reward/mean": None, "sft/loss": 2.0}, steps=range(3))
+    found = contents(collect([one, two]))
+    notes = {figure.key: figure.notes for figure in found.figures}
+    assert notes["ratio_spread"] == (
+        "ratio/token_std not measured in: two",
+        "ratio/sequence_std: no run has a value to draw",
+    )
+    assert any("routing/attribution/washout" in entry for entry in found.absent)
+    assert [curve.arm for curve in _line({f.key: f for f in found.figures}["reward"]).curves] == ["one"]
+
+
+def test_bank_arms_are_drawn_over_their_number_of_mini_batches(tmp_path: Path) -> None:
+    for number in (8, 1):
+        for seed in (1, 2):
+            write_run(
+                tmp_path / f"gspo.bank_n{number}" / f"seed{seed}",
+                lambda step, value=number * seed: {"clip_fraction/token": 0.01 * value},
+                steps=range(1, 2),
+            )
+    figures = _figures(tmp_path)
+    assert list(figures) == ["bank_objective"]
+    curve = _line(figures["bank_objective"]).curves[0]
+    assert curve.arm == "gspo"
+    np.testing.assert_array_equal(curve.x, [1, 8])
+    np.testing.assert_allclose(curve.mean, [0.015, 0.12], rtol=1e-12)
+    np.testing.assert_array_equal(curve.seeds, [2, 2])

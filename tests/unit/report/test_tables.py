@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gspo_moe.observability.comparison import CollapseRule
+from gspo_moe.report.collect import collect
+from gspo_moe.report.tables import (
+    CHARACTERS_SHOWN,
+    SAMPLES_A_STEP,
+    STEPS_SHOWN,
+    arm_rows,
+    config_differences,
+    run_rows,
+    sample_rollouts,
+)
+from tests.runs import write_run, write_samples
+
+RULE = CollapseRule()
+
+
+def test_arms_show_their_ends_over_finished_seeds_and_who_collapsed(tmp_path: Path) -> None:
+    for seed, last in ((1, 0.9), (2, 0.0), (3, 0.7)):
+        write_run(
+            tmp_path / "arm" / f"seed{seed}",
+            lambda step, last=last: {"reward/mean": 0.8 if step <= 20 else last},
+            steps=range(1, 41 if seed < 3 else 31),
+            overrides=("schedule.steps=40",),
+        )
+    (row,) = arm_rows(collect([tmp_path / "arm"]).arms, RULE)
+    assert (row.seeds, row.finished, row.judged) == (3, 2, 3)
+    assert row.reward.mean == pytest.approx(0.45)
+    assert row.reward.seeds == 2
+    assert row.accuracy.seeds == 0
+    # Three of the trailing five are zero at step 23: 0.32 of a best of 0.8.
+    assert row.collapsed == {2: 23}
+    runs = run_rows(collect([tmp_path / "arm"]).arms, RULE)
+    assert [(run.seed, run.last_step, run.planned_steps, run.collapsed_at) for run in runs] == [
+        (1, 40, 40, None),
+        (2, 40, 40, 23),
+        (3, 30, 40, None),
+    ]
+
+
+def test_config_differences_leave_out_seeds_and_folders(study: Path, tmp_path: Path) -> None:
+    (row,) = config_differences(collect([study]).arms)
+    assert (row.key, row.values) == ("algorithm.name", ("grpo", "gspo"))
+    older = write_run(tmp_path / "older", lambda step: {"reward/mean": 0.0}, steps=range(2))
+    config = (older / "config.yaml").read_text().replace("  mini_batches: 4\n", "")
+    (older / "config.yaml").write_text(config)
+    rows = {row.key: row.values for row in config_differences(collect([study / "gspo", older]).arms)}
+    assert rows["algorithm.mini_batches"] == ("4", "(absent)")
+
+
+def test_samples_are_spread_over_the_run_and_long_texts_are_cut(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", lambda step: {"reward/mean": 0.0}, steps=range(2))
+    write_samples(run, range(1, 101))
+    (arm,) = collect([run]).arms
+    shown = sample_rollouts(arm)
+    steps = sorted({sample["step"] for sample in shown})
+    assert len(steps) == STEPS_SHOWN
+    assert (steps[0], steps[-1]) == (1, 100)
+    assert np.ptp(np.diff(steps)) <= 1
+    assert shown[-1]["response"] == "answer at step 100"
+    long = '{"step": 1, "prompt": "' + "x" * (CHARACTERS_SHOWN + 5) + '"}\n'
+    (run / "samples.jsonl").write_text(long * (SAMPLES_A_STEP + 3))
+    shown = sample_rollouts(collect([run]).arms[0])
+    assert len(shown) == SAMPLES_A_STEP
+    assert shown[0]["prompt"] == "x" * CHARACTERS_SHOWN + " … (cut)"
+    assert (shown[0]["reward"], shown[0]["response"]) == (None, "")
