@@ -51,7 +51,9 @@ class Pack:
             if not length:
                 continue
             positions = np.arange(start, end)[self.mask_T[start:end] != 0]
-            by_token = self.advantages[positions] if self.per_token else np.full(len(positions), self.advantages[sequence])
+            by_token = (
+                self.advantages[positions] if self.per_token else np.full(len(positions), self.advantages[sequence])
+            )
             active, objective = self.active(ratio, by_token), self.objective(ratio, by_token)
             written["grad_log_probs_T"][positions] = -self.scale * ratio * by_token / length * active
             if self.per_token:
@@ -72,7 +74,9 @@ class Pack:
         return ~(outside & (self.objective(ratio, advantages) != ratio * advantages))
 
 
-def reduce_case(name: str, pack: Pack, phases: int = WHOLE, whole_sums_N2: Array | None = None, num_sms: int = 1) -> Case:
+def reduce_case(
+    name: str, pack: Pack, phases: int = WHOLE, whole_sums_N2: Array | None = None, num_sms: int = 1
+) -> Case:
     """whole_sums_N2: for FINISH, the sums over all ranks."""
     num = len(pack.lengths_N)
     own_sums_N2 = pack.sums()

@@ -13,7 +13,6 @@ import numpy as np
 from tests.unit.kernels.cuda.formats import BYTES, NAMES, ROUNDING, decode, encode
 from tests.unit.kernels.cuda.interface import Array, Buffer, Case, Outputs, expect
 
-
 # Kernels may flush what is smaller to 0.
 SUBNORMAL = 1e-37
 
