@@ -12,15 +12,17 @@ from gspo_moe.errors import ConfigError, DataError
 STD_EPSILON = 1e-6
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
     """A_i = (r_i - mean r) / (std r + 1e-6) within each prompt's group, std with ddof 1; exactly 0 for equal rewards.
 
+    scale: False leaves the division out, for dr_grpo (2503.20783).
     rewards: floats [N], the rollouts of a prompt next to each other. Returns [N] in the rewards' dtype, computed in
     float64. Raises ConfigError for group_size < 2, DataError for rewards that do not fill groups or are not finite.
     """
     rewards_GS = _groups(rewards, group_size)
-    std_G1 = rewards_GS.std(dim=1, correction=1, keepdim=True)
-    advantages_GS = (rewards_GS - rewards_GS.mean(dim=1, keepdim=True)) / (std_G1 + STD_EPSILON)
+    advantages_GS = rewards_GS - rewards_GS.mean(dim=1, keepdim=True)
+    if scale:
+        advantages_GS = advantages_GS / (rewards_GS.std(dim=1, correction=1, keepdim=True) + STD_EPSILON)
     # The mean of equal rewards may round away from them.
     advantages_GS = advantages_GS.masked_fill(_all_equal(rewards_GS)[:, None], 0.0)
     return advantages_GS.reshape(rewards.shape).to(rewards.dtype)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from gspo_moe.algorithms.ratios import Objective, Segments, clip
+from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
 
 
-def grpo(
-    log_ratio_T: torch.Tensor, advantages_N: torch.Tensor, segments: Segments, clip_low: float, clip_high: float
-) -> Objective:
-    """J_i = mean_t min(w_it A_i, clip(w_it) A_i) with w_it = exp(d_it), section 4.1 of the paper without its KL term.
-
-    log_ratio_T: float64, d with gradient; advantages_N: float64.
-    """
-    value_T, clipped_T = clip(log_ratio_T.exp(), advantages_N[segments.sequence_T], clip_low, clip_high)
-    return Objective(segments.mean(value_T), segments.sum(clipped_T.double()))
+def grpo(inputs: LossInputs) -> Objective:
+    """J_i = mean_t min(w_it A_i, clip(w_it) A_i) with w_it = exp(d_it), section 4.1 without its KL term."""
+    ratio_T = inputs.log_ratio_T.exp()
+    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    return Objective(inputs.sequence_mean(value_T), inputs.segments.sum(clipped_T.double()))

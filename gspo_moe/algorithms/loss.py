@@ -10,18 +10,45 @@ from difflib import get_close_matches
 
 import torch
 
+from gspo_moe.algorithms.cispo import cispo
+from gspo_moe.algorithms.dapo import dapo
+from gspo_moe.algorithms.dr_grpo import dr_grpo
+from gspo_moe.algorithms.gmpo import gmpo
 from gspo_moe.algorithms.grpo import grpo
 from gspo_moe.algorithms.gspo import gspo, gspo_token
-from gspo_moe.algorithms.ratios import Objective, Segments, SumOverContext, k3, log_ratios, whole_sequences
+from gspo_moe.algorithms.kl import KLPenalty
+from gspo_moe.algorithms.mismatch import Correction
+from gspo_moe.algorithms.ratios import (
+    LossInputs,
+    Objective,
+    Segments,
+    SumOverContext,
+    k3,
+    log_ratios,
+    on_response,
+    whole_sequences,
+)
+from gspo_moe.algorithms.rspo import rspo
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
-from gspo_moe.config.schema import SEQUENCE_LEVEL, WIDE_CLIP
+from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.errors import ConfigError, DataError
 
-OBJECTIVES = {"gspo": gspo, "gspo_token": gspo_token, "grpo": grpo}
+OBJECTIVES = {
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "cispo": cispo,
+    "gmpo": gmpo,
+    "rspo": rspo,
+}
+# How a penalty on tokens is averaged: as the loss averages its own tokens.
+AVERAGES = {**dict.fromkeys(TOKEN_MEAN, LossInputs.token_mean), "dr_grpo": LossInputs.fixed_mean}
 
 
 class PolicyStatistics(Statistics):
-    """Loss, clip fractions, ratios and KL of any number of packs."""
+    """Loss, clip fractions, ratios and KL of any number of packs, all with or all without a reference."""
 
     @classmethod
     @torch.no_grad()
@@ -44,7 +71,7 @@ class PolicyStatistics(Statistics):
         """Clip fractions of SPEC section 1; `kl/old_k3` is the mean over response tokens; `loss/policy` is
         -1/n sum_i J_i over the n sequences merged so far, whatever `num_sequences` the losses were scaled by."""
         tokens, sequences = self.sums["tokens"].item(), self.sums["sequences"].item()
-        return {
+        metrics = {
             "loss/policy": -self.sums["objective"].item() / sequences,
             "clip_fraction/sequence": self.sums["clipped_sequences"].item() / sequences,
             "clip_fraction/token": self.sums["clipped_tokens"].item() / tokens,
@@ -52,6 +79,16 @@ class PolicyStatistics(Statistics):
             **spread_metrics("token", "ratio/token", self, tokens),
             **spread_metrics("sequence", "ratio/sequence", self, sequences),
         }
+        if "kl_tokens" in self.sums:
+            metrics["kl/reference"] = self.sums["kl_tokens"].item() / tokens
+            metrics["loss/kl"] = self.sums["kl_penalty"].item() / sequences
+        return metrics
+
+    @torch.no_grad()
+    def with_reference(self, kl_T: torch.Tensor, penalty_N: torch.Tensor, segments: Segments) -> PolicyStatistics:
+        """The same with the KL to a reference: its estimate on each token, 0 off the response, and what it costs."""
+        found = {"kl_tokens": kl_T.sum(), "kl_penalty": (segments.share_N * penalty_N).sum()}
+        return PolicyStatistics({**self.sums, **found}, self.maxima)
 
 
 @dataclass(frozen=True)
@@ -82,40 +119,68 @@ def policy_loss(
     clip_high: float,
     allow_wide_clip: bool = False,
     num_sequences: int | None = None,
+    num_tokens: float | None = None,
+    max_response_tokens: int | None = None,
+    router_shift: torch.Tensor | None = None,
+    correction: Correction | None = None,
+    kl: KLPenalty | None = None,
     sum_over_context: SumOverContext = whole_sequences,
 ) -> PolicyLoss:
-    """The loss of one pack, -1/num_sequences sum_i J_i, with J_i of `gspo`, `gspo_token` or `grpo`.
+    """The loss of one pack, -1/num_sequences sum_i J_i, with J_i as the module of that name defines it.
 
     log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; for gspo_token
     also one a token, [T], unless sequences are split over ranks. cu_seqlens: int [N + 1], bounds of the sequences in
     T. response_mask: [T], 0 or 1.
-    num_sequences: sequences of the whole mini-batch over all micro-batches and ranks, default N; with it, losses and
-    gradients of the parts of a mini-batch add up to the mini-batch's own.
+    num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks,
+    default the pack's own; with them, losses and gradients of the parts of a mini-batch add up to the mini-batch's own.
+    max_response_tokens: the length limit of generation; dr_grpo needs it.
+    router_shift: floats [T], gamma of SPEC section 4; rspo needs it.
+    correction: weights against the mismatch between rollout engine and trainer.
+    kl: adds coeff times the KL to a reference, averaged over tokens as the loss averages its own.
     sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with
     the same advantages; a sequence may have no response token, or no token, on some of them. Each rank's gradient is
     that of the unsplit pack for its tokens.
 
-    Raises ConfigError for an unknown algorithm and a clip that cannot work; DataError for shapes that do not fit, a
-    sequence without response token, and num_sequences below N. Source: arXiv 2507.18071; 2402.03300 for grpo.
+    Raises ConfigError for an unknown algorithm, a clip that cannot work, and what the algorithm needs and did not get;
+    DataError for shapes that do not fit, a sequence without response token, and counts below the pack's own.
     """
-    _check_options(algorithm, clip_low, clip_high, allow_wide_clip)
+    _check_options(algorithm, clip_low, clip_high, allow_wide_clip, max_response_tokens, router_shift, correction)
     segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
-    _check_advantages(algorithm, advantages, segments)
-    local_sequences = segments.lengths_N.numel()
-    if num_sequences is None:
-        num_sequences = local_sequences
-    elif num_sequences < local_sequences:
-        raise DataError(
-            f"num_sequences={num_sequences} is less than the {local_sequences} sequences of this pack; "
-            "pass the mini-batch's count over all micro-batches and ranks"
-        )
-    objective = OBJECTIVES[algorithm](log_ratio_T, advantages.detach().double(), segments, clip_low, clip_high)
-    loss = -objective.value_N.sum() / num_sequences
-    return PolicyLoss(loss.to(log_probs.dtype), PolicyStatistics.of_pack(log_ratio_T, objective, segments))
+    advantages_N, advantages_T = _advantages(algorithm, advantages, segments, correction)
+    inputs = LossInputs(
+        log_probs_T=on_response(log_probs, segments),
+        log_ratio_T=log_ratio_T,
+        advantages_N=advantages_N,
+        advantages_T=advantages_T,
+        segments=segments,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        num_sequences=_count("num_sequences", num_sequences, segments.lengths_N.numel()),
+        num_tokens=segments.lengths_N.sum().item() if num_tokens is None else num_tokens,
+        max_response_tokens=max_response_tokens or 0,
+        router_shift_T=None if router_shift is None else on_response(router_shift, segments, fill=1.0),
+    )
+    objective = OBJECTIVES[algorithm](inputs)
+    loss = -objective.value_N.sum() / inputs.num_sequences
+    sums = PolicyStatistics.of_pack(log_ratio_T, objective, segments)
+    if kl is not None:
+        kl_T = kl.estimate(log_ratios(log_probs, kl.reference_log_probs, segments))
+        penalty_N = kl.coeff * AVERAGES.get(algorithm, LossInputs.sequence_mean)(inputs, kl_T)
+        loss = loss + penalty_N.sum() / inputs.num_sequences
+        sums = sums.with_reference(kl_T, penalty_N, segments)
+    return PolicyLoss(loss.to(log_probs.dtype), sums)
 
 
-def _check_options(algorithm: str, clip_low: float, clip_high: float, allow_wide_clip: bool) -> None:
+def _check_options(
+    algorithm: str,
+    clip_low: float,
+    clip_high: float,
+    allow_wide_clip: bool,
+    max_response_tokens: int | None,
+    router_shift: torch.Tensor | None,
+    correction: Correction | None,
+) -> None:
     if algorithm not in OBJECTIVES:
         (nearest,) = get_close_matches(algorithm, OBJECTIVES, n=1, cutoff=0.0)
         raise ConfigError(
@@ -123,18 +188,45 @@ def _check_options(algorithm: str, clip_low: float, clip_high: float, allow_wide
         )
     if not (clip_low >= 0 and clip_high >= 0):
         raise ConfigError(f"clip_low={clip_low} and clip_high={clip_high} must be 0 or more")
-    if algorithm in SEQUENCE_LEVEL and max(clip_low, clip_high) >= WIDE_CLIP and not allow_wide_clip:
-        raise ConfigError(
-            f"a clip of {max(clip_low, clip_high):g} switches clipping off for the sequence ratio of {algorithm} "
-            f"(the paper uses 3e-4 and 4e-4); lower clip_low and clip_high below {WIDE_CLIP:g} "
-            "or set allow_wide_clip: true"
+    fault = clip_fault(algorithm, clip_low, clip_high, allow_wide_clip)
+    if fault:
+        raise ConfigError(fault)
+    if algorithm == "dr_grpo" and not max_response_tokens:
+        raise ConfigError("dr_grpo divides by max_response_tokens; pass the length limit of generation")
+    if algorithm == "rspo" and router_shift is None:
+        raise ConfigError("rspo weighs tokens by router_shift; pass one a token, or take gmpo")
+    if algorithm in WHOLE_SEQUENCES and correction is not None and correction.level == "token":
+        raise ConfigError(f"{algorithm} has one term a sequence and no place for token weights; correct by sequence")
+
+
+def _count(name: str, given: int | None, here: int) -> int:
+    if given is None:
+        return here
+    if given < here:
+        raise DataError(
+            f"{name}={given} is less than the {here} sequences of this pack; "
+            "pass the mini-batch's count over all micro-batches and ranks"
         )
+    return given
 
 
-def _check_advantages(algorithm: str, advantages: torch.Tensor, segments: Segments) -> None:
+def _advantages(
+    algorithm: str, advantages: torch.Tensor, segments: Segments, correction: Correction | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] and [T] in float64, times the correction's weights: every J_i is linear in them as they are not negative."""
     shapes = {"[N]": segments.lengths_N.shape}
     if algorithm == "gspo_token" and segments.sum_over_context is whole_sequences:
         shapes["[T]"] = segments.sequence_T.shape
     if advantages.shape not in shapes.values():
         fitting = " or ".join(f"{letters} = {list(shape)}" for letters, shape in shapes.items())
         raise DataError(f"advantages of {algorithm} must have shape {fitting}, got {list(advantages.shape)}")
+    exact = advantages.detach().double()
+    # [N] first: a rank that holds parts of sequences may have N tokens by chance.
+    by_sequence = advantages.shape == segments.lengths_N.shape
+    advantages_N = exact if by_sequence else segments.mean(exact)
+    advantages_T = exact[segments.sequence_T] if by_sequence else exact
+    if correction is None:
+        return advantages_N, advantages_T
+    if correction.level == "token":
+        return advantages_N, advantages_T * correction.weights
+    return advantages_N * correction.weights, advantages_T * correction.weights[segments.sequence_T]

@@ -1,4 +1,4 @@
-"""How far the rollout engine's log-probs lie from the trainer's at equal weights (SPEC section 3).
+"""How far the rollout engine's log-probs lie from the trainer's at equal weights (SPEC section 3), and corrections.
 
 Shape letters: T tokens of a pack (under context parallelism, of this rank's part of it), N sequences of it.
 """
@@ -6,6 +6,7 @@ Shape letters: T tokens of a pack (under context parallelism, of this rank's par
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -52,3 +53,54 @@ def mismatch(
         "tokens_above_2": (log_ratio_T.abs() > math.log(2.0)).double().sum(),
     }
     return MismatchStatistics({**sums, **sequence_sums}, sequence_maxima)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Weights that make up for sampling from the engine: detached float64, [T] (`token`) or [N] (`sequence`)."""
+
+    level: str
+    weights: torch.Tensor
+
+
+class CorrectionStatistics(Statistics):
+    """Weights of any number of packs."""
+
+    def to_metrics(self) -> dict[str, float]:
+        """Means over response tokens or over sequences, whichever the weights belong to."""
+        count = self.sums["count"].item()
+        return {
+            "mismatch/weight_mean": self.sums["weight"].item() / count,
+            "mismatch/weight_cut": self.sums["cut"].item() / count,
+        }
+
+
+@torch.no_grad()
+def correct(
+    kind: str,
+    level: str,
+    bounds: tuple[float, float],
+    log_probs: torch.Tensor,
+    rollout_log_probs: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    sum_over_context: SumOverContext = whole_sequences,
+) -> tuple[Correction, CorrectionStatistics]:
+    """Weights from w = exp(d), or by sequence exp(mean_t d), d = log_probs - rollout_log_probs at equal weights.
+
+    The mean, not the sum: exp(sum_t d) vanishes or explodes with the length of a response.
+    kind: `tis` truncates, min(w, high) (F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training"); `mask` keeps w in [low, high] and gives 0 outside (IcePop, 2510.18855). bounds: low, high.
+    Denominators of the loss stay as they are: a masked token or sequence counts in them with nothing.
+    Other arguments and errors as for `mismatch`.
+    """
+    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
+    log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
+    ratio = log_ratio_T.exp() if level == "token" else segments.mean(log_ratio_T).exp()
+    counted = segments.response_T.double() if level == "token" else segments.share_N
+    low, high = bounds
+    cut = ratio > high if kind == "tis" else (ratio < low) | (ratio > high)
+    weights = ratio.clamp(max=high) if kind == "tis" else ratio.masked_fill(cut, 0.0)
+    sums = {"count": counted.sum(), "weight": (counted * weights).sum(), "cut": (counted * cut).sum()}
+    return Correction(level, weights), CorrectionStatistics(sums, {})

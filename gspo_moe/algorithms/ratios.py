@@ -118,9 +118,55 @@ def log_ratios(log_probs: torch.Tensor, old_log_probs: torch.Tensor, segments: S
     return torch.where(segments.response_T, log_probs.double() - old_log_probs.detach().double(), 0.0)
 
 
+def on_response(values: torch.Tensor, segments: Segments, fill: float = 0.0) -> torch.Tensor:
+    """Values [T] on response tokens and `fill` elsewhere, float64. Raises DataError for a shape that does not fit."""
+    if values.shape != segments.sequence_T.shape:
+        raise DataError(
+            f"got {list(values.shape)} values for a pack of {list(segments.sequence_T.shape)} tokens; give one a token"
+        )
+    return torch.where(segments.response_T, values.double(), fill)
+
+
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """exp(-d) - 1 + d, the non-negative KL estimate k3 (J. Schulman, "Approximating KL divergence"), elementwise."""
     return torch.expm1(-log_ratio) + log_ratio
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What a policy loss sees of one pack.
+
+    log_probs_T, log_ratio_T: float64 with gradient, log pi and d; 0 off the response.
+    advantages_N, advantages_T: float64, by sequence, for losses of whole sequences, and by token, for the others.
+    clip_low, clip_high: ratios are bounded by 1 - clip_low and 1 + clip_high.
+    num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks.
+    max_response_tokens: the length limit of generation.
+    router_shift_T: float64, gamma of SPEC section 4; rspo alone needs it.
+    """
+
+    log_probs_T: torch.Tensor
+    log_ratio_T: torch.Tensor
+    advantages_N: torch.Tensor
+    advantages_T: torch.Tensor
+    segments: Segments
+    clip_low: float
+    clip_high: float
+    num_sequences: int
+    num_tokens: float
+    max_response_tokens: int
+    router_shift_T: torch.Tensor | None = None
+
+    def sequence_mean(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] whose sum over num_sequences is 1/N sum_i 1/|y_i| sum_t values: every sequence counts the same."""
+        return self.segments.mean(values_T)
+
+    def token_mean(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] whose sum over num_sequences is the mean over the mini-batch's tokens: every token counts the same."""
+        return self.segments.sum(values_T) * (self.num_sequences / self.num_tokens)
+
+    def fixed_mean(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] whose sum over num_sequences is 1/N sum_i 1/max_response_tokens sum_t values: no length counts."""
+        return self.segments.sum(values_T) / self.max_response_tokens
 
 
 class Objective(NamedTuple):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.architecture import Architecture, architecture_from_hf
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 
@@ -19,6 +19,22 @@ def check_files(config: Config) -> None:
     found = [*_model(config), *_tokenizer(config), *_logging(config)]
     if found:
         raise ConfigError("\n".join(found))
+
+
+def check_reference(config: Config, architecture: Architecture) -> None:
+    """Raises ConfigError where `algorithm.kl.reference` is no checkpoint of a model like the policy."""
+    folder = config.algorithm.kl.reference
+    if config.stage != "rl" or folder is None:
+        return
+    theirs, mine = architecture_from_hf(folder).model_dump(), architecture.model_dump()
+    changed = [f"{name} is {theirs[name]} there and {mine[name]} here" for name in mine if theirs[name] != mine[name]]
+    if changed:
+        raise ConfigError(
+            f"algorithm.kl.reference={folder} is another model ({'; '.join(changed)}); name one like the policy, or "
+            "leave it out to take the run's first weights"
+        )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"algorithm.kl.reference={folder} holds no *.safetensors; convert its weights")
 
 
 def _model(config: Config) -> Iterator[str]:

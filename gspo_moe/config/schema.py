@@ -9,40 +9,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
+from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
 
-WIDE_CLIP = 0.01
-SEQUENCE_LEVEL = ("gspo", "gspo_token")
-DEFAULT_CLIPS = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("neither true nor false is a value of this key; write what it takes, or leave it out")
-        return value
 
 
 class ModelConfig(Section):
@@ -59,7 +40,7 @@ class ModelConfig(Section):
     hf: str | None = None
     checkpoint: str | None = None
     random_init: bool = False
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["fp32", "bf16"] = "fp32"
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     fused_log_probs: bool = True
@@ -134,33 +115,6 @@ class ParallelConfig(Section):
         return self.tensor if self.expert_tensor is None else self.expert_tensor
 
 
-class AlgorithmConfig(Section):
-    """The policy loss of SPEC section 1; clips default to each paper's own values."""
-
-    name: Literal["gspo", "gspo_token", "grpo"] = "gspo"
-    clip_low: NonNegativeFloat | None = None
-    clip_high: NonNegativeFloat | None = None
-    allow_wide_clip: bool = False
-    old_log_probs: Literal["trainer", "rollout"] = "trainer"
-    mini_batches: PositiveInt = 4
-
-    @property
-    def clips(self) -> tuple[float, float]:
-        low, high = DEFAULT_CLIPS[self.name]
-        return (low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
-
-    @model_validator(mode="after")
-    def _narrow_clip(self) -> AlgorithmConfig:
-        low, high = self.clips
-        if self.name in SEQUENCE_LEVEL and max(low, high) >= WIDE_CLIP and not self.allow_wide_clip:
-            raise ValueError(
-                f"algorithm.clip_low={low:g} with algorithm.clip_high={high:g} switches clipping off for the sequence "
-                f"ratio of {self.name} (the paper uses 3e-4 and 4e-4); lower both below {WIDE_CLIP:g} "
-                "or set algorithm.allow_wide_clip=true"
-            )
-        return self
-
-
 class RolloutConfig(Section):
     """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each."""
 
@@ -185,7 +139,7 @@ class RewardConfig(Section):
 
 class TaskConfig(Section):
     name: str = "sort_letters"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     reward: RewardConfig = RewardConfig()
 
 
@@ -293,6 +247,25 @@ class Config(Section):
             raise ValueError(
                 "algorithm.old_log_probs=rollout leaves out the forward pass whose routes staleness is measured "
                 "against; set routing.record=false, or algorithm.old_log_probs=trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_can_differ(self) -> Config:
+        if self.stage == "rl" and self.algorithm.samples_dynamically and self.rollout.top_k == 1:
+            raise ValueError(
+                "algorithm.dynamic_sampling needs answers that differ, and rollout.top_k=1 gives every sample of a "
+                "prompt the same one; set rollout.top_k=0 or algorithm.dynamic_sampling=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlong_buffer_fits(self) -> Config:
+        limit = self.rollout.max_response_tokens
+        if self.stage == "rl" and self.algorithm.overlong_tokens(limit) > limit:
+            raise ValueError(
+                f"algorithm.overlong_buffer={self.algorithm.overlong_buffer} exceeds rollout.max_response_tokens="
+                f"{limit}; lower it to a fifth of that, or 0 for none"
             )
         return self
 

@@ -28,6 +28,7 @@ PHASES = {
     "rollout": "generation",
     "reward": "scoring answers",
     "old_log_probs": "the old policy's log-probs",
+    "reference": "the reference's log-probs",
     "training": "all mini-batches: forward, backward, optimizer",
     "evaluation": "held-out evaluation",
     "checkpoint": "writing the checkpoint",
@@ -38,8 +39,10 @@ METRICS = (
     MetricDoc("reward/std", "reward", "standard deviation over the step's rollouts"),
     MetricDoc("reward/failures", "rollouts", "rewards that raised and got `task.reward.failure_reward`"),
     MetricDoc("reward/timeouts", "rollouts", "rewards that ran past `task.reward.timeout_seconds`"),
-    MetricDoc("groups/count", "groups", "prompt groups of the step"),
-    MetricDoc("groups/degenerate", "groups", "groups whose rewards are all equal: no advantage, no gradient"),
+    MetricDoc("reward/overlong_penalty", "reward", "mean of what `algorithm.overlong_buffer` takes off"),
+    MetricDoc("groups/count", "groups", "prompt groups that the step learns from"),
+    MetricDoc("groups/drawn", "groups", "prompt groups sampled; reward and response figures are over all of them"),
+    MetricDoc("groups/degenerate", "groups", "sampled groups whose rewards are all equal: nothing to learn"),
     MetricDoc("response/length_mean", "tokens", "mean response length, stop token included"),
     MetricDoc("response/length_max", "tokens", "longest response"),
     MetricDoc("response/truncated", "fraction", "responses cut off by `rollout.max_response_tokens`"),
@@ -48,14 +51,18 @@ METRICS = (
     MetricDoc("eval/response_length", "tokens", "mean length of held-out answers"),
     MetricDoc("eval/truncated", "fraction", "held-out answers cut off by the length limit"),
     MetricDoc("loss/policy", "", "policy loss, mean over the step's mini-batches"),
-    MetricDoc("clip_fraction/sequence", "fraction", "sequences whose gradient the clip removes"),
-    MetricDoc("clip_fraction/token", "fraction", "response tokens whose gradient the clip removes"),
+    MetricDoc("loss/kl", "", "coefficient times the KL to the reference, averaged as the policy loss"),
+    MetricDoc("clip_fraction/sequence", "fraction", "sequences whose gradient the clip removes (cispo: bounds)"),
+    MetricDoc("clip_fraction/token", "fraction", "response tokens whose gradient the clip removes (cispo: bounds)"),
     *(
         MetricDoc(f"ratio/{level}_{figure}", "ratio", f"{words} of the {level} ratio, policy over old policy")
         for level in ("token", "sequence")
         for figure, words in FIGURES.items()
     ),
     MetricDoc("kl/old_k3", "nats", "k3 estimate of the KL from the old policy to the policy, a token"),
+    MetricDoc("kl/reference", "nats", "estimate of KL(policy, reference), a token"),
+    MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
+    MetricDoc("mismatch/weight_cut", "fraction", "tokens or sequences whose weight is truncated or masked"),
     MetricDoc("mismatch/k3", "nats", "k3 estimate of the KL between rollout engine and trainer, a token"),
     MetricDoc("mismatch/token_ratio_above_2", "fraction", "tokens with max(p/q, q/p) > 2, trainer and rollout engine"),
     *(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_moe.config.checks import check_files
+from gspo_moe.config.checks import check_files, check_reference
 from gspo_moe.config.layout import check_layout
 from gspo_moe.config.loading import read_yaml
 from gspo_moe.config.schema import Config
@@ -37,6 +37,7 @@ def make_plan(config: Config) -> Plan:
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is "
             f"{architecture.vocab_size}; give the tokenizer that the model was trained with (tokenizer.path)"
         )
+    check_reference(config, architecture)
     if config.stage == "sft":
         task.demonstration(task.prompt("sft", 0))
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())

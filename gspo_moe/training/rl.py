@@ -10,29 +10,29 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gspo_moe.algorithms import MismatchStatistics, degenerate_groups, group_advantages, mismatch
+from gspo_moe.algorithms import CorrectionStatistics, MismatchStatistics, mismatch
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
-from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.schedule import plan_microbatches, split_mini_batches
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
-from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.score import score
 from gspo_moe.routing import LoadSums, RouteSums
+from gspo_moe.training.collect import collect, rollouts
 from gspo_moe.training.session import Trainer
-from gspo_moe.training.step import MinibatchResult, train_minibatch
-from gspo_moe.types import Microbatch, Rollout, TrainingSample
+from gspo_moe.training.step import MinibatchResult, correction_of, train_minibatch
+from gspo_moe.types import Microbatch, TrainingSample
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """This rank's packs of one mini-batch, and how many sequences it has over all ranks."""
+    """This rank's packs of one mini-batch, and how many sequences and response tokens it has over all ranks."""
 
     packs: list[Microbatch]
     num_sequences: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,69 +48,30 @@ def rl_step(trainer: Trainer) -> StepResult:
     """Takes one RL step and moves `trainer.progress` on. Collective."""
     timers = trainer.session.timers
     with timers("step"):
-        answers = _collect(trainer)
-        advantages, figures = _advantages(trainer, answers)
+        collected = collect(trainer)
+        answers, advantages, figures = collected.answers, collected.advantages, dict(collected.metrics)
         minibatches = _minibatches(trainer, answers, advantages)
         with timers("old_log_probs"):
             old_log_probs, old_routes = _old_policy(trainer, minibatches)
+        reference_log_probs = _reference_policy(trainer, minibatches)
         with timers("training"):
-            results = _train(trainer, minibatches, old_log_probs)
+            results = _train(trainer, minibatches, old_log_probs, reference_log_probs)
         figures |= _policy_metrics(results)
         figures |= _routing_metrics(trainer, minibatches, old_routes, results)
         figures |= _load_metrics(trainer, results)
         if trainer.session.config.algorithm.old_log_probs == "trainer":
             figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
+            figures |= _correction_metrics(trainer, minibatches, old_log_probs)
         else:  # only the first mini-batch's own forward has seen the rollout's weights
             figures |= _mismatch_metrics(trainer, minibatches[:1], [results[0].log_probs])
     progress = trainer.progress
     trainer.progress = replace(
         progress,
         step=progress.step + 1,
-        prompt_position=progress.prompt_position + len(answers.groups),
+        prompt_position=collected.prompt_position,
         policy_version=progress.policy_version + len(minibatches),
     )
     return StepResult(figures | {"policy_version": trainer.progress.policy_version}, answers, advantages)
-
-
-def _collect(trainer: Trainer) -> Answers:
-    session, progress, config = trainer.session, trainer.progress, trainer.session.config
-    prompts = PromptSource(session.plan.task, "train", progress.prompt_position).take(config.rollout.prompts_per_step)
-    params = SamplingParams(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-        max_response_tokens=config.rollout.max_response_tokens,
-        stop_ids=session.stop_ids,
-        seed=f"{config.seed}/{progress.step}",
-    )
-    with session.timers("rollout"):
-        share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, progress.policy_version)
-    with session.timers("reward"):
-        return session.answerer.score(share)
-
-
-def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[str, float]]:
-    size = trainer.session.config.rollout.samples_per_prompt
-    rewards = torch.tensor([reward for group in answers.groups for reward in group.rewards], dtype=torch.float64)
-    lengths = torch.tensor([len(r.response_ids) for r in _rollouts(answers)], dtype=torch.float64)
-    metrics = {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std().item(),
-        "reward/failures": answers.failures,
-        "reward/timeouts": answers.timeouts,
-        "groups/count": len(answers.groups),
-        "groups/degenerate": degenerate_groups(rewards, size),
-        "response/length_mean": lengths.mean().item(),
-        "response/length_max": lengths.max().item(),
-        "response/truncated": sum(not r.finished for r in _rollouts(answers)) / lengths.numel(),
-        "rollout/tokens": lengths.sum().item(),
-        "throughput/tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in _rollouts(answers)),
-    }
-    return group_advantages(rewards, size).tolist(), metrics
-
-
-def _rollouts(answers: Answers) -> list[Rollout]:
-    return [rollout for group in answers.groups for rollout in group.group.rollouts]
 
 
 def _minibatches(trainer: Trainer, answers: Answers, advantages: Sequence[float]) -> list[Minibatch]:
@@ -122,14 +83,15 @@ def _minibatches(trainer: Trainer, answers: Answers, advantages: Sequence[float]
             advantage=advantage,
             rollout_log_probs=rollout.log_probs,
         )
-        for rollout, advantage in zip(_rollouts(answers), advantages, strict=True)
+        for rollout, advantage in zip(rollouts(answers), advantages, strict=True)
     ]
     minibatches = []
     for indices in split_mini_batches(
         len(answers.groups), config.rollout.samples_per_prompt, config.algorithm.mini_batches
     ):
-        packs = pack_share([samples[i] for i in indices], groups, config)
-        minibatches.append(Minibatch(packs, len(indices)))
+        chosen = [samples[i] for i in indices]
+        num_tokens = sum(sum(sample.response_mask[1:]) for sample in chosen)
+        minibatches.append(Minibatch(pack_share(chosen, groups, config), len(chosen), num_tokens))
     return minibatches
 
 
@@ -159,6 +121,16 @@ def _old_policy(
     return _by_minibatch(log_probs, minibatches), _by_minibatch(routes, minibatches)
 
 
+def _reference_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
+    """The reference's log-probs of each mini-batch's packs; none without a reference, only on the last stage."""
+    if trainer.reference is None:
+        return [[] for _ in minibatches]
+    packs = [pack for minibatch in minibatches for pack in minibatch.packs]
+    with trainer.session.timers("reference"):
+        log_probs = score(trainer.reference, packs, temperature=trainer.session.config.rollout.temperature)
+    return _by_minibatch(log_probs, minibatches)
+
+
 def _by_minibatch(values: Sequence[torch.Tensor], minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
     """Cuts one list over all packs back into mini-batches; an empty list gives empty ones."""
     rest = iter(values)
@@ -166,7 +138,10 @@ def _by_minibatch(values: Sequence[torch.Tensor], minibatches: Sequence[Minibatc
 
 
 def _train(
-    trainer: Trainer, minibatches: Sequence[Minibatch], old_log_probs: list[list[torch.Tensor]]
+    trainer: Trainer,
+    minibatches: Sequence[Minibatch],
+    old_log_probs: list[list[torch.Tensor]],
+    reference_log_probs: list[list[torch.Tensor]],
 ) -> list[MinibatchResult]:
     config = trainer.session.config
     return [
@@ -179,8 +154,11 @@ def _train(
             minibatch.num_sequences,
             config.rollout.temperature,
             trainer.recorder,
+            num_tokens=minibatch.num_tokens,
+            max_response_tokens=config.rollout.max_response_tokens,
+            reference_log_probs=reference,
         )
-        for minibatch, old in zip(minibatches, old_log_probs, strict=True)
+        for minibatch, old, reference in zip(minibatches, old_log_probs, reference_log_probs, strict=True)
     ]
 
 
@@ -254,4 +232,22 @@ def _mismatch_metrics(
     if statistics is not None:
         statistics = reduce_statistics(statistics, trainer.session.groups.data).cpu()
     reduced: MismatchStatistics = from_last_stage(statistics, trainer.session.groups)
+    return reduced.to_metrics()
+
+
+def _correction_metrics(
+    trainer: Trainer, minibatches: Sequence[Minibatch], log_probs: list[list[torch.Tensor]]
+) -> dict[str, float]:
+    """The weights that training puts on tokens or sequences against that mismatch."""
+    algorithm, groups = trainer.session.config.algorithm, trainer.session.groups
+    if algorithm.mismatch.correction == "none":
+        return {}
+    statistics: CorrectionStatistics | None = None
+    for minibatch, scored in zip(minibatches, log_probs, strict=True):
+        for one, log_probs_T in zip(minibatch.packs, scored, strict=False):
+            _, found = correction_of(one, log_probs_T, algorithm.mismatch)
+            statistics = found if statistics is None else statistics.merge(found)
+    if statistics is not None:
+        statistics = reduce_statistics(statistics, groups.data).cpu()
+    reduced: CorrectionStatistics = from_last_stage(statistics, groups)
     return reduced.to_metrics()

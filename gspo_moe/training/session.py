@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
-from gspo_moe.config.schema import Config
+from gspo_moe.config.schema import Config, RoutingConfig
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
@@ -98,16 +98,40 @@ def load_initial_weights(config: Config, model: Model) -> None:
 
 @dataclass
 class Trainer:
-    """A session under training. `progress` is where it stands; `recorder` is None when routing.record is off."""
+    """A session under training. `progress` is where it stands; `recorder` is None when routing.record is off.
+
+    reference: the frozen policy of a KL penalty, None without one.
+    """
 
     session: Session
     optimizer: Optimizer
     recorder: RouteRecorder | None
     progress: Progress
+    reference: Model | None = None
 
     @property
     def checkpoints(self) -> Path:
         return self.session.run_path / "checkpoints"
+
+
+def open_reference(session: Session) -> Model:
+    """A second model, sharded as the policy is, without gradients or optimizer: `algorithm.kl.reference`, or the run's
+    first weights, which are read from where the run read them, so that a resumed run has the same ones. Collective.
+
+    Takes as much memory on each rank as the policy's own weights there in `model.dtype`.
+    """
+    # No routing options: they count or steer the policy's routers.
+    routing = RoutingConfig(record=False, router_dtype=session.config.routing.router_dtype)
+    config = session.config.model_copy(update={"routing": routing})
+    model = build_model(config, session.plan.architecture, session.groups)
+    folder = config.algorithm.kl.reference
+    if folder is not None:
+        load_weights(model, SafetensorsSource(Path(folder)))
+    else:
+        load_initial_weights(config, model)
+    for chunk in model.chunks:
+        chunk.requires_grad_(False)
+    return model
 
 
 def open_trainer(session: Session) -> Trainer:
@@ -118,7 +142,8 @@ def open_trainer(session: Session) -> Trainer:
     if config.stage == "rl" and config.routing.record:
         recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups)
     optimizer = Optimizer(config, session.model, updates)
-    trainer = Trainer(session, optimizer, recorder, Progress())
+    reference = open_reference(session) if config.stage == "rl" and config.algorithm.kl.coeff else None
+    trainer = Trainer(session, optimizer, recorder, Progress(), reference)
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:
         trainer.progress = load_checkpoint(newest, session.model, optimizer)

@@ -7,15 +7,16 @@ token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from gspo_moe.algorithms import PolicyStatistics, policy_loss
+from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
 from gspo_moe.algorithms.ratios import whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
-from gspo_moe.config.schema import AlgorithmConfig
+from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
+from gspo_moe.config.clips import TOKEN_MEAN
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
@@ -45,11 +46,18 @@ def train_minibatch(
     num_sequences: int,
     temperature: float,
     recorder: RouteRecorder | None,
+    *,
+    num_tokens: int | None = None,
+    max_response_tokens: int | None = None,
+    reference_log_probs: Sequence[torch.Tensor] = (),
 ) -> MinibatchResult:
     """Takes one step on the mini-batch whose packs on this rank are `microbatches`.
 
-    old_log_probs: [T] a pack, needed on the last stage only. num_sequences: of the mini-batch over all ranks.
+    old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
+    num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
+    losses that average over them, and max_response_tokens for dr_grpo.
     """
+    assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
     clip_low, clip_high = algorithm.clips
     log_probs: list[torch.Tensor] = []
     sum_over_context = sum_over(model.groups.context) if model.groups.layout.context > 1 else whole_sequences
@@ -58,6 +66,14 @@ def train_minibatch(
         pack = microbatches[index]
         log_probs_C = token_log_probs(model, output_CX, split.local(pack.target_ids_T), temperature).log_probs
         log_probs.append(split.whole(log_probs_C.detach()))
+        correction = None
+        if algorithm.mismatch.correction != "none":
+            correction, _ = correction_of(pack, old_log_probs[index], algorithm.mismatch)
+            if correction.level == "token":
+                correction = replace(correction, weights=split.local(correction.weights))
+        kl = None
+        if reference_log_probs:
+            kl = KLPenalty(split.local(reference_log_probs[index]), algorithm.kl.coeff, algorithm.kl.estimator)
         result = policy_loss(
             algorithm.name,
             log_probs_C,
@@ -69,12 +85,31 @@ def train_minibatch(
             clip_high=clip_high,
             allow_wide_clip=algorithm.allow_wide_clip,
             num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            max_response_tokens=max_response_tokens,
+            correction=correction,
+            kl=kl,
             sum_over_context=sum_over_context,
         )
         return result.loss, result.sums
 
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder)
     return MinibatchResult(statistics, update, log_probs, routes)
+
+
+def correction_of(
+    pack: Microbatch, log_probs: torch.Tensor, config: MismatchConfig
+) -> tuple[Correction, CorrectionStatistics]:
+    """The configured weights of a pack; log_probs: the trainer's [T] at the weights that the engine sampled with."""
+    return correct(
+        config.correction,
+        config.level,
+        config.bounds,
+        log_probs,
+        pack.rollout_log_probs_T,
+        pack.cu_seqlens,
+        pack.response_mask_T,
+    )
 
 
 class SupervisedStatistics(Statistics):

@@ -9,18 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_moe.algorithms import mismatch, policy_loss
+from gspo_moe.algorithms import KLPenalty, correct, mismatch, policy_loss
 from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.config.clips import DEFAULT_CLIPS as CLIPS
+from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.errors import DataError
 from gspo_moe.parallel.context import ContextSplit, split_context, sum_over
 from gspo_moe.routing import RouteSums, overlap_TL
 from tests.launch import launch
 
-CLIPS = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
 # Several are shorter than the 8 chunks of 4 ranks; of the second pack most ranks hold no token.
 # In the third one rank of two holds as many tokens as there are sequences, all of them of one.
 PACKS = ((13, 1, 8, 3, 16, 5, 40), (1,), (4, 1))
-BY_TOKEN = ("log_probs", "old_log_probs", "response_mask")
+BY_TOKEN = ("log_probs", "old_log_probs", "response_mask", "router_shift", "reference", "engine")
 
 
 def drawn(algorithm: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -35,19 +36,35 @@ def drawn(algorithm: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     old = -normal(total).abs()
     shift = normal(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return {
-        "log_probs": old + 1.5 * CLIPS[algorithm][1] * (normal(total) + shift),
+        "log_probs": old + min(1.5 * CLIPS[algorithm][1], 1.0) * (normal(total) + shift),
         "old_log_probs": old,
         "advantages": normal(len(lengths)),
         "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0)]),
         "response_mask": torch.cat(masks),
+        "router_shift": 1.0 - 0.4 * torch.rand(total, generator=generator, dtype=torch.float64),
+        "reference": old + 0.1 * normal(total),
+        "engine": old + 0.1 * normal(total),
     }
 
 
 def loss_and_gradient(algorithm: str, pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, torch.Tensor]:
+    """With a correction and a reference; `num_tokens` and `max_response_tokens` stand for those of a mini-batch."""
     low, high = CLIPS[algorithm]
     log_probs = pack["log_probs"].clone().requires_grad_()
-    arguments: dict[str, Any] = {**pack, "log_probs": log_probs, "clip_low": low, "clip_high": high, **more}
-    result = policy_loss(algorithm, **arguments)
+    given = {name: value for name, value in pack.items() if name not in ("reference", "engine")}
+    over = {name: value for name, value in more.items() if name == "sum_over_context"}
+    level = "sequence" if algorithm in WHOLE_SEQUENCES else "token"
+    scored = (pack["old_log_probs"], pack["engine"], pack["cu_seqlens"], pack["response_mask"])
+    correction, _ = correct("mask", level, (0.95, 1.1), *scored, **over)
+    arguments: dict[str, Any] = {**given, "log_probs": log_probs, "clip_low": low, "clip_high": high, **more}
+    result = policy_loss(
+        algorithm,
+        **arguments,
+        num_tokens=200.0,
+        max_response_tokens=30,
+        correction=correction,
+        kl=KLPenalty(pack["reference"], 0.1, "k3"),
+    )
     (gradient,) = torch.autograd.grad(result.loss, log_probs)
     return result, gradient
 
@@ -90,6 +107,12 @@ def check_mismatch(group: dist.ProcessGroup) -> None:
     names = ("log_probs", "old_log_probs", "cu_seqlens", "response_mask")
     split = mismatch(*(part[name] for name in names), sum_over_context=sum_over(group))
     same(split, mismatch(*(pack[name] for name in names)), group)
+    for level in ("token", "sequence"):
+        _, whole = correct("mask", level, (0.9, 1.05), *(pack[name] for name in names))
+        _, split_weights = correct(
+            "mask", level, (0.9, 1.05), *(part[name] for name in names), sum_over_context=sum_over(group)
+        )
+        same(split_weights, whole, group)
 
 
 def check_routing(group: dist.ProcessGroup) -> None:

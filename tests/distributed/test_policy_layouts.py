@@ -14,8 +14,8 @@ import torch.distributed as dist
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.data.packing import pack
-from gspo_moe.model.build import Model
-from gspo_moe.model.weights import RandomSource
+from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.weights import RandomSource, load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
 from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
@@ -46,8 +46,16 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
 }
 SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": sampling()}
 CHECKPOINT = "step_00000001"
+TOLERANCE = {"routes": 0.0, "log_probs": 1e-5, "after": 2e-5}  # an optimizer step between the last two
 DONE = Progress(step=1, prompt_position=14, policy_version=1)
-GSPO = AlgorithmConfig(clip_low=5e-3, clip_high=5e-3)
+GSPO = AlgorithmConfig.model_validate(
+    {
+        "clip_low": 5e-3,
+        "clip_high": 5e-3,
+        "kl": {"coeff": 0.01, "estimator": "k2"},
+        "mismatch": {"correction": "tis", "level": "sequence", "high": 1.001},
+    }
+)
 Named = dict[tuple[str, int], Any]
 
 
@@ -92,7 +100,19 @@ def by_sample(values: Sequence[torch.Tensor], mine: Sequence[Microbatch]) -> dic
     return found
 
 
-def observe(model: Model, optimizer: Optimizer, samples: Sequence[TrainingSample], old: dict[int, torch.Tensor]) -> Any:
+def reference_model(groups: Groups, parallel: dict[str, Any]) -> Model:
+    model = build_model(config(**parallel), SIZES, groups)
+    load_weights(model, RandomSource(SIZES, seed=5))
+    return model
+
+
+def observe(
+    model: Model,
+    optimizer: Optimizer,
+    samples: Sequence[TrainingSample],
+    old: dict[int, torch.Tensor],
+    parallel: dict[str, Any],
+) -> Any:
     """Log-probs, routes, one step's figures, and log-probs behind it. Log-probs on the last stage only."""
     mine = packs(model.groups, samples)
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
@@ -100,7 +120,10 @@ def observe(model: Model, optimizer: Optimizer, samples: Sequence[TrainingSample
     routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in recorder.take()]
     old = old or {index: value + 0.01 * (-1) ** (index // 2) for index, value in log_probs.items()}
     olds = [torch.cat([old[index] for index in one.sample_indices]) for one in mine]
-    result = train_minibatch(model, optimizer, mine, olds, GSPO, len(samples), 1.0, recorder)
+    reference = score(reference_model(model.groups, parallel), mine)
+    result = train_minibatch(
+        model, optimizer, mine, olds, GSPO, len(samples), 1.0, recorder, reference_log_probs=reference
+    )
     trained_routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in result.routes]
     assert all(torch.equal(a, b) for a, b in zip(routes, trained_routes, strict=True))
     return {
@@ -123,7 +146,7 @@ def one_process() -> dict[str, Any]:
         ][:12]
         # Under sequence parallelism one position is less than a tensor rank's share of the padded pack.
         samples += [TrainingSample((token, 7), (0, 1), advantage=0.5) for token in (3, 44)]
-        return {"rollouts": rollouts, "samples": samples, **observe(model, optimizer, samples, {})}
+        return {"rollouts": rollouts, "samples": samples, **observe(model, optimizer, samples, {}, {})}
 
 
 def check_layouts(world_size: int, folder: Path) -> None:
@@ -131,17 +154,19 @@ def check_layouts(world_size: int, folder: Path) -> None:
     for number, parallel in enumerate(LAYOUTS[world_size]):
         with trained(config(**parallel), layout(world_size, **parallel), SIZES) as (model, optimizer):
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
-            found = observe(model, optimizer, expected["samples"], expected["old"])
+            found = observe(model, optimizer, expected["samples"], expected["old"], parallel)
             same_numbers(model.groups, found, expected, parallel)
             save_checkpoint(folder / str(number), model, optimizer, DONE, keep=1)
-            second = observe(model, optimizer, expected["samples"], expected["old"])["metrics"]
+            second = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
         other = RandomSource(SIZES, seed=9)
         with trained(config(**parallel), layout(world_size, **parallel), SIZES, other) as (model, optimizer):
             assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
-            assert observe(model, optimizer, expected["samples"], expected["old"])["metrics"] == second, parallel
+            assert observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"] == second, (
+                parallel
+            )
             if number:
                 load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
-                again = observe(model, optimizer, expected["samples"], expected["old"])["metrics"]
+                again = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
                 assert again == pytest.approx(second, rel=1e-5, abs=1e-6), parallel
 
 
@@ -160,9 +185,8 @@ def same_numbers(groups: Groups, found: Any, expected: Any, parallel: dict[str, 
         values = {index: value for part in parts for index, value in part.items()}
         assert values.keys() == expected[name].keys()
         for index, value in values.items():
-            exact = name == "routes"
             error = (value - expected[name][index]).abs().max().item()
-            assert error <= (0 if exact else 1e-5), (parallel, name, index)
+            assert error <= TOLERANCE[name], (parallel, name, index, error)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-6), parallel
 
 

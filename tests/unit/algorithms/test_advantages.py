@@ -22,6 +22,11 @@ def test_golden_vectors(case: dict[str, Any]) -> None:
     assert degenerate_groups(rewards, size) == sum(constant) > 0
 
 
+def test_unscaled_advantages_are_rewards_less_their_groups_mean() -> None:
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 0.5, 0.1, 0.1, 0.1]).double(), 3, scale=False)
+    assert advantages.tolist() == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("reward", [0.1, 1e8 + 1 / 3, -7.7])
 def test_equal_rewards_give_exactly_zero(reward: float) -> None:
     rewards = torch.full((7,), reward, dtype=torch.float64)

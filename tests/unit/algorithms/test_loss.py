@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import PolicyLoss, PolicyStatistics, policy_loss
+from gspo_moe.algorithms import Correction, PolicyLoss, PolicyStatistics, policy_loss
+from gspo_moe.config.clips import DEFAULT_CLIPS as CLIPS
 from gspo_moe.errors import ConfigError, DataError
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "policy_loss.json").read_text())
-CLIPS = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
+FIRST = ("gspo", "gspo_token", "grpo")
 LENGTHS = (3, 7, 1, 12, 5)
+LONGEST = 15
 
 
 def float64(values: Sequence[float]) -> torch.Tensor:
@@ -33,11 +35,12 @@ def random_pack(algorithm: str) -> dict[str, torch.Tensor]:
     noise = torch.randn(sum(LENGTHS), generator=generator, dtype=torch.float64)
     shift = torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64).repeat_interleave(cu_seqlens.diff())
     return {
-        "log_probs": old + 1.5 * CLIPS[algorithm][1] * (noise + shift),
+        "log_probs": old + min(1.5 * CLIPS[algorithm][1], 1.0) * (noise + shift),
         "old_log_probs": old,
         "advantages": torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64),
         "cu_seqlens": cu_seqlens,
         "response_mask": mask,
+        "router_shift": 1.0 - 0.4 * torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64),
     }
 
 
@@ -46,7 +49,7 @@ def part_of(pack: dict[str, torch.Tensor], sequences: Sequence[int]) -> tuple[di
     bounds = pack["cu_seqlens"].tolist()
     tokens = torch.cat([torch.arange(bounds[i], bounds[i + 1]) for i in sequences])
     lengths = [bounds[i + 1] - bounds[i] for i in sequences]
-    part = {name: pack[name][tokens] for name in ("log_probs", "old_log_probs", "response_mask")}
+    part = {name: pack[name][tokens] for name in ("log_probs", "old_log_probs", "response_mask", "router_shift")}
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
     return {**part, "advantages": pack["advantages"][list(sequences)], "cu_seqlens": cu_seqlens}, tokens
 
@@ -55,7 +58,8 @@ def run(algorithm: str, pack: dict[str, torch.Tensor], **options: Any) -> tuple[
     """The result and the gradient to log_probs."""
     low, high = CLIPS[algorithm]
     log_probs = pack["log_probs"].clone().requires_grad_()
-    arguments: dict[str, Any] = {"clip_low": low, "clip_high": high, **pack, "log_probs": log_probs, **options}
+    defaults = {"clip_low": low, "clip_high": high, "max_response_tokens": LONGEST}
+    arguments: dict[str, Any] = {**defaults, **pack, "log_probs": log_probs, **options}
     result = policy_loss(algorithm, **arguments)
     (gradient,) = torch.autograd.grad(result.loss, log_probs)
     return result, gradient
@@ -89,7 +93,9 @@ def test_any_split_of_a_mini_batch_gives_its_loss_gradient_and_statistics(
     loss, gradient, parts = 0.0, torch.zeros_like(whole_gradient), list[PolicyStatistics]()
     for sequences in split:
         part, tokens = part_of(pack, sequences)
-        result, part_gradient = run(algorithm, part, num_sequences=len(LENGTHS))
+        result, part_gradient = run(
+            algorithm, part, num_sequences=len(LENGTHS), num_tokens=pack["response_mask"].sum().item()
+        )
         loss += result.loss.item()
         gradient[tokens] = part_gradient
         parts.append(result.sums)
@@ -98,7 +104,7 @@ def test_any_split_of_a_mini_batch_gives_its_loss_gradient_and_statistics(
     assert reduce(PolicyStatistics.merge, parts).to_metrics() == pytest.approx(whole.metrics, rel=1e-9)
 
 
-@pytest.mark.parametrize("algorithm", CLIPS)
+@pytest.mark.parametrize("algorithm", FIRST)
 def test_equal_policies_give_ratio_one_and_the_policy_gradient(algorithm: str) -> None:
     pack = random_pack(algorithm)
     result, gradient = run(algorithm, {**pack, "log_probs": pack["old_log_probs"]})
@@ -166,6 +172,7 @@ def test_values_off_the_response_have_no_effect(algorithm: str) -> None:
     off = pack["response_mask"] == 0
     noisy = {**pack, "log_probs": pack["log_probs"].masked_fill(off, torch.nan)}
     noisy["old_log_probs"] = pack["old_log_probs"].masked_fill(off, -torch.inf)
+    noisy["router_shift"] = pack["router_shift"].masked_fill(off, torch.nan)
     result, gradient = run(algorithm, noisy)
     assert result.metrics == expected.metrics
     assert torch.equal(gradient, expected_gradient)
@@ -215,6 +222,16 @@ def test_wide_clips_are_refused_unless_allowed(algorithm: str, clips: tuple[floa
             r"\[N\] = \[3\] or \[T\] = \[7\], got \[4\]",
         ),
         ({"num_sequences": 2}, DataError, "less than the 3 sequences"),
+        ({"algorithm": "gmpo", "clip_low": 1.0, "clip_high": 0.4}, ConfigError, "clip_low below 1"),
+        ({"algorithm": "grpo"}, ConfigError, "made for a sequence ratio"),
+        ({"algorithm": "dr_grpo", "clip_low": 0.2}, ConfigError, "pass the length limit"),
+        ({"algorithm": "rspo", "clip_low": 0.2}, ConfigError, "router_shift"),
+        (
+            {"algorithm": "rspo", "clip_low": 0.2, "router_shift": torch.ones(3)},
+            DataError,
+            r"\[3\] values for a pack of \[7\]",
+        ),
+        ({"correction": Correction("token", torch.ones(7))}, ConfigError, "no place for token weights"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

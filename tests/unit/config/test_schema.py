@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
 from gspo_moe.config import ConfigError, load_config
 
 
 @pytest.mark.parametrize(
-    ("name", "clips"), [("gspo", (3e-4, 4e-4)), ("gspo_token", (3e-4, 4e-4)), ("grpo", (0.2, 0.27))]
+    ("name", "clips"),
+    [
+        ("gspo", (3e-4, 4e-4)),
+        ("gspo_token", (3e-4, 4e-4)),
+        ("grpo", (0.2, 0.27)),
+        ("dr_grpo", (0.2, 0.2)),
+        ("dapo", (0.2, 0.28)),
+        ("cispo", (1.0, 4.0)),
+        ("gmpo", (1 - math.exp(-0.4), math.exp(0.4) - 1)),
+    ],
 )
 def test_clips_default_to_each_papers_own(name: str, clips: tuple[float, float]) -> None:
     assert load_config(None, [f"algorithm.name={name}"]).algorithm.clips == clips
@@ -20,6 +32,53 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
         load_config(None, wide)
     assert 0.01 in load_config(None, [*wide, "algorithm.allow_wide_clip=true"]).algorithm.clips
     assert load_config(None, [f"algorithm.name={name}", f"algorithm.{clip}=0.0099"]).algorithm.name == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["name=grpo", "clip_low=3e-4", "clip_high=4e-4"], "made for a sequence ratio"),
+        (["name=gmpo", "clip_low=1.0"], "clip_low below 1 (the default is 0.33 and 0.492)"),
+        (["name=cispo", "clip_low=1.5"], "at most 1, which is no lower bound"),
+        (["name=rspo"], "use algorithm.name=gmpo"),
+        (["mismatch.correction=tis"], "no place for token weights"),
+        (["name=grpo", "mismatch.correction=tis", "old_log_probs=rollout"], "count the engine's log-probs twice"),
+        (["mismatch={correction: tis, level: sequence}"], "set algorithm.mismatch.high a little above"),
+        (["mismatch={correction: tis, low: 0.5}"], "tis has no lower bound"),
+        (["mismatch={correction: mask, low: 1.5}"], "set low below 1 and high above 1"),
+        (["mismatch.high=3.0"], "set algorithm.mismatch.correction to tis or mask"),
+        (["kl.reference=model"], "raise coeff"),
+        (["overlong_buffer=40"], "exceeds rollout.max_response_tokens=32"),
+    ],
+)
+def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, [f"algorithm.{override}" for override in overrides])
+
+
+def test_dynamic_sampling_needs_answers_that_differ() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.top_k=0"):
+        load_config(None, ["algorithm.name=dapo", "rollout.top_k=1"])
+    assert not load_config(None, ["algorithm.name=dapo", "algorithm.dynamic_sampling=false"]).algorithm.dynamic_sampling
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        ("{correction: tis}", (0.0, 2.0)),
+        ("{correction: mask}", (0.5, 5.0)),
+        ("{correction: mask, level: sequence, low: 0.99, high: 1.01}", (0.99, 1.01)),
+    ],
+)
+def test_bounds_of_mismatch_weights(given: str, bounds: tuple[float, float]) -> None:
+    assert load_config(None, ["algorithm.name=grpo", f"algorithm.mismatch={given}"]).algorithm.mismatch.bounds == bounds
+
+
+def test_overlong_buffer_is_dapos_own() -> None:
+    assert [load_config(None, [f"algorithm.name={n}"]).algorithm.overlong_tokens(20480) for n in ("dapo", "grpo")] == [
+        4096,
+        0,
+    ]
 
 
 def test_mini_batches_need_not_divide_for_supervised_training() -> None:

@@ -1,12 +1,14 @@
 """One optimizer step in one process: against transformers and float64 formulas, and under every split into packs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
@@ -20,8 +22,8 @@ from tests.qwen3 import layout, random_sequences, reference_model
 LENGTHS = (9, 14, 5, 11, 21, 3, 8, 12)
 TEMPERATURE = 0.8
 # How far the old policy lies from the new one, so that some tokens or sequences are clipped and some are not.
-NOISE = {"gspo": 2e-3, "gspo_token": 2e-3, "grpo": 0.25}
-ALGORITHMS = tuple(NOISE)
+NOISE = {"gspo": 2e-3, "gspo_token": 2e-3, "grpo": 0.25, "dr_grpo": 0.25, "dapo": 0.25, "cispo": 1.5, "gmpo": 0.4}
+ALGORITHMS = ("gspo", "gspo_token", "grpo")
 
 
 def samples() -> list[TrainingSample]:
@@ -66,10 +68,13 @@ def step(
         optimizer,
         packs,
         split(old, packs),
-        AlgorithmConfig(name=algorithm),
+        more.get("config") or AlgorithmConfig(name=algorithm),
         num_sequences=len(LENGTHS),
         temperature=TEMPERATURE,
         recorder=more.get("recorder"),
+        num_tokens=sum(sum(sample.response_mask) for sample in samples()),
+        max_response_tokens=max(LENGTHS),
+        reference_log_probs=split(more["reference"], packs) if "reference" in more else (),
     )
 
 
@@ -78,14 +83,26 @@ def like_gradient_descent(**optimizer: Any) -> Config:
     return Config.model_validate({"optimizer": {"lr": 1.0, "eps": 1.0, "clip_grad": 1.0, **optimizer}})
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def with_everything(algorithm: str) -> AlgorithmConfig:
+    """With a KL penalty and a mismatch correction that leaves out some of the tokens or sequences."""
+    correction: dict[str, Any] = {"correction": "mask", "level": "sequence", "low": 0.5, "high": 1.2}
+    if algorithm not in WHOLE_SEQUENCES:
+        correction["level"] = "token"
+    return AlgorithmConfig.model_validate({"name": algorithm, "mismatch": correction, "kl": {"coeff": 0.04}})
+
+
+@pytest.mark.parametrize("algorithm", NOISE)
 def test_statistics_gradient_and_update_do_not_depend_on_the_split_into_packs(algorithm: str) -> None:
     outcomes = []
     for per_pack in (len(LENGTHS), 3, 1):
         with trained(like_gradient_descent(), layout()) as (model, optimizer):
             old = old_policy(model, algorithm)
             before = {name: value.clone() for name, value in model.chunks[0].named_parameters()}
-            result = step(model, optimizer, packs_of(samples(), per_pack), old, algorithm)
+            packs = packs_of(samples(), per_pack)
+            engine = split([log_probs + 0.4 * (-1) ** (i // 2) for i, log_probs in enumerate(old)], packs)
+            packs = [replace(pack, rollout_log_probs_T=engine_T) for pack, engine_T in zip(packs, engine, strict=True)]
+            more = {"config": with_everything(algorithm), "reference": [log_probs + 0.1 for log_probs in old]}
+            result = step(model, optimizer, packs, old, algorithm, **more)
             change = torch.cat([(p - before[n]).detach().flatten() for n, p in model.chunks[0].named_parameters()])
         outcomes.append((result.statistics.to_metrics(), result.update, change))
     metrics, update, change = outcomes[0]

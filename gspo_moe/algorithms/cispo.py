@@ -1,0 +1,17 @@
+"""Clipped IS-weight Policy Optimization, arXiv 2506.13585. Shape letters: T tokens of a pack, N sequences of it."""
+
+from __future__ import annotations
+
+from gspo_moe.algorithms.ratios import LossInputs, Objective
+
+
+def cispo(inputs: LossInputs) -> Objective:
+    """J = 1 / sum_i |y_i| sum_i sum_t sg[clip(w_it)] A_i log pi(y_it) with w_it = exp(d_it), equations 4 and 5.
+
+    No token loses its gradient: the weight is bounded and held constant. Tokens whose weight the bounds cut count as
+    clipped, whatever the sign of their advantage.
+    """
+    ratio_T = inputs.log_ratio_T.detach().exp()
+    weight_T = ratio_T.clamp(1.0 - inputs.clip_low, 1.0 + inputs.clip_high)
+    value_T = weight_T * inputs.advantages_T * inputs.log_probs_T
+    return Objective(inputs.token_mean(value_T), inputs.segments.sum((weight_T != ratio_T).double()))

@@ -1,0 +1,46 @@
+"""KL to a reference policy, estimated on the sampled tokens (J. Schulman, "Approximating KL divergence").
+
+With r = log pi(y) - log pi_ref(y) on tokens y that pi sampled, the estimates are k1 = r, k2 = r^2 / 2 and
+k3 = exp(-r) - 1 + r. k1 and k3 have the KL as their mean. As losses (2510.01555):
+
+| estimate | its gradient | on average |
+|---|---|---|
+| k1 | grad log pi | zero: no penalty, only noise, so `k1` here takes k2's gradient instead |
+| k2 | r grad log pi | the gradient of KL(pi, pi_ref) |
+| k3 | (1 - pi_ref/pi) grad log pi | the gradient of KL(pi_ref, pi); equal to k2's near r = 0, bounded for r > 0 |
+
+Shape letters: T tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gspo_moe.algorithms.ratios import k3
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """coeff times the KL to a reference. reference_log_probs: floats [T] in nats. estimator: k1, k2 or k3."""
+
+    reference_log_probs: torch.Tensor
+    coeff: float
+    estimator: str
+
+    def estimate(self, log_ratio_T: torch.Tensor) -> torch.Tensor:
+        """The estimate [T] with the gradient of the table above; log_ratio_T: r, with gradient."""
+        return ESTIMATORS[self.estimator](log_ratio_T)
+
+
+def _k1(log_ratio: torch.Tensor) -> torch.Tensor:
+    squared = _k2(log_ratio)
+    return squared + (log_ratio - squared).detach()
+
+
+def _k2(log_ratio: torch.Tensor) -> torch.Tensor:
+    return 0.5 * log_ratio.square()
+
+
+ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": k3}
