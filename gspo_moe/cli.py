@@ -227,8 +227,12 @@ def _bank(options: argparse.Namespace) -> None:
     from gspo_moe.training.bank import make_bank
     from gspo_moe.training.plan import make_plan
 
-    make_bank(make_plan(config), Path(options.output))
+    if config.stage != "rl":
+        raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
+    count = make_bank(make_plan(config), Path(options.output))
     shut_down()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{options.output}: answers to {count} prompts")
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -116,7 +116,10 @@ class ParallelConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each."""
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each.
+
+    bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    """
 
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
@@ -247,6 +250,15 @@ class Config(Section):
             raise ValueError(
                 "algorithm.old_log_probs=rollout leaves out the forward pass whose routes staleness is measured "
                 "against; set routing.record=false, or algorithm.old_log_probs=trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bank_has_each_prompt(self) -> Config:
+        if self.stage == "rl" and self.algorithm.samples_dynamically and self.rollout.bank is not None:
+            raise ValueError(
+                f"rollout.bank={self.rollout.bank} has one batch of prompts a step, and algorithm.dynamic_sampling draws "
+                "more; set algorithm.dynamic_sampling=false"
             )
         return self
 

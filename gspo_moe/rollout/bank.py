@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,34 @@ from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
 
 FORMAT = "gspo_moe bank 1"
+# What must be the same where a bank is made and where it is used, keys of the config's `rollout`.
+SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_response_tokens")
 KEPT = ("uid", "sample_index", "finished", "policy_version", "text")
 
 
 @dataclass(frozen=True)
 class Bank:
-    """groups: in the order in which steps take them. sampling: the settings that the rollouts were made with."""
+    """groups: one a prompt. sampling: `SAMPLING` and vocab_size that they were made with."""
 
     groups: tuple[ScoredGroup, ...]
     sampling: dict[str, Any]
 
-    def take(self, start: int, count: int) -> Answers:
-        """`count` groups from the position `start`; there must be as many."""
-        assert start + count <= len(self.groups)
-        return Answers(self.groups[start : start + count], failures=0, timeouts=0, first_error=None)
+    @cached_property
+    def _by_uid(self) -> dict[str, ScoredGroup]:
+        return {group.group.prompt.uid: group for group in self.groups}
+
+    def answers(self, prompts: Sequence[Prompt]) -> Answers:
+        """The frozen answers to these prompts; raises DataError where the bank has none or they answer another text."""
+        found = []
+        for prompt in prompts:
+            group = self._by_uid.get(prompt.uid)
+            if group is None or group.group.prompt != prompt:
+                raise DataError(
+                    f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.text!r}; make one "
+                    "with `gspo-moe bank` from this config, its seed, task and schedule.steps"
+                )
+            found.append(group)
+        return Answers(tuple(found), failures=0, timeouts=0, first_error=None)
 
 
 def write_bank(path: Path, bank: Bank) -> None:
@@ -59,6 +74,7 @@ def write_bank(path: Path, bank: Bank) -> None:
         tensors["routes"] = torch.cat(routes).cpu()
     described = {
         "sampling": bank.sampling,
+        "has_routes": bool(routes),
         "groups": [{"prompt": asdict(g.group.prompt), "size": len(g.group.rollouts)} for g in bank.groups],
         "rollouts": [{key: getattr(rollout, key) for key in KEPT} for rollout in rollouts],
     }

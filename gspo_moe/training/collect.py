@@ -13,8 +13,8 @@ from gspo_moe.data.prompts import PromptSource
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.rollout.engine import SamplingParams
-from gspo_moe.training.session import Trainer
-from gspo_moe.types import Rollout
+from gspo_moe.training.session import Session, Trainer
+from gspo_moe.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,27 @@ def collect(trainer: Trainer) -> Collected:
 
 
 def _answer(trainer: Trainer, source: PromptSource) -> Answers:
-    """Answers to the next batch of prompts."""
-    session, progress, config = trainer.session, trainer.progress, trainer.session.config
+    """Answers to the next batch of prompts, the frozen ones of `rollout.bank` where there is one."""
+    session, progress = trainer.session, trainer.progress
+    prompts = source.take(session.config.rollout.prompts_per_step)
+    if session.bank is not None:
+        return session.bank.answers(prompts)
+    return sample(session, prompts, progress.step, progress.policy_version)
+
+
+def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_version: int) -> Answers:
+    """Every rank's answers of the policy as it is, with rewards. step: steps taken so far, a seed. Collective."""
+    config = session.config
     params = SamplingParams(
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         max_response_tokens=config.rollout.max_response_tokens,
         stop_ids=session.stop_ids,
-        seed=f"{config.seed}/{progress.step}",
+        seed=f"{config.seed}/{step}",
     )
-    prompts = source.take(config.rollout.prompts_per_step)
     with session.timers("rollout"):
-        share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, progress.policy_version)
+        share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, policy_version)
     with session.timers("reward"):
         return session.answerer.score(share)
 

@@ -107,7 +107,7 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
     timings = session.timers.take()
     metrics |= timings
     metrics["throughput/tokens_per_second"] = metrics["throughput/tokens"] / timings["timing/step_seconds"]
-    if "rollout/tokens" in metrics:
+    if "timing/rollout_seconds" in timings:  # not where rollouts come from a bank
         metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / timings["timing/rollout_seconds"]
     metrics["memory/peak_rss_gib"] = peak_rss_gib()
     if device().kind == "cuda":

@@ -18,6 +18,7 @@ from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, Answers
+from gspo_moe.rollout.bank import Bank, read_bank
 from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.protocol import Task
@@ -56,6 +57,11 @@ class Session:
     @property
     def run_path(self) -> Path:
         return self.plan.config.run_path
+
+    @cached_property
+    def bank(self) -> Bank | None:
+        """The frozen rollouts of `rollout.bank`, None where the policy makes its own."""
+        return None if self.config.rollout.bank is None else read_bank(self.config.rollout.bank)
 
     @cached_property
     def held_out(self) -> list[Prompt]:

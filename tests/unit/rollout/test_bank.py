@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gspo_moe.errors import DataError
+from gspo_moe.rollout.answers import ScoredGroup
+from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
+from gspo_moe.types import Prompt, Rollout, RolloutGroup
+
+
+def rollout(uid: str, index: int, response: int, *, routes: bool) -> Rollout:
+    generator = torch.Generator().manual_seed(10 * index + response)
+    return Rollout(
+        uid=uid,
+        sample_index=index,
+        prompt_ids=(7, 300, 5)[: index + 2],
+        response_ids=tuple(range(response)),
+        # Floats with all their digits, as float32 engines give them.
+        log_probs=tuple((-torch.rand(response, generator=generator)).tolist()),
+        finished=bool(index),
+        policy_version=4,
+        text=f"é {index}",
+        routes=torch.randint(320, (index + 1 + response, 3, 2), generator=generator).short() if routes else None,
+    )
+
+
+def bank(*, routes: bool) -> Bank:
+    groups = []
+    for number in range(3):
+        uid = f"train/{number}"
+        prompt = Prompt(uid, f"sort {number}:", "sort_letters", {"answer": number})
+        rollouts = tuple(rollout(uid, index, number + 2 * index + 1, routes=routes) for index in range(2))
+        groups.append(ScoredGroup(RolloutGroup(prompt, rollouts), (0.1 * number, 1.0)))
+    return Bank(tuple(groups), {"temperature": 1.0, "vocab_size": 400})
+
+
+@pytest.mark.parametrize("routes", [False, True])
+def test_everything_comes_back_as_it_was(routes: bool, tmp_path: Path) -> None:
+    made = bank(routes=routes)
+    write_bank(tmp_path / "sub" / "bank.safetensors", made)
+    found = read_bank(tmp_path / "sub" / "bank.safetensors")
+    assert found == made
+    assert describe_bank(tmp_path / "sub" / "bank.safetensors")["has_routes"] is routes
+    for ours, theirs in zip(made.groups, found.groups, strict=True):
+        for left, right in zip(ours.group.rollouts, theirs.group.rollouts, strict=True):
+            assert (left.routes is None) == (right.routes is None) == (not routes)
+            if left.routes is not None and right.routes is not None:
+                assert left.routes.dtype == right.routes.dtype
+                assert torch.equal(left.routes, right.routes)
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["bank.safetensors"]
+
+
+def test_answers_come_by_prompt() -> None:
+    made = bank(routes=False)
+    prompts = [made.groups[2].group.prompt, made.groups[0].group.prompt]
+    assert made.answers(prompts).groups == (made.groups[2], made.groups[0])
+    for other in (replace(prompts[0], uid="train/9"), replace(prompts[0], text="count 2:")):
+        with pytest.raises(DataError, match="no answers to train/.*its seed, task"):
+            made.answers([other])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bank.safetensors"
+    with pytest.raises(DataError, match="gspo-moe bank"):
+        describe_bank(file)
+    file.write_bytes(b"text")
+    with pytest.raises(DataError, match="cannot be read as a bank"):
+        describe_bank(file)
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(DataError, match="no bank of this version"):
+        read_bank(file)
