@@ -102,21 +102,21 @@
     const layers = panel.layers.map(Number);
     const tick = format(panel.unit);
     const traces = [{
-      type: "heatmap", x: panel.steps, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
-      hovertemplate: `layer %{y}, step %{x}: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+      type: "heatmap", x: panel.x, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
+      hovertemplate: `layer %{y}, ${panel.x_label} %{x}: <b>%{z:.4~g}</b><extra></extra>`,
     }];
     const more = {
       coloraxis: {
         cmin: 0, cmax: panel.top, colorscale: "Cividis",
         colorbar: { thickness: 10, outlinewidth: 0, tickformat: tick, nticks: 5, tickfont: { size: 11 }, xpad: 6 },
       },
-      xaxis: { title: { text: "step", font: { size: 12 }, standoff: 6 }, nticks: 6, showgrid: false },
+      xaxis: { title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 6, showgrid: false },
       yaxis: { title: { text: "layer", font: { size: 12 }, standoff: 2 }, dtick: Math.ceil(layers.length / 8), tick0: layers[0], showgrid: false, zeroline: false },
     };
     if (panel.floor_L) {
       traces.push({
         type: "heatmap", x: [0], y: layers, z: panel.floor_L.map((value) => [value]), coloraxis: "coloraxis", xaxis: "x2",
-        hovertemplate: `layer %{y}, noise floor: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+        hovertemplate: "layer %{y}, noise floor: <b>%{z:.4~g}</b><extra></extra>",
       });
       more.xaxis.domain = [0.1, 1];
       Object.assign(more.yaxis, { anchor: "free", position: 0 });
@@ -188,7 +188,7 @@
     const chosen = dotted ? [curves[at]] : curves;
     Plotly.Fx.hover(plot, chosen.map(([trace, number]) => ({ curveNumber: number, pointNumber: dotted ? 0 : Math.min(at, trace.x.length - 1) })));
     const place = dotted ? [] : [`${plot.dataset.axis} ${chosen[0][0].x[Math.min(at, chosen[0][0].x.length - 1)]}`];
-    document.getElementById("spoken").textContent = [...place, ...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent).join("; ");
+    document.getElementById("spoken").textContent = [...place, ...[...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent)].join("; ");
   }
 
   async function drawAll() {
