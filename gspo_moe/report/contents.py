@@ -9,7 +9,7 @@ from functools import partial
 from gspo_moe.report.collect import Arm, Collection
 from gspo_moe.report.figures import Figure, LinePanel
 from gspo_moe.report.outcomes import attribution_figure, outcome_figure
-from gspo_moe.report.routing import PAIRS, load_maps, volatility_figure, volatility_maps
+from gspo_moe.report.routing import PAIRS, expert_maps, load_maps, volatility_figure, volatility_maps
 from gspo_moe.report.series import bank_curve, each_arm, lacking, step_curve, unit_of
 
 
@@ -161,6 +161,7 @@ def contents(collection: Collection) -> Contents:
         attribution_figure(arms, absent),
         *(_curves(kind, arms, absent) for kind in LOAD),
         load_maps(arms),
+        expert_maps(arms),
         *(_curves(kind, arms, absent) for kind in MACHINE),
     ]
     bank = _bank(collection.bank)

@@ -42,20 +42,21 @@ class LinePanel:
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """One arm's values by layer and step, mean over seeds.
+    """One arm's values by layer and step (or expert, `x_label`), mean over seeds.
 
-    values_LS: float64, NaN where not measured. floor_L: the noise floor by layer, None where it was not measured.
+    x: what S counts. values_LS: float64, NaN where not measured. floor_L: the noise floor by layer, None without one.
     top: the largest value of the colour scale, common to all panels of a figure.
     """
 
     arm: str
     title: str
     unit: str
-    steps: np.ndarray
+    x: np.ndarray
     layers: tuple[str, ...]
     values_LS: np.ndarray
     floor_L: np.ndarray | None
     top: float
+    x_label: str = "step"
 
 
 @dataclass(frozen=True)

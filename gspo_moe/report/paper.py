@@ -141,7 +141,7 @@ def _heat(drawing: Drawing, axes: Axes, panel: HeatPanel) -> None:
     rows = np.arange(len(panel.layers))
     scale: dict[str, Any] = {"cmap": "cividis", "vmin": 0.0, "vmax": panel.top, "rasterized": True}
     axes.grid(visible=False)
-    mesh = axes.pcolormesh(panel.steps, rows, panel.values_LS, **scale)
+    mesh = axes.pcolormesh(panel.x, rows, panel.values_LS, **scale)
     outermost = axes
     if panel.floor_L is not None:
         outermost = axes.inset_axes((-0.07, 0.0, 0.05, 1.0))
@@ -153,7 +153,7 @@ def _heat(drawing: Drawing, axes: Axes, panel: HeatPanel) -> None:
     every = -(-len(rows) // 8)
     outermost.set_yticks(rows[::every], panel.layers[::every])
     outermost.set_ylabel("layer")
-    axes.set_xlabel("step")
+    axes.set_xlabel(panel.x_label)
     drawing.colorbar(mesh, ax=axes, label=panel.unit)
 
 

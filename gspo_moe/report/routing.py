@@ -10,7 +10,7 @@ import numpy as np
 
 from gspo_moe.report.collect import Arm
 from gspo_moe.report.figures import Curve, Figure, HeatPanel, LinePanel
-from gspo_moe.report.series import count_curve, each_arm, heat, lacking, mean_of_finite, step_curve
+from gspo_moe.report.series import count_curve, each_arm, expert_load, heat, lacking, mean_of_finite, step_curve
 
 PAIRS = {
     "staleness": "policy in training against the policy that sampled",
@@ -106,6 +106,28 @@ def load_maps(arms: Sequence[Arm]) -> Figure | None:
         "Expert load by layer and step",
         "How far the busiest expert's tokens exceed the mean; mean over seeds, one colour scale for all panels.",
         floor=lambda arm, depth: None,
+    )
+
+
+def expert_maps(arms: Sequence[Arm]) -> Figure | None:
+    """Each expert's tokens by layer, a map for each arm."""
+    loads = {arm.name: load for arm in arms if (load := expert_load(arm)) is not None}
+    if not loads:
+        return None
+    top = max(float(load.max()) for load in loads.values())
+    panels = tuple(
+        HeatPanel(
+            name, name, "of the layer's mean", np.arange(load.shape[1]), tuple(map(str, range(len(load)))), load, None,
+            top, "expert",
+        )
+        for name, load in loads.items()
+    )  # fmt: skip
+    return Figure(
+        "load_experts",
+        "Expert load by layer and expert",
+        "An expert's tokens over the mean of its layer's experts, over the whole run; 1 is an equal share. Mean over "
+        "seeds, one colour scale for all panels.",
+        panels,
     )
 
 

@@ -89,7 +89,7 @@ def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray
 
 def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps [S] and values [S, L] of a figure by layer, from the run's arrays or from its metrics; None without."""
-    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = getattr(run, "layers", {})
+    arrays = layer_arrays(run)
     if metric in arrays:
         return arrays[metric]
     names = [name for name in run.names if re.fullmatch(rf"{re.escape(metric)}/layer_\d+", name)]
@@ -100,6 +100,23 @@ def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     for layer, name in enumerate(names):
         values[np.searchsorted(steps, run.steps(name)), layer] = run.values(name)
     return steps, values
+
+
+def expert_load(arm: Arm) -> np.ndarray | None:
+    """Tokens of each expert over the mean of its layer's experts, whole run, mean over seeds: [L, E]."""
+    loads = []
+    for cell in arm.cells:
+        if "routing/load/tokens" in (arrays := layer_arrays(cell.run)):
+            tokens_LE = mean_of_finite(arrays["routing/load/tokens"][1])
+            loads.append(tokens_LE / tokens_LE.mean(axis=1, keepdims=True))
+    shapes = {load.shape for load in loads}
+    return mean_of_finite(np.stack(loads)) if len(shapes) == 1 else None
+
+
+def layer_arrays(run: Run) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values by layer from the run's file of arrays; empty for a run without."""
+    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = getattr(run, "layers", {})
+    return arrays
 
 
 def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> tuple[Curve, ...]:

@@ -23,7 +23,7 @@
     const axis = { gridcolor: grid, linecolor: grid, zerolinecolor: grid, automargin: true, tickfont: { size: 12 } };
     const touch = matchMedia("(pointer: coarse)").matches;
     return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      paper_bgcolor: isDark() ? "#1c2026" : "#ffffff", plot_bgcolor: isDark() ? "#1c2026" : "#ffffff", showlegend: false,
       font: { family: FONT, size: 12, color: ink }, margin: { l: 44, r: 10, t: 8, b: 38 },
       dragmode: touch ? false : "zoom",
       hoverlabel: { bgcolor: isDark() ? "#262b32" : "#ffffff", bordercolor: grid, font: { family: FONT, size: 12, color: ink } },
@@ -92,6 +92,7 @@
     const first = Math.min(...places), last = Math.max(...places), edge = (last - first || 1) * 0.02;
     const x = {
       title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 7, zeroline: false,
+      unifiedhovertitle: { text: `${panel.x_label} %{x}` }, spikethickness: 1, spikedash: "dot", spikecolor: isDark() ? "#8b949e" : "#6b737c",
       range: [first - edge, last + edge], ...(last - first < 8 ? { dtick: 1 } : {}),
     };
     return [lineTraces(panel), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
@@ -101,21 +102,21 @@
     const layers = panel.layers.map(Number);
     const tick = format(panel.unit);
     const traces = [{
-      type: "heatmap", x: panel.steps, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
-      hovertemplate: `layer %{y}, step %{x}: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+      type: "heatmap", x: panel.x, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
+      hovertemplate: `layer %{y}, ${panel.x_label} %{x}: <b>%{z:.4~g}</b><extra></extra>`,
     }];
     const more = {
       coloraxis: {
         cmin: 0, cmax: panel.top, colorscale: "Cividis",
         colorbar: { thickness: 10, outlinewidth: 0, tickformat: tick, nticks: 5, tickfont: { size: 11 }, xpad: 6 },
       },
-      xaxis: { title: { text: "step", font: { size: 12 }, standoff: 6 }, nticks: 6, showgrid: false },
+      xaxis: { title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 6, showgrid: false },
       yaxis: { title: { text: "layer", font: { size: 12 }, standoff: 2 }, dtick: Math.ceil(layers.length / 8), tick0: layers[0], showgrid: false, zeroline: false },
     };
     if (panel.floor_L) {
       traces.push({
         type: "heatmap", x: [0], y: layers, z: panel.floor_L.map((value) => [value]), coloraxis: "coloraxis", xaxis: "x2",
-        hovertemplate: `layer %{y}, noise floor: <b>%{z:.4${"~g"}}</b><extra></extra>`,
+        hovertemplate: "layer %{y}, noise floor: <b>%{z:.4~g}</b><extra></extra>",
       });
       more.xaxis.domain = [0.1, 1];
       Object.assign(more.yaxis, { anchor: "free", position: 0 });
@@ -170,6 +171,7 @@
     plot.setAttribute("role", "img");
     plot.setAttribute("aria-label", `${figure.title}: ${panel.title}. ${panel.kind === "heat" ? "" : "Arrow keys read its values."}`);
     if (panel.kind !== "heat") plot.tabIndex = 0;
+    plot.dataset.axis = panel.x_label ?? "";
     plot.onkeydown = (event) => readAloud(event, plot);
   }
 
@@ -185,7 +187,8 @@
     plot.dataset.at = at;
     const chosen = dotted ? [curves[at]] : curves;
     Plotly.Fx.hover(plot, chosen.map(([trace, number]) => ({ curveNumber: number, pointNumber: dotted ? 0 : Math.min(at, trace.x.length - 1) })));
-    document.getElementById("spoken").textContent = [...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent).join("; ");
+    const place = dotted ? [] : [`${plot.dataset.axis} ${chosen[0][0].x[Math.min(at, chosen[0][0].x.length - 1)]}`];
+    document.getElementById("spoken").textContent = [...place, ...[...plot.querySelectorAll(".hoverlayer text")].map((text) => text.textContent)].join("; ");
   }
 
   async function drawAll() {

@@ -83,7 +83,9 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(browser: Any, file:
     # Arrow keys read values.
     opened.page.locator(".panel[data-figure=reward] .plot").first.focus()
     opened.page.keyboard.press("ArrowRight")
-    assert "gspo: " in opened.page.locator("#spoken").inner_text()
+    spoken = opened.page.locator("#spoken").inner_text()
+    assert spoken.startswith("step 1; ")
+    assert "gspo: " in spoken
     assert opened.console == []
 
 
