@@ -168,6 +168,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    from gspo_moe.kernels import kernels
     from gspo_moe.platform.doctor import report
 
-    print(report())
+    print(report(kernels().summary))
