@@ -5,6 +5,7 @@ Under context parallelism T is this rank's part of the pack; see `ratios`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -17,7 +18,10 @@ from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 from gspo_moe.config.schema import SEQUENCE_LEVEL, WIDE_CLIP
 from gspo_moe.errors import ConfigError, DataError
 
-OBJECTIVES = {"gspo": gspo, "gspo_token": gspo_token, "grpo": grpo}
+# (log_ratio_T, advantages, segments, clip_low, clip_high) to J_i, as `gspo` defines it.
+ObjectiveFunction = Callable[[torch.Tensor, torch.Tensor, Segments, float, float], Objective]
+
+OBJECTIVES: dict[str, ObjectiveFunction] = {"gspo": gspo, "gspo_token": gspo_token, "grpo": grpo}
 
 
 class PolicyStatistics(Statistics):
@@ -83,6 +87,7 @@ def policy_loss(
     allow_wide_clip: bool = False,
     num_sequences: int | None = None,
     sum_over_context: SumOverContext = whole_sequences,
+    objective: ObjectiveFunction | None = None,
 ) -> PolicyLoss:
     """The loss of one pack, -1/num_sequences sum_i J_i, with J_i of `gspo`, `gspo_token` or `grpo`.
 
@@ -94,6 +99,7 @@ def policy_loss(
     sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with
     the same advantages; a sequence may have no response token, or no token, on some of them. Each rank's gradient is
     that of the unsplit pack for its tokens.
+    objective: another way to the same J_i, such as a fused kernel; default the algorithm's own module.
 
     Raises ConfigError for an unknown algorithm and a clip that cannot work; DataError for shapes that do not fit, a
     sequence without response token, and num_sequences below N. Source: arXiv 2507.18071; 2402.03300 for grpo.
@@ -110,9 +116,10 @@ def policy_loss(
             f"num_sequences={num_sequences} is less than the {local_sequences} sequences of this pack; "
             "pass the mini-batch's count over all micro-batches and ranks"
         )
-    objective = OBJECTIVES[algorithm](log_ratio_T, advantages.detach().double(), segments, clip_low, clip_high)
-    loss = -objective.value_N.sum() / num_sequences
-    return PolicyLoss(loss.to(log_probs.dtype), PolicyStatistics.of_pack(log_ratio_T, objective, segments))
+    compute = OBJECTIVES[algorithm] if objective is None else objective
+    found = compute(log_ratio_T, advantages.detach().double(), segments, clip_low, clip_high)
+    loss = -found.value_N.sum() / num_sequences
+    return PolicyLoss(loss.to(log_probs.dtype), PolicyStatistics.of_pack(log_ratio_T, found, segments))
 
 
 def _check_options(algorithm: str, clip_low: float, clip_high: float, allow_wide_clip: bool) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from gspo_moe.algorithms import PolicyStatistics, policy_loss
+from gspo_moe.algorithms.loss import ObjectiveFunction
+from gspo_moe.algorithms.ratios import Objective, Segments
 from gspo_moe.algorithms.statistics import Statistics
-from gspo_moe.config.schema import AlgorithmConfig
+from gspo_moe.config.schema import SEQUENCE_LEVEL, AlgorithmConfig
+from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
@@ -65,11 +68,33 @@ def train_minibatch(
             clip_high=clip_high,
             allow_wide_clip=algorithm.allow_wide_clip,
             num_sequences=num_sequences,
+            objective=_fused_objective(pack) if algorithm.name in SEQUENCE_LEVEL else None,
         )
         return result.loss, result.sums
 
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder)
     return MinibatchResult(statistics, update, log_probs, routes)
+
+
+def _fused_objective(pack: Microbatch) -> ObjectiveFunction:
+    """J_i of gspo and gspo_token by one kernel. Algorithms and kernels do not know each other; here they meet."""
+
+    def objective(
+        log_ratio_T: torch.Tensor, advantages: torch.Tensor, segments: Segments, clip_low: float, clip_high: float
+    ) -> Objective:
+        found = sequence_reduce(
+            log_ratio_T,
+            torch.zeros_like(log_ratio_T),
+            segments.response_T,
+            pack.cu_seqlens,
+            advantages,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            scale=1.0,
+        )
+        return Objective(-found.loss, found.clipped_tokens)
+
+    return objective
 
 
 class SupervisedStatistics(Statistics):
