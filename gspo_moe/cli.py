@@ -255,6 +255,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    from gspo_moe.kernels import kernels
     from gspo_moe.platform.doctor import report
 
-    print(report())
+    print(report(kernels().summary))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with pinned requirements and this project in it; a second call is quick. Prints the venv's folder.
 #   PYTHON=python3.12 bash launch/install.sh   another interpreter, in a venv of its own
+#   GSPO_MOE_CUDA=0 bash launch/install.sh     no CUDA kernels, though there is an nvcc
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,8 @@ fi
 venv=.venv
 [ -n "${PYTHON:-}" ] && venv=.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 stamp=$venv/installed
-wanted=$(cat launch/install.sh launch/requirements.txt pyproject.toml setup.py | cksum; pwd)
+kernels=$(find gspo_moe/kernels/csrc gspo_moe/kernels/build.py -type f | sort)
+wanted=$(cat launch/install.sh launch/requirements.txt pyproject.toml setup.py $kernels | cksum; pwd; echo "${GSPO_MOE_CUDA:-auto}")
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "install: setting up $venv" >&2
     "$python" -m venv "$venv"

@@ -5,6 +5,7 @@ Under context parallelism T is this rank's part of the pack; see `ratios`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -33,7 +34,10 @@ from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.errors import ConfigError, DataError
 
-OBJECTIVES = {
+# (what the loss sees) to J_i, as the module of that name defines it.
+ObjectiveFunction = Callable[[LossInputs], Objective]
+
+OBJECTIVES: dict[str, ObjectiveFunction] = {
     "gspo": gspo,
     "gspo_token": gspo_token,
     "grpo": grpo,
@@ -125,6 +129,7 @@ def policy_loss(
     correction: Correction | None = None,
     kl: KLPenalty | None = None,
     sum_over_context: SumOverContext = whole_sequences,
+    objective: ObjectiveFunction | None = None,
 ) -> PolicyLoss:
     """The loss of one pack, -1/num_sequences sum_i J_i, with J_i as the module of that name defines it.
 
@@ -140,6 +145,7 @@ def policy_loss(
     sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with
     the same advantages; a sequence may have no response token, or no token, on some of them. Each rank's gradient is
     that of the unsplit pack for its tokens.
+    objective: another way to the same J_i, such as a fused kernel; default the algorithm's own module.
 
     Raises ConfigError for an unknown algorithm, a clip that cannot work, and what the algorithm needs and did not get;
     DataError for shapes that do not fit, a sequence without response token, and counts below the pack's own.
@@ -161,9 +167,9 @@ def policy_loss(
         max_response_tokens=max_response_tokens or 0,
         router_shift_T=None if router_shift is None else on_response(router_shift, segments, fill=1.0),
     )
-    objective = OBJECTIVES[algorithm](inputs)
-    loss = -objective.value_N.sum() / inputs.num_sequences
-    sums = PolicyStatistics.of_pack(log_ratio_T, objective, segments)
+    found = (objective or OBJECTIVES[algorithm])(inputs)
+    loss = -found.value_N.sum() / inputs.num_sequences
+    sums = PolicyStatistics.of_pack(log_ratio_T, found, segments)
     if kl is not None:
         kl_T = kl.estimate(log_ratios(log_probs, kl.reference_log_probs, segments))
         penalty_N = kl.coeff * AVERAGES.get(algorithm, LossInputs.sequence_mean)(inputs, kl_T)

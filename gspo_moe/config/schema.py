@@ -257,8 +257,8 @@ class Config(Section):
     def _bank_has_each_prompt(self) -> Config:
         if self.stage == "rl" and self.algorithm.samples_dynamically and self.rollout.bank is not None:
             raise ValueError(
-                f"rollout.bank={self.rollout.bank} has one batch of prompts a step, and algorithm.dynamic_sampling draws "
-                "more; set algorithm.dynamic_sampling=false"
+                f"rollout.bank={self.rollout.bank} has one batch of prompts a step, and algorithm.dynamic_sampling "
+                "draws more; set algorithm.dynamic_sampling=false"
             )
         return self
 

@@ -2,6 +2,15 @@
 
 from gspo_moe.kernels.library import Kernels, kernels
 from gspo_moe.kernels.linear import linear_token_log_probs
+from gspo_moe.kernels.sequences import SequenceLoss, sequence_reduce
 from gspo_moe.kernels.tokens import TokenLogProbs, token_log_probs
 
-__all__ = ["Kernels", "TokenLogProbs", "kernels", "linear_token_log_probs", "token_log_probs"]
+__all__ = [
+    "Kernels",
+    "SequenceLoss",
+    "TokenLogProbs",
+    "kernels",
+    "linear_token_log_probs",
+    "sequence_reduce",
+    "token_log_probs",
+]

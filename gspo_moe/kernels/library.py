@@ -19,6 +19,13 @@ class Kernels:
     cuda: bool
     missing: str
 
+    @property
+    def summary(self) -> tuple[str, str]:
+        """What there is, and what is missing: a line of `gspo-moe doctor`."""
+        if self.cpu is None:
+            return "PyTorch operators", f"log-probs run slower and need more memory: {self.missing}"
+        return f"CPU ({self.cpu}){' and CUDA' if self.cuda else ''}", self.missing
+
 
 @cache
 def kernels() -> Kernels:

@@ -206,16 +206,21 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     hidden, weight, targets, *ctx.numbers, ctx.chunk, _, into_main_grad = inputs
     _, log_z, first_choice, kept = output
     ctx.mark_non_differentiable(log_z, first_choice, kept)
-    ctx.save_for_backward(hidden, weight, targets, log_z)
-    ctx.kept_logits = kept
+    ctx.save_for_backward(hidden, weight, targets, log_z, kept)
     ctx.parameter = weight if into_main_grad else None
 
 
 def _backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     refuse_second_order()
-    hidden, weight, targets, log_z = ctx.saved_tensors
-    # Used up by the first backward: a second one computes all logits again.
-    kept, ctx.kept_logits = ctx.kept_logits, ctx.kept_logits[:0]
+    try:
+        hidden, weight, targets, log_z, kept = ctx.saved_tensors
+    except RuntimeError as error:
+        raise KernelError(
+            "hidden states or weight were changed before the backward of linear_token_log_probs, or it ran twice, and "
+            "the first time had turned the kept logits into their gradient; call linear_token_log_probs again"
+        ) from error
+    if type(kept) is not torch.Tensor:  # torch.compile is tracing, which cannot have a forward's output used up
+        kept = kept.clone()
     main_grad = None if ctx.parameter is None else ctx.parameter.main_grad
     needs_weight = ctx.needs_input_grad[1]
     grad_hidden, grad_weight = _linear_token_backward_(

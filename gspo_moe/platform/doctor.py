@@ -13,8 +13,8 @@ from gspo_moe.platform.backend import choose_backend, fused_adam, has_nvidia_ape
 from gspo_moe.platform.megatron_cpu import ANSWERS, check_megatron_version, megatron_version
 
 
-def report() -> str:
-    """One line a part: what was found, and behind the dash what it means."""
+def report(kernels: tuple[str, str] | None = None) -> str:
+    """One line a part: what was found, and behind the dash what it means; `kernels` is such a line's two halves."""
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     backend = choose_backend("auto", "bf16")
@@ -41,7 +41,7 @@ def report() -> str:
             "megatron-core takes Transformer Engine's, else Apex's, else torch's",
         ),
         ("collectives", "nccl" if gpu else "gloo", "between GPUs" if gpu else "between CPU processes"),
-        ("kernels", "PyTorch reference", "log-probs are computed with PyTorch operators; no fused kernels are built"),
+        *([("kernels", *kernels)] if kernels else []),
         ("nvcc", shutil.which("nvcc") or "absent", ""),
         ("Weights & Biases", _version("wandb"), "used only when logging.wandb is set"),
     ]

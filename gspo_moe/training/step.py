@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
-from gspo_moe.algorithms.ratios import whole_sequences
+from gspo_moe.algorithms.loss import ObjectiveFunction
+from gspo_moe.algorithms.ratios import LossInputs, Objective, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
-from gspo_moe.config.clips import TOKEN_MEAN
+from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
+from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
@@ -60,7 +62,9 @@ def train_minibatch(
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
     clip_low, clip_high = algorithm.clips
     log_probs: list[torch.Tensor] = []
-    sum_over_context = sum_over(model.groups.context) if model.groups.layout.context > 1 else whole_sequences
+    split_over_ranks = model.groups.layout.context > 1
+    sum_over_context = sum_over(model.groups.context) if split_over_ranks else whole_sequences
+    fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
 
     def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
@@ -90,6 +94,7 @@ def train_minibatch(
             correction=correction,
             kl=kl,
             sum_over_context=sum_over_context,
+            objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
         )
         return result.loss, result.sums
 
@@ -110,6 +115,25 @@ def correction_of(
         pack.cu_seqlens,
         pack.response_mask_T,
     )
+
+
+def _fused_objective(algorithm: str, cu_seqlens: torch.Tensor) -> ObjectiveFunction:
+    """J_i of gspo or gspo_token by one kernel. Algorithms and kernels do not know each other; here they meet."""
+
+    def objective(inputs: LossInputs) -> Objective:
+        found = sequence_reduce(
+            inputs.log_ratio_T,
+            torch.zeros_like(inputs.log_ratio_T),
+            inputs.segments.response_T,
+            cu_seqlens,
+            inputs.advantages_N if algorithm == "gspo" else inputs.advantages_T,
+            clip_low=inputs.clip_low,
+            clip_high=inputs.clip_high,
+            scale=1.0,
+        )
+        return Objective(-found.loss, found.clipped_tokens)
+
+    return objective
 
 
 class SupervisedStatistics(Statistics):

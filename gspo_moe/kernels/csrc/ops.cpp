@@ -50,8 +50,10 @@ int64_t grain(int64_t columns) {
 }
 
 const GspoCpuKernels& cpu() {
-  static const GspoCpuKernels* const kernels = gspo_cpu_kernels(std::getenv("GSPO_MOE_CPU"));
-  STD_TORCH_CHECK(kernels != nullptr, "GSPO_MOE_CPU must be auto, generic, or one of avx2 and avx512 that this processor has");
+  const GspoCpuKernels* const kernels = gspo_cpu_kernels(std::getenv("GSPO_MOE_CPU"));
+  STD_TORCH_CHECK(
+      kernels != nullptr,
+      "GSPO_MOE_CPU must be auto, generic, or one of avx2 and avx512 that this processor has");
   return *kernels;
 }
 
@@ -72,8 +74,9 @@ void run(const Tensor& logits, const GspoTokenStats& args) {
 #if defined(GSPO_MOE_WITH_CUDA)
   if (logits.is_cuda()) return launch(logits, args, gspo_check_token_stats, gspo_token_stats);
 #endif
+  const auto token_stats = cpu().token_stats;
   torch::stable::parallel_for(0, args.num_tokens, grain(args.vocab), [&](int64_t first, int64_t last) {
-    cpu().token_stats(&args, first, last);
+    token_stats(&args, first, last);
   });
 }
 
@@ -81,8 +84,9 @@ void run(const Tensor& logits, const GspoTokenBackward& args) {
 #if defined(GSPO_MOE_WITH_CUDA)
   if (logits.is_cuda()) return launch(logits, args, gspo_check_token_backward, gspo_token_backward);
 #endif
+  const auto token_backward = cpu().token_backward;
   torch::stable::parallel_for(0, args.num_tokens, grain(args.columns), [&](int64_t first, int64_t last) {
-    cpu().token_backward(&args, first, last);
+    token_backward(&args, first, last);
   });
 }
 

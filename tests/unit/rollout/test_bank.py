@@ -60,7 +60,7 @@ def test_answers_come_by_prompt() -> None:
     prompts = [made.groups[2].group.prompt, made.groups[0].group.prompt]
     assert made.answers(prompts).groups == (made.groups[2], made.groups[0])
     for other in (replace(prompts[0], uid="train/9"), replace(prompts[0], text="count 2:")):
-        with pytest.raises(DataError, match="no answers to train/.*its seed, task"):
+        with pytest.raises(DataError, match=r"no answers to train/.*its seed, task"):
             made.answers([other])
 
 

@@ -36,7 +36,9 @@ def emulate(kind: str, orders: tuple[int, ...]) -> Callable[[Path, Path, list[Ca
 
 
 def interpret(sources: Path, build_dir: Path, cases: list[Case]) -> None:
-    ptx.run(ptx.build(sources, build_dir), [*far_rows(), *cases])
+    (kernel,) = {case.kernel for case in cases}
+    far = [case for case in far_rows() if case.kernel == kernel]
+    ptx.run(ptx.build(sources, build_dir, (kernel,)), [*far, *cases])
 
 
 STAGES = {
@@ -47,16 +49,17 @@ STAGES = {
 }
 
 
-def caught_by(patch: Path) -> str:
-    """The stage that a patch names."""
-    found = re.search(r"^Caught by: (\w+)$", patch.read_text(), re.MULTILINE)
-    assert found is not None, f"{patch.name} names no stage"
+def named(patch: Path, what: str) -> str:
+    """What stands in a patch's head: `Caught by`, the stage, or `Kernel`, the one whose cases run."""
+    found = re.search(rf"^{what}: (\w+)$", patch.read_text(), re.MULTILINE)
+    assert found is not None, f"{patch.name} does not say {what}"
     return found[1]
 
 
 def catch(patch: Path, stage: str, build_dir: Path) -> str | None:
     """What the stage says against the patched sources, None if it finds nothing wrong. Raises BuildError."""
-    cases = [case for case in grid() if case.small]
+    kernel = named(patch, "Kernel")
+    cases = [case for case in grid() if case.small and case.kernel == kernel]
     with tempfile.TemporaryDirectory() as scratch:
         sources = Path(scratch, "cuda")
         shutil.copytree(SOURCES, sources)
@@ -78,7 +81,7 @@ def catch(patch: Path, stage: str, build_dir: Path) -> str | None:
 
 def check_each(build_dir: Path) -> str:
     """Raises Mismatch unless every bug is caught by the stage that its patch names."""
-    stages = [caught_by(patch) for patch in PATCHES]
+    stages = [named(patch, "Caught by") for patch in PATCHES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(lambda patch, stage: catch(patch, stage, build_dir), PATCHES, stages))
     results = zip(PATCHES, stages, said, strict=True)

@@ -244,6 +244,49 @@ def context_ranks(random: Random) -> Iterator[Case]:
             yield reduce_case(f"{name} finish", part, FINISH, np.asarray(whole_N2))
 
 
+def refused() -> Iterator[Case]:
+    """Arguments that the launchers must refuse with cudaErrorInvalidValue, touching nothing."""
+    random = np.random.default_rng(3)
+    stats, backward = both("refused", Rows(logits(random, 2, 9), "fp32"), random, entropy=True)
+    reduce = reduce_case("refused", random_pack(random, np.array([3, 4])))
+    wrong_rows: tuple[dict[str, float], ...] = (
+        {"element_type": 3},
+        {"num_tokens": -1},
+        {"vocab": -1},
+        {"vocab": 2**30 + 1, "columns": 2**30 + 1, "row_stride": 2**31},
+        {"row_stride": 8},
+        *({"inverse_temperature": value} for value in (0.0, -1.0, np.nan, np.inf)),
+    )
+    for numbers in wrong_rows:
+        yield refuse(stats, {name: value for name, value in numbers.items() if name in stats.numbers})
+        yield refuse(backward, numbers)
+    yield refuse(stats, {"entropy": 2})
+    yield refuse(backward, {"vocab": 10})
+    for case, optional in ((stats, ()), (backward, ()), (reduce, ("mask_T", "log_probs_T", "old_log_probs_T"))):
+        for name in case.buffers:
+            if name not in (*optional, "grad_log_probs_T" if case is reduce else ""):
+                yield refuse(case, {}, without=name)
+    yield refuse(
+        replace(stats, buffers={**stats.buffers, "logits_TV": replace(stats.buffers["logits_TV"], offset=1)}), {}
+    )
+    for numbers in ({"phases": 0}, {"phases": 4}, {"num_sequences": -1}, {"clip_low": -1.0}, {"clip_high": np.nan}):
+        yield refuse(reduce, numbers)
+
+
+def refuse(case: Case, numbers: dict[str, float], without: str = "") -> Case:
+    """case with other numbers, or without a buffer."""
+    buffers = {name: buffer for name, buffer in case.buffers.items() if name != without}
+    name = f"refused {case.kernel} {numbers} {without}"
+
+    def check(outputs: Outputs) -> None:
+        for what, buffer in buffers.items():
+            expect(name, f"{what} bytes", outputs[what].view(np.uint8), buffer.data.view(np.uint8), 0)
+
+    return replace(
+        case, name=name, numbers={**case.numbers, **numbers}, buffers=buffers, check=check, traffic=None, status=1
+    )
+
+
 def far_rows() -> list[Case]:
     """Rows that start more than 2^31 elements apart, where a 32-bit index wraps; for the interpreter."""
     random = np.random.default_rng(2)

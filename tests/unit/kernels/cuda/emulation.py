@@ -117,8 +117,8 @@ def check_result(case: Case, results: BinaryIO) -> tuple[int, int]:
         name: np.frombuffer(results.read(buffer.data.nbytes), dtype=buffer.data.dtype).reshape(buffer.data.shape)
         for name, buffer in case.buffers.items()
     }
-    if status != 0:
-        raise Mismatch(f"{case.name}: the launch returned {status}")
+    if status != case.status:
+        raise Mismatch(f"{case.name}: the launch returned {status}, not {case.status}")
     case.check(outputs)
     traffic = bytes_read, bytes_written
     if case.traffic is not None and traffic != case.traffic:

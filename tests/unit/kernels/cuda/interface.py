@@ -98,7 +98,7 @@ class Case:
     """numbers, buffers: the fields of ARGUMENTS[kernel] by name; a pointer that is in neither is null.
 
     check: raises Mismatch for wrong buffers after the launch. traffic: bytes that must be read from and written to the
-    counted buffer. small: cheap enough for the interpreter.
+    counted buffer. small: cheap enough for the interpreter. status: what the launcher must return.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Case:
     traffic: tuple[int, int] | None = None
     num_sms: int = 1
     small: bool = True
+    status: int = 0
 
     def arguments(self, addresses: Mapping[str, int]) -> ctypes.Structure:
         """addresses: of the buffers, by name."""

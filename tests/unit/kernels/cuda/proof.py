@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gspo_moe.kernels.build import SOURCES, BuildError, compile_objects, find_toolkit, summarize
 from tests.unit.kernels.cuda import bugs, emulation, ptx
-from tests.unit.kernels.cuda.cases import far_rows, fuzz, grid, traffic_cases
+from tests.unit.kernels.cuda.cases import far_rows, fuzz, grid, refused, traffic_cases
 from tests.unit.kernels.cuda.interface import Case, Mismatch
 from tests.unit.kernels.cuda.ptx_parse import PtxError
 
@@ -53,7 +53,7 @@ class Proof:
 
     def _emulate(self, kind: str, orders: tuple[int, ...]) -> str:
         driver = emulation.build(kind, SOURCES, BUILD_DIR)
-        cases = self.cases()
+        cases = [*self.cases(), *refused()]
         for order in orders:
             emulation.run(driver, cases, order)
         return f"{len(cases)} cases in {len(orders)} thread order{'s' * (len(orders) > 1)}"

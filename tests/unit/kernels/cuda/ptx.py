@@ -10,15 +10,15 @@ from pathlib import Path
 from gspo_moe.kernels.build import FLAGS, PTX_OF, find_toolkit, fingerprint
 from gspo_moe.kernels.build import run as call
 from tests.unit.kernels.cuda import interpreter
-from tests.unit.kernels.cuda.interface import Case
+from tests.unit.kernels.cuda.interface import ARGUMENTS, Case
 from tests.unit.kernels.cuda.ptx_parse import Kernel, parse
 
 STORAGE = ("Float32", "Bfloat16", "Float16")
 BLOCK_SIZES = (32, 256, 64, 128)
 
 
-def build(sources: Path, build_dir: Path) -> dict[str, Kernel]:
-    """All kernels by mangled name; the text is kept by content. Raises BuildError."""
+def build(sources: Path, build_dir: Path, names: tuple[str, ...] = tuple(ARGUMENTS)) -> dict[str, Kernel]:
+    """The instantiations of `names`, by mangled name; the text is kept by content. Raises BuildError."""
     toolkit = find_toolkit()
     assert toolkit is not None
     flags = [*FLAGS, f"-arch={PTX_OF}", "--ptx"]
@@ -35,7 +35,7 @@ def build(sources: Path, build_dir: Path) -> dict[str, Kernel]:
 
     kernels: dict[str, Kernel] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for text in pool.map(compile_one, ("token_stats", "token_backward", "sequence_reduce")):
+        for text in pool.map(compile_one, names):
             kernels |= parse(text)
     return kernels
 

@@ -174,16 +174,18 @@ def backward_reference(rows: Rows, targets_T: Array, log_z_T: Array, entropy_T: 
     p_TV = np.exp(log_p_TV)
     grad_T = grads.log_probs_T.astype(np.float64)[:, None]
     wanted_TV = grad_T * (onehot_TV - p_TV)
-    size_TV = np.abs(grad_T) * (onehot_TV + p_TV)
+    weight_TV = np.abs(grad_T)
+    # No exponent below that of the smallest normal number matters.
+    exponent_TV = np.clip(np.abs(log_p_TV), 0.0, 100.0)
     if grads.entropy_T is not None:
         grad_entropy_T = grads.entropy_T.astype(np.float64)[:, None]
         with np.errstate(invalid="ignore"):
             log_p_TV = np.where(p_TV > 0, log_p_TV, 0.0)
         wanted_TV = wanted_TV - grad_entropy_T * p_TV * (log_p_TV + entropy_T.astype(np.float64)[:, None])
-        size_TV = size_TV + np.abs(grad_entropy_T) * p_TV * (np.abs(log_p_TV) + np.abs(entropy_T)[:, None])
-    # Rounding of the exponent, which no exponent below that of the smallest normal number outlives.
-    exponent_TV = 1.0 + np.clip(np.abs(log_p_TV), 0.0, 100.0)
-    return np.stack([wanted_TV * rows.inverse, size_TV * rows.inverse * exponent_TV * 4e-7])
+        weight_TV = weight_TV + np.abs(grad_entropy_T) * (exponent_TV + np.abs(entropy_T)[:, None])
+    size_TV = np.abs(grad_T) * onehot_TV + weight_TV * p_TV
+    tolerance_TV = 4e-7 * (1.0 + exponent_TV) * size_TV + SUBNORMAL * weight_TV
+    return np.stack([wanted_TV * rows.inverse, tolerance_TV * rows.inverse])
 
 
 def backward_case(

@@ -73,6 +73,7 @@ struct Fiber {
   int thread = 0;
   State state = State::DONE;
   const char* site = nullptr;
+  unsigned barriers = 0;
   unsigned mask = 0;
   uint64_t bits = 0;
   int offset = 0;
@@ -87,7 +88,10 @@ size_t scheduler_size = 0;
 const std::function<void()>* work = nullptr;
 int active = 0, waiting_at_barrier = 0, done = 0;
 Options options;
-char barrier_order, block_order;
+// What orders accesses for TSan. They take turns: a thread that is late at one barrier, or at a block's start, must not
+// find itself behind what another does at the next.
+char barrier_order[2], block_order[2];
+unsigned blocks_run = 0;
 
 void resume(Fiber* to, Fiber* from) {
   const bool to_scheduler = to == &scheduler;
@@ -113,9 +117,9 @@ void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
   }
   for (;;) {
-    if (__tsan_acquire) __tsan_acquire(&block_order);
+    if (__tsan_acquire) __tsan_acquire(&block_order[blocks_run % 2]);
     (*work)();
-    if (__tsan_release) __tsan_release(&block_order);
+    if (__tsan_release) __tsan_release(&block_order[(blocks_run + 1) % 2]);
     ++done;
     wait(State::DONE);
   }
@@ -202,6 +206,7 @@ void run_block(int threads) {
     }
     if (!moved) fail("threads wait at a barrier or shuffle that others never reach");
   }
+  ++blocks_run;
 }
 
 }  // namespace
@@ -216,11 +221,12 @@ void fail(const char* what) {
 }
 
 void barrier(const char* site) {
+  char* order = &barrier_order[current->barriers++ % 2];
   current->site = site;
   ++waiting_at_barrier;
-  if (__tsan_release) __tsan_release(&barrier_order);
+  if (__tsan_release) __tsan_release(order);
   wait(State::AT_BARRIER);
-  if (__tsan_acquire) __tsan_acquire(&barrier_order);
+  if (__tsan_acquire) __tsan_acquire(order);
 }
 
 uint64_t shuffle_xor(unsigned mask, uint64_t bits, int offset) {
@@ -241,14 +247,14 @@ void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
   blockDim = block;
   work = &thread;
   make_fibers(static_cast<int>(block.x));
-  if (__tsan_release) __tsan_release(&block_order);
+  if (__tsan_release) __tsan_release(&block_order[blocks_run % 2]);
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = {options.order == -1 ? grid.x - 1 - x : x, y, 0};
       run_block(static_cast<int>(block.x));
     }
   }
-  if (__tsan_acquire) __tsan_acquire(&block_order);
+  if (__tsan_acquire) __tsan_acquire(&block_order[blocks_run % 2]);
 }
 
 }  // namespace emulation
