@@ -2,8 +2,8 @@
 
 Padding is needed where sequence parallelism divides a pack, where context parallelism leaves a rank fewer tokens than
 another, where the allgather dispatcher wants equally long packs on every rank, and where a rank has nothing to run
-while its peers do. Invariant: padding tokens form sequences of their
-own behind the real ones and reach no expert (`model.router`), so no real token's result or gradient depends on them.
+while its peers do. Invariant: padding tokens form sequences of their own behind the real ones and reach no expert
+(`model.router`), so no real token's result or gradient depends on them.
 
 Shape letters: T tokens of a pack, C this rank's tokens of it, P those with padding.
 """
@@ -69,7 +69,7 @@ def microbatch_input(microbatch: Microbatch, split: ContextSplit) -> ModelInput:
 
 def pad_inputs(model: Model, inputs: Sequence[ModelInput]) -> list[PaddedInput]:
     """Pads each pack as this layout needs it. Collective over data and context ranks with the allgather dispatcher."""
-    lengths = [max(item.num_tokens if item.split is None else max(item.split.counts), 1) for item in inputs]
+    lengths = [max(1, *(item.split.counts if item.split else [item.num_tokens])) for item in inputs]
     if model.config.moe_token_dispatcher_type == "allgather":
         longest = torch.tensor(max(lengths), device=inputs[0].input_ids_T.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=model.groups.data_context)
@@ -90,7 +90,7 @@ def _pad_part(model: Model, item: ModelInput, split: ContextSplit, length: int) 
     ids, positions = (
         F.pad(split.local(values_T), (0, length - count)) for values_T in (item.input_ids_T, item.position_ids_T)
     )
-    # Given on every rank or on none: only with it does megatron-core's auxiliary loss count the ranks' real tokens.
+    # Given where nothing is padded too: else this rank's auxiliary loss would not count the others' real tokens.
     mask = torch.arange(length, device=ids.device) >= count
     attention = split_attention_params(positions, split, model.architecture)
     return PaddedInput(ids[None], positions[None], attention, mask[None], count, split)

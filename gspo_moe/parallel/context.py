@@ -92,12 +92,14 @@ class ContextSplit:
     @cached_property
     def counts(self) -> list[int]:
         """How many tokens each rank has."""
+        if self.size == 1:
+            return [int(self.cu_seqlens[-1])]
         found: list[int] = self.rank_T.bincount(minlength=self.size).tolist()
         return found
 
     @property
     def num_local(self) -> int:
-        return int(self.cu_seqlens[-1]) if self.size == 1 else self.counts[self._rank]
+        return self.counts[self._rank]
 
     def local(self, values_T: torch.Tensor) -> torch.Tensor:
         """This rank's [C, ...] of the whole pack's [T, ...]."""
@@ -120,8 +122,8 @@ class ContextSplit:
         padded: tokens of each rank with the padding behind its own. Returns bounds of stretches of consecutive tokens
         among this rank's `padded` queries and among their keys, both int64 [stretches + 1], and where each of those
         keys lies, int64. A stretch's keys are its sequence's from the start to the stretch's own last, so that
-        causality is aligned at the end: the last query sees every key. Over long sequences they are at
-        most 1 + 1 / (2 ranks) times the pack's tokens. Padding is a stretch that sees itself.
+        causality is aligned at the end: the last query sees every key. Over long sequences they are at most
+        1 + 1 / (2 ranks) times the pack's tokens. Padding is a stretch that sees itself.
         """
         device = self.cu_seqlens.device
         place_T = torch.empty_like(self.rank_T)
