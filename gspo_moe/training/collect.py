@@ -67,6 +67,7 @@ def _answer(trainer: Trainer, source: PromptSource) -> Answers:
         max_response_tokens=config.rollout.max_response_tokens,
         stop_ids=session.stop_ids,
         seed=f"{config.seed}/{progress.step}",
+        report_routes=config.routing.reports_engine_routes,
     )
     prompts = source.take(config.rollout.prompts_per_step)
     with session.timers("rollout"):
