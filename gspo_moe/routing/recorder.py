@@ -4,7 +4,7 @@ Strategy: every router calls its observers with its choice; the recorder listens
 runs the same routers again during the backward pass, outside any scope, and so is never recorded twice.
 Under replay a router is told its experts; recorded is then what it would have picked itself.
 
-Shape letters: T tokens of a pack, C this context rank's part of them, P those that this rank routes with padding, L this
+Shape letters: T tokens of a pack, C this context rank's part of them, P those that it routes with padding, L this
 pipeline stage's MoE layers, A all MoE layers, K experts a token, E experts, N sequences of a pack.
 """
 
