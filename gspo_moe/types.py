@@ -37,6 +37,8 @@ class Rollout:
     log_probs: one a response token, of the sampling temperature's untruncated distribution (float, nats).
     finished: False when the length limit cut it off.
     policy_version: optimizer steps the sampling weights had taken.
+    routes: integers [tokens - 1, MoE layers, K], the experts that the engine picked for each token of prompt and
+        response but the last, which it never fed back; None where it was not asked for them.
     """
 
     uid: str
@@ -47,6 +49,7 @@ class Rollout:
     finished: bool
     policy_version: int
     text: str = ""
+    routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class TrainingSample:
     response_mask: 0 or 1 a token of `token_ids`; 1 on tokens the policy sampled (or is to learn).
     advantage: A_i of SPEC section 2; 0 for supervised samples.
     rollout_log_probs: the engine's log-prob a response token; empty for supervised samples.
+    routes: the engine's, as `Rollout` has them.
     """
 
     token_ids: tuple[int, ...]
     response_mask: tuple[int, ...]
     advantage: float = 0.0
     rollout_log_probs: tuple[float, ...] = ()
+    routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Microbatch:
     advantages_N: float32.
     rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.
     sample_indices: position of each sequence in the mini-batch's sample list.
+    routes_TAK: the engine's experts for each input in every MoE layer, any integer dtype; None where not reported.
     """
 
     input_ids_T: torch.Tensor
@@ -95,11 +101,12 @@ class Microbatch:
     advantages_N: torch.Tensor
     rollout_log_probs_T: torch.Tensor
     sample_indices: tuple[int, ...]
+    routes_TAK: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """The same pack with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "sample_indices"}
-        return Microbatch(**moved, sample_indices=self.sample_indices)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Microbatch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()})
 
     @property
     def num_tokens(self) -> int:
@@ -108,3 +115,9 @@ class Microbatch:
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.numel() - 1
+
+    @property
+    def sequence_T(self) -> torch.Tensor:
+        """The index in N of each token's sequence, int64."""
+        index_N = self.position_ids_T.new_tensor(range(self.num_sequences))
+        return index_N.repeat_interleave(self.cu_seqlens.diff())

@@ -155,7 +155,7 @@ def observe(case: Case) -> dict[str, Any]:
         model.config.overlap_p2p_comm, model.config.batch_p2p_comm = False, True
     load_weights(model, RandomSource(architecture, seed=3))
     found: dict[str, Any] = {"greedy": _greedy(model)}
-    recorder = RouteRecorder(model.chunks, architecture, groups)
+    recorder = RouteRecorder(model.chunks, architecture, groups, scores=True)
     found |= _train(config, model, recorder)
     leave_layout()
     return found
@@ -202,11 +202,10 @@ def _greedy(model: Any) -> list[tuple[int, ...]]:
 
 def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.model.hf import whole_tensors
-    from gspo_moe.parallel.reduce import reduce_statistics
     from gspo_moe.rollout.score import score
-    from gspo_moe.routing import RouteSums
     from gspo_moe.training.optimizer import Optimizer
     from gspo_moe.training.rl import pack_share
+    from gspo_moe.training.routing import compare_packs
     from gspo_moe.training.step import train_minibatch
 
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "routing": []}
@@ -237,15 +236,14 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     start = 0
     for step, packs in enumerate(minibatches):
         stop = start + len(packs)
+        recorder.against([recording.routes_TLK for recording in old_routes[start:stop]])
         result = train_minibatch(
             model, optimizer, packs, old_log_probs[start:stop], config.algorithm, SEQUENCES, 1.0, recorder
         )
         metrics = result.statistics.to_metrics()
         found["loss"].append([metrics["loss/policy"], metrics["clip_fraction/token"], metrics["ratio/token_max"]])
         found["grad_norm"].append(result.update.grad_norm)
-        pairs = zip(packs, old_routes[start:stop], result.routes, strict=True)
-        overlap = torch.cat([recorder.overlap(old, new)[pack.route_mask_T] for pack, old, new in pairs])
-        sums = reduce_statistics(RouteSums.from_overlap(overlap, TOPK), model.groups.data)
+        sums = compare_packs(recorder, model.groups, packs, old_routes[start:stop], result.routes)
         found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
         for number, pack in enumerate(packs, start=start):
             bounds = pack.cu_seqlens.tolist()

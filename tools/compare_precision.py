@@ -37,11 +37,11 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups)
     scored = score(session.model, packs, recorder=recorder)
     found = {}
-    for pack, log_probs_T, routes_TLK in zip(packs, scored, recorder.take(), strict=True):
+    for pack, log_probs_T, recording in zip(packs, scored, recorder.take(), strict=True):
         bounds = pack.cu_seqlens.tolist()
         for index, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
             mask_T, route_mask_T = pack.response_mask_T[a:b].bool(), pack.route_mask_T[a:b]
-            found[index] = (log_probs_T[a:b].double()[mask_T], routes_TLK[a:b][route_mask_T])
+            found[index] = (log_probs_T[a:b].double()[mask_T], recording.routes_TLK[a:b][route_mask_T])
     session.close()
     leave_layout()
     return samples, found

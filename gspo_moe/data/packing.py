@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ def pack(samples: Sequence[TrainingSample], sample_indices: Sequence[int]) -> Mi
 
     A sample of n tokens takes n - 1 positions: inputs are its first n - 1 tokens, targets its last n - 1. The tensors
     (on the CPU) are as `Microbatch` describes them. Raises DataError, naming the sample, for fewer than two tokens, a
-    mask that does not fit, no response token among the targets, and a wrong number of rollout log-probs.
+    mask that does not fit, no response token among the targets, and a wrong number of rollout log-probs or routes.
     """
     chosen = [samples[index] for index in sample_indices]
     for index, sample in zip(sample_indices, chosen, strict=True):
@@ -32,7 +34,42 @@ def pack(samples: Sequence[TrainingSample], sample_indices: Sequence[int]) -> Mi
         advantages_N=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32),
         rollout_log_probs_T=_flat((_by_token(sample)[1:] for sample in chosen), torch.float32),
         sample_indices=tuple(sample_indices),
+        routes_TAK=_routes(chosen, sample_indices),
     )
+
+
+def subset(pack: Microbatch, sequences: Sequence[int]) -> tuple[Microbatch, torch.Tensor]:
+    """A pack of these of `pack`'s sequences, in that order, and where in T its tokens were, int64.
+
+    sequences: positions in the pack, at least one.
+    """
+    bounds = pack.cu_seqlens.tolist()
+    device = pack.cu_seqlens.device
+    index_T = torch.cat([torch.arange(bounds[i], bounds[i + 1], device=device) for i in sequences])
+    lengths = [bounds[i + 1] - bounds[i] for i in sequences]
+    by_token = {f.name: getattr(pack, f.name) for f in fields(pack) if f.name.endswith(("_T", "_TAK"))}
+    chosen: dict[str, Any] = {name: values[index_T] for name, values in by_token.items() if values is not None}
+    few = replace(
+        pack,
+        **chosen,
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device),
+        advantages_N=pack.advantages_N[torch.tensor(sequences, device=device)],
+        sample_indices=tuple(pack.sample_indices[i] for i in sequences),
+    )
+    return few, index_T
+
+
+def _routes(chosen: Sequence[TrainingSample], sample_indices: Sequence[int]) -> torch.Tensor | None:
+    pieces = [sample.routes for sample in chosen if sample.routes is not None]
+    if not pieces:
+        return None
+    for index, sample in zip(sample_indices, chosen, strict=True):
+        if sample.routes is None or len(sample.routes) != len(sample.token_ids) - 1:
+            raise DataError(
+                f"sample {index} has routes of {0 if sample.routes is None else len(sample.routes)} tokens and "
+                f"{len(sample.token_ids)} tokens; give one row for each token but the last"
+            )
+    return torch.cat(pieces)
 
 
 def _flat(pieces: Iterable[Iterable[float]], dtype: torch.dtype) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""megatron-core's top-k router, made to keep padding tokens from every expert."""
+"""megatron-core's top-k router, made to keep padding tokens from every expert and to be watched."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,19 +11,37 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+# The router, its logits and its choice, both [tokens, experts].
+Observer = Callable[["PaddingAwareRouter", torch.Tensor, torch.Tensor], None]
+
 
 class PaddingAwareRouter(TopKRouter):
-    """megatron-core leaves padding out of the auxiliary loss only; here it is dispatched nowhere either."""
+    """megatron-core leaves padding out of the auxiliary loss only; here it is dispatched nowhere either.
+
+    observers: called with every choice made, recomputation's included.
+    """
+
+    observers: tuple[Observer, ...] = ()
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choice [tokens, experts] of each token; padding_mask: bool, True on padding."""
         probs, routing_map = super().routing(logits, padding_mask)
+        for observer in self.observers:
+            observer(self, logits.detach().view(routing_map.shape), routing_map)
         if padding_mask is None:
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)
         return probs * real, routing_map & real
+
+
+def freeze_routers(chunks: Iterable[torch.nn.Module]) -> None:
+    """Leaves the router weights out of every later gradient and optimizer."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.requires_grad_(False)
 
 
 def dispatch_only_chosen(chunk: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MINI_BATCH = "mini_batch_{k}"
@@ -29,11 +30,55 @@ PHASES = {
     "reward": "scoring answers",
     "old_log_probs": "the old policy's log-probs",
     "reference": "the reference's log-probs",
-    "training": "all mini-batches: forward, backward, optimizer",
+    "training": "all mini-batches: forward, backward, optimizer, and what is measured between them",
+    "routing": "probe and attribution, part of training",
     "evaluation": "held-out evaluation",
     "checkpoint": "writing the checkpoint",
     "step": "the whole step",
 }
+PAIRS = {
+    "staleness": "each mini-batch's policy against the old policy",
+    "update": "after one optimizer step against before, on the probe set",
+    "engine": "trainer against rollout engine at equal weights",
+}
+PAIR_FIGURES = {
+    "slot_change": ("fraction", "expert slots that differ"),
+    "flip_rate": ("fraction", "tokens and layers whose expert set differs"),
+    "any_layer_flip": ("fraction", "tokens whose set differs in any layer"),
+    "flipped_layers_per_token": ("layers", "layers whose set differs, a token"),
+    "response_set_change": ("fraction", "experts of a whole response that are not picked again, a sequence and layer"),
+    "router_margin": ("probability", "p_(K) - p_(K+1) of the old router's softmax, mean"),
+    "router_shift": ("ratio", "gamma of arXiv 2510.23027: 1 where the old experts' probabilities stand still"),
+}
+MARGINS = ("below 1e-4", "1e-4 to 1e-3", "1e-3 to 1e-2", "1e-2 to 1e-1", "1e-1 and more")
+NEEDS_SCORES = ("router_margin", "router_shift", "flip_rate_by_margin")
+ATTRIBUTION = {
+    "phi_token": "share of the token log-ratio's variance that changed routes explain",
+    "phi_sequence": "share of the sequence log-ratio's variance that changed routes explain",
+    "washout": "W: about 1 where a sequence's mean washes routing noise out, more where it survives",
+}
+INTERVAL = {"": "", "_low": ", 95 % bootstrap interval from", "_high": ", 95 % bootstrap interval to"}
+
+
+def _pair(pair: str, words: str) -> Iterator[MetricDoc]:
+    """Every figure of one pair of policies; mini-batches and layers are written for staleness, in the log."""
+    free = pair == "staleness"
+    for name, (unit, meaning) in PAIR_FIGURES.items():
+        if pair == "engine" and name in NEEDS_SCORES:
+            continue
+        by_layer = (LAYER,) if name in ("slot_change", "flip_rate") else ()
+        yield MetricDoc(f"routing/{pair}/{name}", unit, f"{meaning}: {words}", (MINI_BATCH, *by_layer) if free else ())
+    if pair != "engine":
+        for number, margin in enumerate(MARGINS):
+            meaning = f"flip rate where the old margin is {margin}: {words}"
+            yield MetricDoc(f"routing/{pair}/flip_rate_by_margin/bin_{number}", "fraction", meaning)
+    if not free:
+        for suffix, bound in {"_low": "from", "_high": "to"}.items():
+            meaning = f"slot change: {words}, 95 % interval over sequences {bound}"
+            yield MetricDoc(f"routing/{pair}/slot_change{suffix}", "fraction", meaning)
+    yield MetricDoc(f"routing/{pair}/noise_floor/slot_change", "fraction", f"the same at equal weights: {words}")
+
+
 METRICS = (
     MetricDoc("reward/mean", "reward", "mean over the step's rollouts"),
     MetricDoc("reward/std", "reward", "standard deviation over the step's rollouts"),
@@ -69,19 +114,13 @@ METRICS = (
         MetricDoc(f"mismatch/sequence_ratio_{figure}", "ratio", f"{words} of trainer over rollout engine, a sequence")
         for figure, words in FIGURES.items()
     ),
-    MetricDoc(
-        "routing/staleness/slot_change",
-        "fraction",
-        "expert slots that differ from the old policy's",
-        (MINI_BATCH, LAYER),
+    *(doc for pair, words in PAIRS.items() for doc in _pair(pair, words)),
+    *(
+        MetricDoc(f"routing/attribution/{name}{suffix}", "", words + bound)
+        for name, words in ATTRIBUTION.items()
+        for suffix, bound in INTERVAL.items()
     ),
-    MetricDoc(
-        "routing/staleness/flip_rate", "fraction", "tokens and layers whose expert set differs", (MINI_BATCH, LAYER)
-    ),
-    MetricDoc("routing/staleness/any_layer_flip", "fraction", "tokens whose set differs in any layer", (MINI_BATCH,)),
-    MetricDoc(
-        "routing/staleness/flipped_layers_per_token", "layers", "layers whose set differs, a token", (MINI_BATCH,)
-    ),
+    MetricDoc("routing/attribution/sequences", "sequences", "sample that the split was measured on"),
     MetricDoc(
         "routing/load/max_violation",
         "fraction",
@@ -90,6 +129,10 @@ METRICS = (
     ),
     MetricDoc("routing/load/cv", "fraction", "standard deviation over mean of the experts' tokens", (LAYER,)),
     MetricDoc("routing/load/entropy", "nats", "entropy of the experts' shares; log E when all are equal", (LAYER,)),
+    *(
+        MetricDoc(f"routing/load/rollout/{name}", unit, f"{name} of the load in the rollout engine")
+        for name, unit in {"max_violation": "fraction", "cv": "fraction", "entropy": "nats"}.items()
+    ),
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because a gradient was not finite"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from gspo_moe.config.loading import read_yaml
 from gspo_moe.errors import DataError
 from gspo_moe.observability.jsonl import read_json_lines
+from gspo_moe.observability.layers import FILE, read_layers
 
 NOT_METRICS = ("step", "time")
 FINAL_SHARE = 0.1
@@ -26,12 +27,15 @@ class Run:
     problems: what was left out while reading, in words.
     series: steps (int64) and values (float64, NaN where the value was not finite), ascending, by metric name; the last
         of several values written at one step counts.
+    layers: the same of figures by layer, values [S, A] or [S, A, ...]; empty without routing_layers.safetensors. The
+        schema is in `observability.layers`.
     """
 
     path: Path
     config: dict[str, Any]
     problems: tuple[str, ...]
     series: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +76,8 @@ def load_run(path: str | Path) -> Run:
     series = {name: _arrays(values) for name, values in by_name.items()}
     config_file = folder / "config.yaml"
     config = read_yaml(config_file) if config_file.is_file() else {}
-    return Run(folder, config, tuple(problems), series)
+    layers = read_layers(folder / FILE) if (folder / FILE).is_file() else {}
+    return Run(folder, config, tuple(problems), series, layers)
 
 
 def _arrays(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy; top_k 0 keeps every token; `seed` with a request's uid fixes its samples."""
+    """temperature 0 is greedy; top_k 0 keeps every token; `seed` with a request's uid fixes its samples.
+
+    report_routes: rollouts bring the experts that the engine picked.
+    """
 
     temperature: float
     top_p: float
@@ -28,6 +31,7 @@ class SamplingParams:
     max_response_tokens: int
     stop_ids: frozenset[int]
     seed: str
+    report_routes: bool = False
 
 
 class RolloutEngine(Protocol):

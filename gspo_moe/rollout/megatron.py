@@ -6,7 +6,8 @@ stand idle. Invariants: experts span data-parallel ranks, so every rank runs the
 with nothing left feeds an empty pack); a sample depends on its request's uid, its
 index and the seed alone.
 
-Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most.
+Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most, A MoE layers, K experts a
+token.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import torch.distributed as dist
 from gspo_moe.errors import RolloutError
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import mask_padded_vocab, run
+from gspo_moe.model.forward import mask_padded_vocab, no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.platform import device
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.sampling import sample, uniforms
+from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.types import Rollout
 
 
 @dataclass
 class _Sequence:
-    """One sample under way; `row` is its row of the cache."""
+    """One sample under way; `row` is its row of the cache, `routes` the experts of every token fed so far."""
 
     request: Request
     sample_index: int
@@ -39,6 +41,7 @@ class _Sequence:
     response_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finished: bool = False
+    routes: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def next_position(self) -> int:
@@ -53,6 +56,7 @@ class MegatronEngine:
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._device = device().torch_device
+        self._recorder: RouteRecorder | None = None
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
@@ -62,6 +66,19 @@ class MegatronEngine:
         that are not finite.
         """
         self._check(requests, params)
+        if params.report_routes:
+            model = self._model
+            self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
+        try:
+            return self._generate(requests, params, policy_version)
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
+                self._recorder = None
+
+    def _generate(
+        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
+    ) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(self._most(len(batches))):
@@ -115,11 +132,13 @@ class MegatronEngine:
         capacity = params.max_response_tokens + self._most(max((len(r.prompt_ids) for _, r, _ in batch), default=1))
         cache = KVCache(len(batch) + 1, capacity)
         first_logits = self._prefill([request for _, request, _ in batch], cache)
+        prompt_routes = self._take_routes([len(request.prompt_ids) for _, request, _ in batch])
         owner = [row for row, (_, _, samples) in enumerate(batch) for _ in samples]
         sequences: list[tuple[int, _Sequence]] = []
         for row, source in enumerate(owner):
             index, request, samples = batch[source]
             sequences.append((index, _Sequence(request, samples[row - owner.index(source)], row)))
+            sequences[-1][1].routes += prompt_routes[source : source + 1]
         cache.select(torch.tensor([*owner, len(batch)], device=self._device))
         active = [sequence for _, sequence in sequences]
         keys = [f"{params.seed}/{s.request.uid}/{s.sample_index}" for s in active]
@@ -133,7 +152,27 @@ class MegatronEngine:
                 break
             self._compact(cache, active)
             logits = self._decode(active, cache)
+            for sequence, routes in zip(active, self._take_routes([1] * len(active)), strict=False):
+                sequence.routes.append(routes)
+        self._gather_routes([sequence for _, sequence in sequences])
         return sequences
+
+    def _take_routes(self, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """This stage's routes of the last pass, cut into pieces of these lengths; none unless asked to report them."""
+        if self._recorder is None:
+            return []
+        packs = self._recorder.take()
+        return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if lengths else []
+
+    def _gather_routes(self, sequences: Sequence[_Sequence]) -> None:
+        """Leaves each sequence one tensor [tokens - 1, A, K] on the CPU."""
+        if self._recorder is None or not sequences:
+            return
+        lengths = [sum(map(len, sequence.routes)) for sequence in sequences]
+        pieces = torch.cat([piece for sequence in sequences for piece in sequence.routes])
+        routes = self._recorder.gather_layers(Recording(pieces)).cpu()
+        for sequence, whole in zip(sequences, routes.split(lengths), strict=True):
+            sequence.routes = [whole.clone()]
 
     def _prefill(self, requests: list[Request], cache: KVCache) -> torch.Tensor | None:
         """Fills each request's row; logits [N, V] behind each prompt on the last stage."""
@@ -186,7 +225,8 @@ class MegatronEngine:
             picked, _ = mask_padded_vocab(self._model, logits_TV[positions[index]])
             return None, self._gather_vocab(picked)
 
-        kept = run(self._model, inputs, head, backward=False)
+        record = no_recording if self._recorder is None else self._recorder.scope
+        kept = run(self._model, inputs, head, backward=False, record=record)
         return kept if self._model.groups.is_last_stage else None
 
     def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -248,6 +288,7 @@ def _rollout(sequence: _Sequence, policy_version: int) -> Rollout:
         log_probs=tuple(sequence.log_probs),
         finished=sequence.finished,
         policy_version=policy_version,
+        routes=sequence.routes[0] if sequence.routes else None,
     )
 
 

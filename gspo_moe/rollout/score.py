@@ -11,6 +11,7 @@ from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.routing.replay import replay
 from gspo_moe.types import Microbatch
 
 
@@ -20,11 +21,13 @@ def score(
     *,
     temperature: float = 1.0,
     recorder: RouteRecorder | None = None,
+    routes: Sequence[torch.Tensor] | None = None,
+    depth: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-probs [T] (fp32, nats) of each pack's targets at `temperature`; on the last pipeline stage, else empty.
 
     Under context parallelism each rank runs its own tokens and gets every token's log-probs. A given recorder keeps
-    the routes of the same pass.
+    the routes of the same pass. routes, depth: what to replay, as `routing.replay` takes it.
     """
 
     splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
@@ -36,4 +39,5 @@ def score(
 
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     record = no_recording if recorder is None else recorder.scope
-    return run(model, inputs, head, backward=False, record=record, for_log_probs=True)
+    with replay(model.chunks, model.groups, routes, record, depth) as scope:
+        return run(model, inputs, head, backward=False, record=scope, for_log_probs=True)

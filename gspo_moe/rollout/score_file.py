@@ -95,7 +95,7 @@ def _score(
     log_probs = from_last_stage(
         [log_probs_T.tolist() for log_probs_T in score(model, packs, recorder=recorder)], groups
     )
-    routes = [recorder.gather_layers(routes_TLK).tolist() for routes_TLK in recorder.take()] if recorder else []
+    routes = [recorder.gather_layers(one).tolist() for one in recorder.take()] if recorder else []
     found: list[tuple[int, dict[str, Any]]] = []
     for number, one in enumerate(packs):
         bounds = one.cu_seqlens.tolist()

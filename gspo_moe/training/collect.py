@@ -76,6 +76,7 @@ def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_versio
         max_response_tokens=config.rollout.max_response_tokens,
         stop_ids=session.stop_ids,
         seed=f"{config.seed}/{step}",
+        report_routes=config.routing.reports_engine_routes,
     )
     with session.timers("rollout"):
         share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, policy_version)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from gspo_moe.config.loading import save_config
 from gspo_moe.evaluation.evaluate import evaluation_metrics
 from gspo_moe.model.hf import export_hf
+from gspo_moe.observability.layers import LayerWriter
 from gspo_moe.observability.metrics import MetricsWriter
 from gspo_moe.observability.progress import Progress
 from gspo_moe.observability.samples import SampleWriter
@@ -32,10 +35,20 @@ class RunLog:
                 path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
             )
             self._samples = SampleWriter(path, resume_step=step)
+            self._layers = LayerWriter(path, resume_step=step)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._main:
             self._metrics.write(step, metrics)
+
+    def layers(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
+        if self._main:
+            self._layers.append(step, figures)
+
+    def flush(self) -> None:
+        """Brings everything written so far to disk, for a checkpoint that the run may continue from."""
+        if self._main:
+            self._layers.flush()
 
     def samples(self, step: int, result: StepResult) -> None:
         """Keeps the first rollout of each of the step's first groups."""
@@ -57,6 +70,7 @@ class RunLog:
     def close(self) -> None:
         if self._main:
             self._metrics.close()
+            self._layers.flush()
             self._samples.close()
 
 
@@ -102,6 +116,7 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
         outcome = rl_step(trainer)
         metrics = outcome.metrics
         log.samples(trainer.progress.step, outcome)
+        log.layers(trainer.progress.step, outcome.layers)
     else:
         metrics = sft_step(trainer)
     timings = session.timers.take()
@@ -127,6 +142,7 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
 
 def _save(trainer: Trainer, log: RunLog) -> None:
     session = trainer.session
+    log.flush()
     with session.timers("checkpoint"):
         save_checkpoint(
             trainer.checkpoints, session.model, trainer.optimizer, trainer.progress, session.config.checkpoint.keep

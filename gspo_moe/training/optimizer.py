@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
+from gspo_moe.model.router import freeze_routers
 from gspo_moe.model.sharded import Shard
 from gspo_moe.training.optimizer_state import optimizer_shards, restore
 
@@ -39,6 +40,8 @@ class Optimizer:
     """
 
     def __init__(self, config: Config, model: Model, total_updates: int) -> None:
+        if config.routing.frozen_router:
+            freeze_routers(model.chunks)
         self._wrapped = _wrap(config, model)
         self.adam_steps = 0
         settings = config.optimizer

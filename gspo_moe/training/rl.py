@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from gspo_moe.algorithms import CorrectionStatistics, MismatchStatistics, mismatch
@@ -19,11 +21,25 @@ from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
 from gspo_moe.rollout.score import score
-from gspo_moe.routing import LoadSums, RouteSums
+from gspo_moe.routing.recorder import Recording
+from gspo_moe.routing.replay import check_routes
+from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.collect import collect, rollouts
+from gspo_moe.training.probe import probe_set
+from gspo_moe.training.routing import (
+    Figures,
+    Probe,
+    compare_packs,
+    engine_figures,
+    engine_routes,
+    load_figures,
+    staleness,
+)
 from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult, correction_of, train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,11 +53,15 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """metrics: over all ranks, for the log. answers and advantages: every rank's, in the order of the prompts."""
+    """metrics: over all ranks, for the log. answers and advantages: every rank's, in the order of the prompts.
+
+    layers: figures by layer, over all ranks, for their own file.
+    """
 
     metrics: dict[str, float]
     answers: Answers
     advantages: list[float]
+    layers: dict[str, np.ndarray]
 
 
 def rl_step(trainer: Trainer) -> StepResult:
@@ -50,15 +70,16 @@ def rl_step(trainer: Trainer) -> StepResult:
     with timers("step"):
         collected = collect(trainer)
         answers, advantages, figures = collected.answers, collected.advantages, dict(collected.metrics)
-        minibatches = _minibatches(trainer, answers, advantages)
+        samples = _samples(trainer, answers, advantages)
+        minibatches = _minibatches(trainer, samples)
         with timers("old_log_probs"):
             old_log_probs, old_routes = _old_policy(trainer, minibatches)
         reference_log_probs = _reference_policy(trainer, minibatches)
         with timers("training"):
-            results = _train(trainer, minibatches, old_log_probs, reference_log_probs)
+            results, routing = _train(trainer, minibatches, old_log_probs, old_routes, reference_log_probs, samples)
         figures |= _policy_metrics(results)
-        figures |= _routing_metrics(trainer, minibatches, old_routes, results)
-        figures |= _load_metrics(trainer, results)
+        routing.add(_routing_figures(trainer, minibatches, old_routes, results))
+        figures |= routing.metrics
         if trainer.session.config.algorithm.old_log_probs == "trainer":
             figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
             figures |= _correction_metrics(trainer, minibatches, old_log_probs)
@@ -71,24 +92,31 @@ def rl_step(trainer: Trainer) -> StepResult:
         prompt_position=collected.prompt_position,
         policy_version=progress.policy_version + len(minibatches),
     )
-    return StepResult(figures | {"policy_version": trainer.progress.policy_version}, answers, advantages)
+    metrics = figures | {"policy_version": trainer.progress.policy_version}
+    return StepResult(metrics, answers, advantages, routing.layers)
 
 
-def _minibatches(trainer: Trainer, answers: Answers, advantages: Sequence[float]) -> list[Minibatch]:
-    config, groups = trainer.session.config, trainer.session.groups
+def _samples(trainer: Trainer, answers: Answers, advantages: Sequence[float]) -> list[TrainingSample]:
     samples = [
         TrainingSample(
             token_ids=rollout.prompt_ids + rollout.response_ids,
             response_mask=(0,) * len(rollout.prompt_ids) + (1,) * len(rollout.response_ids),
             advantage=advantage,
             rollout_log_probs=rollout.log_probs,
+            routes=rollout.routes,
         )
         for rollout, advantage in zip(rollouts(answers), advantages, strict=True)
     ]
+    if trainer.session.config.routing.reports_engine_routes:
+        check_routes(samples, trainer.session.plan.architecture)
+    return samples
+
+
+def _minibatches(trainer: Trainer, samples: Sequence[TrainingSample]) -> list[Minibatch]:
+    config, groups = trainer.session.config, trainer.session.groups
+    size = config.rollout.samples_per_prompt
     minibatches = []
-    for indices in split_mini_batches(
-        len(answers.groups), config.rollout.samples_per_prompt, config.algorithm.mini_batches
-    ):
+    for indices in split_mini_batches(len(samples) // size, size, config.algorithm.mini_batches):
         chosen = [samples[i] for i in indices]
         num_tokens = sum(sum(sample.response_mask[1:]) for sample in chosen)
         minibatches.append(Minibatch(pack_share(chosen, groups, config), len(chosen), num_tokens))
@@ -110,13 +138,15 @@ def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config
 
 def _old_policy(
     trainer: Trainer, minibatches: Sequence[Minibatch]
-) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+) -> tuple[list[list[torch.Tensor]], list[list[Recording]]]:
     """Old log-probs and routes of each mini-batch's packs; log-probs only on the last stage."""
     config, model, recorder = trainer.session.config, trainer.session.model, trainer.recorder
     packs = [pack for minibatch in minibatches for pack in minibatch.packs]
     if config.algorithm.old_log_probs == "rollout":
         return _by_minibatch([pack.rollout_log_probs_T for pack in packs], minibatches), []
-    log_probs = score(model, packs, temperature=config.rollout.temperature, recorder=recorder)
+    # R3's ratios compare like with like only where the old policy runs with the engine's routes as well.
+    replayed = engine_routes(model, packs) if config.routing.replay == "r3" else None
+    log_probs = score(model, packs, temperature=config.rollout.temperature, recorder=recorder, routes=replayed)
     routes = [] if recorder is None else recorder.take()
     return _by_minibatch(log_probs, minibatches), _by_minibatch(routes, minibatches)
 
@@ -131,7 +161,7 @@ def _reference_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> lis
     return _by_minibatch(log_probs, minibatches)
 
 
-def _by_minibatch(values: Sequence[torch.Tensor], minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
+def _by_minibatch(values: Sequence[T], minibatches: Sequence[Minibatch]) -> list[list[T]]:
     """Cuts one list over all packs back into mini-batches; an empty list gives empty ones."""
     rest = iter(values)
     return [[next(rest) for _ in minibatch.packs] if values else [] for minibatch in minibatches]
@@ -141,25 +171,73 @@ def _train(
     trainer: Trainer,
     minibatches: Sequence[Minibatch],
     old_log_probs: list[list[torch.Tensor]],
+    old_routes: list[list[Recording]],
     reference_log_probs: list[list[torch.Tensor]],
-) -> list[MinibatchResult]:
-    config = trainer.session.config
-    return [
-        train_minibatch(
-            trainer.session.model,
-            trainer.optimizer,
-            minibatch.packs,
-            old,
-            config.algorithm,
-            minibatch.num_sequences,
-            config.rollout.temperature,
-            trainer.recorder,
-            num_tokens=minibatch.num_tokens,
-            max_response_tokens=config.rollout.max_response_tokens,
-            reference_log_probs=reference,
+    samples: Sequence[TrainingSample],
+) -> tuple[list[MinibatchResult], Figures]:
+    """Every mini-batch's step, and what is measured between them."""
+    session, recorder, step = trainer.session, trainer.recorder, trainer.progress.step + 1
+    config, model = session.config, session.model
+    results, figures = [], Figures()
+    for number, (minibatch, log_probs) in enumerate(zip(minibatches, old_log_probs, strict=True), start=1):
+        own = [recording.routes_TLK for recording in old_routes[number - 1]] if old_routes else None
+        replayed = {"none": None, "r2": own, "r3": None}[config.routing.replay]
+        if config.routing.replay == "r3":
+            replayed = engine_routes(model, minibatch.packs)
+        probe = None
+        if number == 1 and recorder is not None and _due(config.routing.probe_interval, step):
+            with session.timers("routing"):
+                probe = Probe(model, recorder, _probe_packs(trainer, samples))
+        if (
+            number == len(minibatches)
+            and config.routing.attribution
+            and _due(config.routing.attribution_interval, step)
+        ):
+            held = own if replayed is None else replayed
+            assert held is not None
+            with session.timers("routing"):
+                figures.add(attribution_figures(model, config, minibatch.packs, log_probs, held, config.seed + step))
+        if recorder is not None and own is not None:
+            recorder.against(own)
+        results.append(
+            train_minibatch(
+                model,
+                trainer.optimizer,
+                minibatch.packs,
+                log_probs,
+                config.algorithm,
+                minibatch.num_sequences,
+                config.rollout.temperature,
+                recorder,
+                num_tokens=minibatch.num_tokens,
+                max_response_tokens=config.rollout.max_response_tokens,
+                reference_log_probs=reference_log_probs[number - 1],
+                replayed=replayed,
+            )
         )
-        for minibatch, old, reference in zip(minibatches, old_log_probs, reference_log_probs, strict=True)
-    ]
+        if probe is not None:
+            with session.timers("routing"):
+                figures.add(probe.figures())
+    return results, figures
+
+
+def _due(interval: int, step: int) -> bool:
+    return bool(interval) and step % interval == 0
+
+
+def _probe_packs(trainer: Trainer, samples: Sequence[TrainingSample]) -> list[Microbatch]:
+    session = trainer.session
+    if trainer.probe_packs is None:
+        chosen = probe_set(
+            session.run_path,
+            samples,
+            session.config.rollout.samples_per_prompt,
+            session.config.routing.probe_sequences,
+            resumed=trainer.progress.step > 0,
+            main=session.groups.is_main,
+        )
+        trainer.probe_packs = pack_share(chosen, session.groups, session.config)
+    return trainer.probe_packs
 
 
 def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
@@ -174,50 +252,27 @@ def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
     }
 
 
-def _routing_metrics(
+def _routing_figures(
     trainer: Trainer,
     minibatches: Sequence[Minibatch],
-    old_routes: list[list[torch.Tensor]],
+    old_routes: list[list[Recording]],
     results: Sequence[MinibatchResult],
-) -> dict[str, float]:
-    """Staleness of SPEC section 4: the routes of each mini-batch's training forward against the old policy's."""
-    recorder = trainer.recorder
-    if recorder is None or not old_routes:
-        return {}
-    topk = trainer.session.plan.architecture.num_experts_per_tok
-    metrics: dict[str, float] = {}
-    total: RouteSums | None = None
-    for number, (minibatch, old, result) in enumerate(zip(minibatches, old_routes, results, strict=True), start=1):
-        overlaps = [
-            recorder.overlap(o, n)[pack.route_mask_T]
-            for pack, o, n in zip(minibatch.packs, old, result.routes, strict=True)
+) -> Figures:
+    """The pairs that cost no forward pass, and the load of the training forwards."""
+    recorder, model, groups = trainer.recorder, trainer.session.model, trainer.session.groups
+    if recorder is None:
+        return Figures()
+    figures = load_figures(recorder, groups, [recording for result in results for recording in result.routes])
+    if old_routes:
+        sums = [
+            compare_packs(recorder, groups, minibatch.packs, old, result.routes)
+            for minibatch, old, result in zip(minibatches, old_routes, results, strict=True)
         ]
-        sums = reduce_statistics(RouteSums.from_overlap(torch.cat(overlaps), topk), trainer.session.groups.data)
-        metrics |= staleness_metrics(sums, f"/mini_batch_{number}")
-        total = sums if total is None else total.merge(sums)
-    assert total is not None
-    return metrics | staleness_metrics(total, "", layers=True)
-
-
-def staleness_metrics(sums: RouteSums, suffix: str, layers: bool = False) -> dict[str, float]:
-    """Route changes under their logged names; `layers` adds the per-layer figures."""
-    named: dict[str, float] = {}
-    for name, value in sums.to_metrics().items():
-        if isinstance(value, list):
-            if layers:
-                base = name.removesuffix("_by_layer")
-                named |= {f"routing/staleness/{base}/layer_{i:02d}": v for i, v in enumerate(value)}
-        else:
-            named[f"routing/staleness/{name}{suffix}"] = value
-    return named
-
-
-def _load_metrics(trainer: Trainer, results: Sequence[MinibatchResult]) -> dict[str, float]:
-    """Expert load of SPEC section 4 over all tokens of the step's training forwards."""
-    if trainer.recorder is None:
-        return {}
-    load_AE = trainer.recorder.load([routes for result in results for routes in result.routes])
-    return reduce_statistics(LoadSums.from_load(load_AE), trainer.session.groups.data).to_metrics()
+        figures.add(staleness(sums))
+        if trainer.session.config.routing.reports_engine_routes:
+            packs = [pack for minibatch in minibatches for pack in minibatch.packs]
+            figures.add(engine_figures(model, recorder, packs, [each for old in old_routes for each in old]))
+    return figures
 
 
 def _mismatch_metrics(

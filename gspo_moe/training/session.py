@@ -25,7 +25,7 @@ from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import RewardPool
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, newest_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.types import Prompt
+from gspo_moe.types import Microbatch, Prompt
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Trainer:
     """A session under training. `progress` is where it stands; `recorder` is None when routing.record is off.
 
     reference: the frozen policy of a KL penalty, None without one.
+    probe_packs: this rank's packs of the probe set, once the first probe has fixed it.
     """
 
     session: Session
@@ -114,6 +115,7 @@ class Trainer:
     recorder: RouteRecorder | None
     progress: Progress
     reference: Model | None = None
+    probe_packs: list[Microbatch] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -146,7 +148,7 @@ def open_trainer(session: Session) -> Trainer:
     updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
     recorder = None
     if config.stage == "rl" and config.routing.record:
-        recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups)
+        recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups, scores=True)
     optimizer = Optimizer(config, session.model, updates)
     reference = open_reference(session) if config.stage == "rl" and config.algorithm.kl.coeff else None
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)

@@ -24,7 +24,8 @@ from gspo_moe.model.forward import no_recording, run, token_log_probs
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
-from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.replay import replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.types import Microbatch
 
@@ -36,7 +37,7 @@ class MinibatchResult:
     statistics: PolicyStatistics
     update: UpdateResult
     log_probs: list[torch.Tensor]
-    routes: list[torch.Tensor]
+    routes: list[Recording]
 
 
 def train_minibatch(
@@ -52,12 +53,14 @@ def train_minibatch(
     num_tokens: int | None = None,
     max_response_tokens: int | None = None,
     reference_log_probs: Sequence[torch.Tensor] = (),
+    replayed: Sequence[torch.Tensor] | None = None,
 ) -> MinibatchResult:
     """Takes one step on the mini-batch whose packs on this rank are `microbatches`.
 
     old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
     num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
     losses that average over them, and max_response_tokens for dr_grpo.
+    replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
     clip_low, clip_high = algorithm.clips
@@ -98,7 +101,7 @@ def train_minibatch(
         )
         return result.loss, result.sums
 
-    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder)
+    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
     return MinibatchResult(statistics, update, log_probs, routes)
 
 
@@ -169,8 +172,13 @@ def train_supervised(
 
 
 def _step(
-    model: Model, optimizer: Optimizer, microbatches: Sequence[Microbatch], head: Any, recorder: RouteRecorder | None
-) -> tuple[Any, UpdateResult, list[torch.Tensor]]:
+    model: Model,
+    optimizer: Optimizer,
+    microbatches: Sequence[Microbatch],
+    head: Any,
+    recorder: RouteRecorder | None,
+    replayed: Sequence[torch.Tensor] | None = None,
+) -> tuple[Any, UpdateResult, list[Recording]]:
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
     # context-parallel ranks it averages too, which megatron-core's schedules undo.
     data_ranks = model.groups.layout.data
@@ -181,14 +189,10 @@ def _step(
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
-    kept = run(
-        model,
-        [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)],
-        scaled,
-        backward=True,
-        record=no_recording if recorder is None else recorder.scope,
-        for_log_probs=True,
-    )
+    inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
+    record = no_recording if recorder is None else recorder.scope
+    with replay(model.chunks, model.groups, replayed, record) as scope:
+        kept = run(model, inputs, scaled, backward=True, record=scope, for_log_probs=True)
     statistics = None
     if kept:
         statistics = kept[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,20 @@ from tests.qwen3 import architecture, layout
 
 # Four layers for an interleaved pipeline; 61 tokens pad the last tensor rank's vocabulary.
 SIZES = architecture(num_hidden_layers=4, initializer_range=0.2)
-LAYOUTS: dict[int, list[dict[str, int]]] = {
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         {"expert": 2},
         {"expert": 2, "distributed_optimizer": True},
-        {"tensor": 2},
-        {"pipeline": 2},
+        {"tensor": 2, "recompute": "selective"},
+        {"pipeline": 2, "recompute": "full"},
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2, "distributed_optimizer": True},
     ],
     4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
 }
-SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": sampling()}
+SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": dataclasses.replace(sampling(), report_routes=True)}
 CHECKPOINT = "step_00000001"
-TOLERANCE = {"routes": 0.0, "log_probs": 1e-5, "after": 2e-5}  # an optimizer step between the last two
+TOLERANCE = {"routes": 0.0, "log_probs": 1e-5, "after": 2e-5, "held": 2e-5, "after_held": 4e-5}  # by steps
 DONE = Progress(step=1, prompt_position=14, policy_version=1)
 GSPO = AlgorithmConfig.model_validate(
     {
@@ -113,7 +114,10 @@ def observe(
     old: dict[int, torch.Tensor],
     parallel: dict[str, Any],
 ) -> Any:
-    """Log-probs, routes, one step's figures, and log-probs behind it. Log-probs on the last stage only."""
+    """Log-probs, routes, figures of a step and of one with replayed routes, and log-probs behind each of them.
+
+    Log-probs on the last stage only.
+    """
     mine = packs(model.groups, samples)
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
     log_probs = by_sample(score(model, mine, recorder=recorder), mine)
@@ -126,13 +130,31 @@ def observe(
     )
     trained_routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in result.routes]
     assert all(torch.equal(a, b) for a, b in zip(routes, trained_routes, strict=True))
+    after = by_sample(score(model, mine), mine)
+    foreign = [torch.cat([foreign_routes(index, samples) for index in one.sample_indices]) for one in mine]
+    foreign = [routes_TAK[:, list(recorder.layers)] for routes_TAK in foreign]
+    held = score(model, mine, routes=foreign)
+    replayed = train_minibatch(
+        model, optimizer, mine, held, AlgorithmConfig(name="grpo"), len(samples), 1.0, None, replayed=foreign
+    )
+    assert replayed.statistics.to_metrics()["ratio/token_std"] == 0
+    grad_norms = {"grad_norm": result.update.grad_norm, "replayed_grad_norm": replayed.update.grad_norm}
     return {
         "log_probs": log_probs,
         "routes": by_sample(routes, mine),
-        "metrics": result.statistics.to_metrics() | {"grad_norm": result.update.grad_norm},
-        "after": by_sample(score(model, mine), mine),
+        "metrics": result.statistics.to_metrics() | grad_norms,
+        "after": after,
+        "held": by_sample(held, mine),
+        "after_held": by_sample(score(model, mine), mine),
         "old": old,
     }
+
+
+def foreign_routes(index: int, samples: Sequence[TrainingSample]) -> torch.Tensor:
+    """Experts drawn at random for each token of a sample and each layer."""
+    shape = (len(samples[index].token_ids) - 1, SIZES.num_hidden_layers, SIZES.num_experts)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(index))
+    return drawn.argsort(dim=-1)[..., : SIZES.num_experts_per_tok]
 
 
 def one_process() -> dict[str, Any]:
@@ -177,10 +199,13 @@ def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel:
             one: Rollout = found[kind][name]
             assert (one.response_ids, one.finished) == (rollout.response_ids, rollout.finished), (parallel, kind, name)
             assert one.log_probs == pytest.approx(rollout.log_probs, abs=1e-4), (parallel, kind, name)
+            assert (one.routes is None) == (kind == "greedy")
+            if one.routes is not None and rollout.routes is not None:
+                assert torch.equal(one.routes.sort(dim=-1).values, rollout.routes.sort(dim=-1).values), (parallel, name)
 
 
 def same_numbers(groups: Groups, found: Any, expected: Any, parallel: dict[str, int]) -> None:
-    for name in ("routes", "log_probs", "after") if groups.is_last_stage else ("routes",):
+    for name in ("routes", "log_probs", "after", "held", "after_held") if groups.is_last_stage else ("routes",):
         parts = gather_over_data(found[name], groups)
         values = {index: value for part in parts for index, value in part.items()}
         assert values.keys() == expected[name].keys()

@@ -38,6 +38,12 @@ SMALL_RL = (
     "evaluation.prompts=32",
     "evaluation.interval=2",
     "checkpoint.interval=3",
+    "routing.engine_routes=true",
+    "routing.probe_interval=2",
+    "routing.probe_sequences=8",
+    "routing.attribution=true",
+    "routing.attribution_sequences=12",
+    "routing.attribution_by_depth=true",
 )
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from gspo_moe.cli import USER_ERROR
 from gspo_moe.config.loading import load_config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
+from gspo_moe.observability import load_run
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.program import SMALL_RL, Program, gspo_moe, json_lines, metrics_by_step, succeed
 
@@ -75,6 +77,34 @@ def test_expert_load_is_logged_by_layer(run: FinishedRun) -> None:
             layers = [steps[step][f"routing/load/{name}/layer_{layer:02d}"] for layer in range(2)]
             assert 0 < min(layers) <= max(layers) < most
             assert sum(layers) / 2 == pytest.approx(steps[step][f"routing/load/{name}"], abs=1e-12)
+
+
+def test_every_pair_is_measured_with_its_floor_and_by_layer(run: FinishedRun) -> None:
+    found = load_run(run.path)
+    for pair, interval in (("staleness", 1), ("engine", 1), ("update", 2)):
+        every = list(range(interval, LAST + 1, interval))
+        for name in ("slot_change", "flip_rate", "response_set_change", "noise_floor/slot_change"):
+            metric = f"routing/{pair}/{name}"
+            steps, values = found.layers[metric]
+            assert steps.tolist() == found.steps(metric).tolist() == every
+            np.testing.assert_allclose(values.mean(axis=1), found.values(metric), atol=1e-6)
+        for name in ("any_layer_flip", "flipped_layers_per_token"):
+            assert (found.values(f"routing/{pair}/{name}") >= found.values(f"routing/{pair}/flip_rate")).all()
+    assert max(found.values("routing/update/slot_change")) > max(found.values("routing/update/noise_floor/slot_change"))
+    assert max(found.values("routing/engine/slot_change")) < 0.01
+    assert len((run.path / "probe.jsonl").read_text().splitlines()) == 8
+    rollout, trained = (found.layers[f"routing/load/{kind}tokens"][1].sum(axis=2) for kind in ("rollout/", ""))
+    np.testing.assert_array_equal(rollout, trained)
+
+
+def test_log_ratios_are_split_with_intervals(run: FinishedRun) -> None:
+    found = load_run(run.path)
+    assert (found.values("routing/attribution/sequences") == 12).all()
+    for name in ("phi_token", "phi_sequence", "washout"):
+        value, low, high = (found.values(f"routing/attribution/{name}{suffix}") for suffix in ("", "_low", "_high"))
+        assert len(value) > LAST / 2
+        assert ((low <= value) & (value <= high)).mean() > 0.8
+        assert found.layers[f"routing/attribution/{name}"][1].shape == (LAST, 2)
 
 
 def test_tensorboard_shows_the_same_figures(run: FinishedRun) -> None:

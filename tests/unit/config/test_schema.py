@@ -91,3 +91,25 @@ def test_mini_batches_need_not_divide_for_supervised_training() -> None:
 def test_expert_tensor_follows_tensor_unless_set() -> None:
     assert load_config(None, ["parallel.tensor=2"]).parallel.expert_tensor_size == 2
     assert load_config(None, ["parallel={tensor: 2, expert_tensor: 1}"]).parallel.expert_tensor_size == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["routing.replay=r2", "routing.record=false"], r"routing\.replay=r2 needs the recorder"),
+        (["routing.probe_interval=3", "routing.record=false"], r"routing\.probe_interval=3 needs the recorder"),
+        (["routing.attribution=true", "routing.record=false"], r"routing\.attribution=true needs the recorder"),
+        (["routing.engine_routes=true", "routing.record=false"], r"routing\.engine_routes=true needs the recorder"),
+        (["routing.attribution=true", "algorithm.mini_batches=1"], r"algorithm\.mini_batches to 2 or more"),
+        (["routing.replay=r3", "stage=sft"], "stage=sft has no rollouts"),
+        (["routing.replay=r4"], r"routing\.replay"),
+    ],
+)
+def test_routing_options_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+def test_r3_needs_the_engines_routes_and_not_the_recorder() -> None:
+    assert load_config(None, ["routing.replay=r3", "routing.record=false"]).routing.reports_engine_routes
+    assert not load_config(None, ["routing.replay=r2"]).routing.reports_engine_routes

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from random import Random
 
 import pytest
 import torch
 
-from gspo_moe.data.packing import pack
+from gspo_moe.data.packing import pack, subset
 from gspo_moe.errors import DataError
 from gspo_moe.types import TrainingSample
 
@@ -90,3 +90,31 @@ def test_a_bad_sample_is_named(bad: TrainingSample, message: str) -> None:
     with pytest.raises(DataError, match=message):
         pack(samples, [1, 2])
     assert pack(samples, [1, 0]).num_sequences == 2
+
+
+def with_routes(samples: list[TrainingSample], seed: int) -> list[TrainingSample]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(len(sample.token_ids) - 1, 3, 2) for sample in samples]
+    drawn = [torch.randint(0, 300, shape, dtype=torch.int16, generator=generator) for shape in shapes]
+    return [replace(sample, routes=routes) for sample, routes in zip(samples, drawn, strict=True)]
+
+
+def test_routes_lie_beside_their_inputs_and_must_fit() -> None:
+    samples = with_routes([random_sample(Random(seed), True) for seed in range(4)], seed=1)
+    batch = pack(samples, [2, 0])
+    assert batch.routes_TAK is not None
+    assert batch.routes_TAK.dtype == torch.int16
+    assert torch.equal(batch.routes_TAK, torch.cat([samples[2].routes, samples[0].routes]))  # type: ignore[list-item]
+    for wrong in (replace(samples[3], routes=None), replace(samples[3], routes=samples[3].routes[:-1])):  # type: ignore[index]
+        with pytest.raises(DataError, match="sample 3 has routes of"):
+            pack([*samples[:3], wrong], [1, 3])
+
+
+def test_a_subset_of_a_pack_is_the_pack_of_those_samples() -> None:
+    samples = with_routes([random_sample(Random(seed), True) for seed in range(6)], seed=2)
+    whole = pack(samples, [5, 1, 4, 0])
+    few, index_T = subset(whole, [1, 3])
+    for field in fields(few):
+        found, expected = (getattr(each, field.name) for each in (few, pack(samples, [1, 0])))
+        assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected, field.name
+    assert torch.equal(whole.input_ids_T[index_T], few.input_ids_T)

@@ -53,7 +53,7 @@ def observe(dispatcher: str, per_pack: int) -> dict[str, Any]:
         result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0, recorder)
         return {
             "log_probs": by_sample(result.log_probs, packs),
-            "routes": by_sample([routes.sort(dim=-1).values for routes in result.routes], packs),
+            "routes": by_sample([one.routes_TLK.sort(dim=-1).values for one in result.routes], packs),
             "gradients": {name: value.clone() for name, value in whole_tensors(model, gradient)},
             "metrics": result.statistics.to_metrics(),
             "load": LoadSums.from_load(recorder.load(result.routes)).to_metrics(),

@@ -1,6 +1,7 @@
 """The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from gspo_moe.rollout import megatron
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.rollout.score import score
+from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import Rollout
 from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling
 from tests.qwen3 import built, forward_logits, layout
@@ -54,6 +56,21 @@ def test_log_probs_are_those_of_scoring(model: Model, temperature: float, top_p:
         on_response = pack.response_mask_T.bool()
         assert log_probs_T[on_response].std() > 0.3
         torch.testing.assert_close(log_probs_T[on_response], pack.rollout_log_probs_T[on_response], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(3, 8), (64, 64)])
+def test_reported_routes_are_those_of_scoring(model: Model, max_batch: int, prefill_tokens: int) -> None:
+    params = replace(sampling(), report_routes=True)
+    rollouts = flat(generate(model, requests(), params, max_batch, prefill_tokens))
+    packs = packs_of([replace(as_sample(rollout), routes=rollout.routes) for rollout in rollouts], per_pack=6)
+    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
+    score(model, packs, recorder=recorder)
+    for pack, recording in zip(packs, recorder.take(), strict=True):
+        assert pack.routes_TAK is not None
+        assert pack.routes_TAK.dtype == recording.routes_TLK.dtype == torch.uint8
+        assert torch.equal(*(routes.sort(dim=-1).values for routes in (pack.routes_TAK, recording.routes_TLK)))
+    recorder.close()
+    assert all(rollout.routes is None for rollout in flat(generate(model, requests(), sampling())))
 
 
 def test_greedy_decoding_takes_the_likeliest_token_of_a_full_forward_each_time(model: Model) -> None:

@@ -68,7 +68,7 @@ def test_values_and_routes_are_those_of_scoring_each_sequence_alone(
             assert record == {"log_probs": [], "routes": []}
             continue
         torch.testing.assert_close(torch.tensor(record["log_probs"]), next(log_probs), atol=1e-5, rtol=0)
-        expected = next(routes).sort(dim=-1).values.int()
+        expected = next(routes).routes_TLK.sort(dim=-1).values.int()
         assert torch.equal(torch.tensor(record["routes"], dtype=torch.int32).sort(dim=-1).values, expected)
 
 

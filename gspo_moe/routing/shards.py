@@ -1,0 +1,49 @@
+"""Whole packs against what one tensor rank routes of them, and one pipeline stage's layers against all layers.
+
+Under sequence parallelism each tensor rank routes its own stretch of the padded pack.
+
+Shape letters: C a context rank's tokens of a pack, P those that this rank routes with padding, L this stage's MoE
+layers, A all MoE layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from gspo_moe.parallel.groups import Groups
+
+
+def gather_tokens(values_P: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Every tensor rank's [P, ...] end to end, padding at the end included. Collective over tensor ranks."""
+    if not groups.layout.sequence_parallel:
+        return values_P
+    parts = [torch.empty_like(values_P) for _ in range(groups.tensor.size())]
+    dist.all_gather(parts, values_P.contiguous(), group=groups.tensor)
+    return torch.cat(parts)
+
+
+def local_routes(routes_CK: torch.Tensor, count: int, groups: Groups) -> torch.Tensor:
+    """This tensor rank's `count` rows of its context rank's routes, int64 [count, K].
+
+    Padding rows get experts 0 to K - 1.
+    """
+    start = groups.tensor.rank() * count if groups.layout.sequence_parallel else 0
+    rows = routes_CK[start : start + count].long()
+    missing = count - len(rows)
+    if not missing:
+        return rows
+    topk = routes_CK.shape[-1]
+    return torch.cat([rows, torch.arange(topk, device=rows.device).expand(missing, topk)])
+
+
+def spread_layers(values_XL: torch.Tensor, layers: Sequence[int], num_layers: int, groups: Groups) -> torch.Tensor:
+    """[X, A, ...] of every pipeline stage's [X, L, ...], which all stages get. Collective over the pipeline."""
+    shape = (values_XL.shape[0], num_layers, *values_XL.shape[2:])
+    values_XA = values_XL.new_zeros(shape)
+    values_XA[:, list(layers)] = values_XL
+    if groups.pipeline.size() > 1:
+        dist.all_reduce(values_XA, group=groups.pipeline)
+    return values_XA

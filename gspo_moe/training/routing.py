@@ -1,0 +1,150 @@
+"""What one RL step replays and measures of the router: the pairs of SPEC section 4, load, and the layers' figures.
+
+Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, K experts a token, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import numpy as np
+import torch
+
+from gspo_moe.model.build import Model
+from gspo_moe.parallel.groups import Groups
+from gspo_moe.parallel.reduce import reduce_statistics
+from gspo_moe.rollout.score import score
+from gspo_moe.routing import LoadSums, PairSums
+from gspo_moe.routing.recorder import Recording, RouteRecorder, routers_of
+from gspo_moe.types import Microbatch
+
+
+@dataclass
+class Figures:
+    """metrics: for the log. layers: arrays [A], or [A, B], for the file of per-layer figures."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, other: Figures) -> None:
+        self.metrics |= other.metrics
+        self.layers |= other.layers
+
+
+def engine_routes(model: Model, packs: Sequence[Microbatch]) -> list[torch.Tensor]:
+    """The rollout engine's routes [T, L, K] of this stage's layers."""
+    layers = [router.layer_number - 1 for router in routers_of(model.chunks)]
+    return [_reported(pack)[:, layers] for pack in packs]
+
+
+def _reported(pack: Microbatch) -> torch.Tensor:
+    assert pack.routes_TAK is not None, "the engine was not asked for routes"
+    return pack.routes_TAK
+
+
+def compare_packs(
+    recorder: RouteRecorder,
+    groups: Groups,
+    packs: Sequence[Microbatch],
+    old: Sequence[Recording],
+    new: Sequence[Recording],
+) -> PairSums:
+    """One pair's sums over all ranks. Collective."""
+    found = [recorder.compare(*each) for each in zip(packs, old, new, strict=True)]
+    return reduce_statistics(merged(found), groups.data)
+
+
+def merged(sums: Iterable[PairSums]) -> PairSums:
+    return reduce(PairSums.merge, sums)
+
+
+def staleness(sums: Sequence[PairSums]) -> Figures:
+    """sums: of each mini-batch's training forward against the old policy. The first runs at equal weights."""
+    figures = pair_figures("staleness", merged(sums), sums[0])
+    for number, one in enumerate(sums, start=1):
+        for name, value in one.to_metrics().items():
+            if isinstance(value, float):
+                figures.metrics[f"routing/staleness/{name}/mini_batch_{number}"] = value
+    for name in ("slot_change", "flip_rate"):
+        by_layer = figures.layers[f"routing/staleness/{name}"].tolist()
+        figures.metrics |= {f"routing/staleness/{name}/layer_{i:02d}": value for i, value in enumerate(by_layer)}
+    return figures
+
+
+def pair_figures(pair: str, sums: PairSums, floor: PairSums) -> Figures:
+    """A pair's figures and its noise floor's; empty where no token was compared."""
+    figures = Figures()
+    for name, value in sums.to_metrics().items():
+        if name == "flip_rate_by_margin":
+            assert isinstance(value, list)
+            bins = {f"routing/{pair}/flip_rate_by_margin/bin_{i}": rate for i, rate in enumerate(value)}
+            figures.metrics |= {key: rate for key, rate in bins.items() if rate == rate}
+            figures.layers[f"routing/{pair}/margin_tokens"] = sums.sums["binned_LB"].cpu().numpy()
+            figures.layers[f"routing/{pair}/margin_flips"] = sums.sums["binned_flips_LB"].cpu().numpy()
+        elif isinstance(value, list):
+            figures.layers[f"routing/{pair}/{name.removesuffix('_by_layer')}"] = np.array(value)
+        else:
+            figures.metrics[f"routing/{pair}/{name}"] = value
+    for name, value in floor.to_metrics().items():
+        if name == "slot_change":
+            assert isinstance(value, float)
+            figures.metrics[f"routing/{pair}/noise_floor/slot_change"] = value
+        elif name == "slot_change_by_layer":
+            figures.layers[f"routing/{pair}/noise_floor/slot_change"] = np.array(value)
+    return figures
+
+
+def with_interval(figures: Figures, pair: str, sums: PairSums) -> Figures:
+    """Adds the 95 % interval of slot_change over sequences, where these are a sample."""
+    half, value = sums.interval(), figures.metrics.get(f"routing/{pair}/slot_change")
+    if value is not None and half == half:
+        figures.metrics[f"routing/{pair}/slot_change_low"] = max(value - half, 0.0)
+        figures.metrics[f"routing/{pair}/slot_change_high"] = min(value + half, 1.0)
+    return figures
+
+
+def load_figures(recorder: RouteRecorder, groups: Groups, recordings: Sequence[Recording]) -> Figures:
+    """Expert load of SPEC section 4 over all tokens of these passes. Collective."""
+    sums = reduce_statistics(LoadSums.from_load(recorder.load(recordings)), groups.data)
+    return Figures(sums.to_metrics(), {"routing/load/tokens": sums.sums["load_LE"].cpu().numpy()})
+
+
+def engine_figures(
+    model: Model, recorder: RouteRecorder, packs: Sequence[Microbatch], trainer: Sequence[Recording]
+) -> Figures:
+    """Rollout engine against trainer at equal weights; what the two code paths differ by is the floor itself."""
+    reported = [Recording(routes) for routes in engine_routes(model, packs)]
+    sums = compare_packs(recorder, model.groups, packs, reported, trainer)
+    figures = with_interval(pair_figures("engine", sums, sums), "engine", sums)
+    load = reduce_statistics(LoadSums.from_load(recorder.load(reported)), model.groups.data)
+    for name in ("max_violation", "cv", "entropy"):
+        figures.metrics[f"routing/load/rollout/{name}"] = load.to_metrics()[f"routing/load/{name}"]
+    figures.layers["routing/load/rollout/tokens"] = load.sums["load_LE"].cpu().numpy()
+    return figures
+
+
+class Probe:
+    """The update pair: a fixed probe set, scored before and after one optimizer step."""
+
+    def __init__(self, model: Model, recorder: RouteRecorder, packs: Sequence[Microbatch]) -> None:
+        """Scores the packs twice at the weights as they are, before the step. Collective."""
+        self._model, self._recorder, self._packs = model, recorder, packs
+        self._before = self._routes(None)
+        self._floor = self._compare()
+
+    def figures(self) -> Figures:
+        """After the step. Collective."""
+        sums = self._compare()
+        return with_interval(pair_figures("update", sums, self._floor), "update", sums)
+
+    def _compare(self) -> PairSums:
+        after = self._routes([recording.routes_TLK for recording in self._before])
+        return compare_packs(self._recorder, self._model.groups, self._packs, self._before, after)
+
+    def _routes(self, reference: Sequence[torch.Tensor] | None) -> list[Recording]:
+        if reference is not None:
+            self._recorder.against(reference)
+        score(self._model, self._packs, recorder=self._recorder)
+        return self._recorder.take()

@@ -1,0 +1,49 @@
+"""Whole RL steps in one process under Routing Replay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gspo_moe.config.loading import load_config
+from gspo_moe.parallel.groups import shut_down
+from gspo_moe.training.plan import make_plan
+from gspo_moe.training.rl import rl_step
+from gspo_moe.training.session import Trainer, open_session, open_trainer
+from tests.launch import renew_port
+
+SMALL = (
+    "model=tiny",
+    "model.overrides={num_hidden_layers: 2, hidden_size: 32, num_experts: 8, initializer_range: 0.2}",
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=4",
+    "rollout.max_response_tokens=8",
+    "algorithm.name=grpo",
+    "optimizer.lr=1e-2",
+    "logging.samples_per_step=0",
+)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
+    session = open_session(make_plan(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])))
+    try:
+        yield open_trainer(session)
+        renew_port()
+    finally:
+        session.close()
+        shut_down()
+
+
+@pytest.mark.parametrize("replay", ["r2", "r3"])
+def test_replayed_ratios_are_exactly_one_at_equal_weights(replay: str, tmp_path: Path) -> None:
+    with opened(tmp_path, f"routing.replay={replay}", "algorithm.mini_batches=1") as trainer:
+        for _ in range(2):
+            # Even answers of random weights have unequal rewards seldom; the ratios do not ask for them.
+            metrics = rl_step(trainer).metrics
+            assert metrics["ratio/token_std"] == metrics["ratio/sequence_std"] == 0
+            assert metrics["ratio/token_min"] == metrics["ratio/token_max"] == 1
+            assert metrics["routing/staleness/slot_change"] == 0
