@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
 from gspo_moe.config import ConfigError, load_config
+from gspo_moe.config.clips import DEFAULT_CLIPS
 
 
 @pytest.mark.parametrize(
@@ -54,6 +56,24 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
 def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(None, [f"algorithm.{override}" for override in overrides])
+
+
+def test_the_configurations_in_the_docs_are_valid(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        (tmp_path / "config.yaml").write_text(block)
+        load_config(tmp_path / "config.yaml")
+
+
+def test_the_docs_name_each_algorithm_with_its_default_clips() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for name, (low, high) in DEFAULT_CLIPS.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        clips = row.rstrip(" |").rpartition("|")[2].strip()
+        if name not in ("gmpo", "rspo"):
+            assert [float(clip) for clip in clips.split(" / ")] == [low, high]
 
 
 def test_dynamic_sampling_needs_answers_that_differ() -> None:
