@@ -160,7 +160,7 @@ def test_bank_arms_are_drawn_over_their_number_of_mini_batches(tmp_path: Path) -
         for seed in (1, 2):
             write_run(
                 tmp_path / f"gspo.bank_n{number}" / f"seed{seed}",
-                lambda step, value=number * seed: {"clip_fraction/token": 0.01 * value},
+                lambda step, value=number * seed: {"clip_fraction/token": 0.01 * value, "clip_fraction/sequence": 0.0},
                 steps=range(1, 2),
             )
     figures = _figures(tmp_path)
