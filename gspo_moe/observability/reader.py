@@ -72,6 +72,8 @@ def load_run(path: str | Path) -> Run:
     for record in records:
         for name, value in record.items():
             if name not in NOT_METRICS:
+                if not isinstance(value, int | float | None):
+                    raise DataError(f"{metrics}, step {record['step']}: {name} is {value!r}, no number; mend that line")
                 by_name.setdefault(name, {})[record["step"]] = math.nan if value is None else value
     series = {name: _arrays(values) for name, values in by_name.items()}
     config_file = folder / "config.yaml"

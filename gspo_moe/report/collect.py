@@ -127,7 +127,9 @@ def _arms(folder: Path, order: Sequence[str], problems: list[str]) -> dict[str, 
     if _seeds(folder):
         return {folder.resolve().name: _seeds(folder)}
     children = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
-    arms = {child.name: _seeds(child) for child in children if _seeds(child)}
+    # A study keeps other folders of seeds beside its arms, its banks for one.
+    seeds = {child.name: _seeds(child) for child in children}
+    arms = {name: runs for name, runs in seeds.items() if any((run / METRICS_FILE).is_file() for run in runs)}
     if not arms:
         raise DataError(
             f"{folder} is neither a run (a folder with {METRICS_FILE}) nor a study (folders ARM/seed1, ARM/seed2, ...)"

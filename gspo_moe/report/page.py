@@ -31,6 +31,7 @@ def render_page(collection: Collection, *, watch: bool = False) -> str:
     script = _asset("page.js")
     library = get_plotlyjs()
     loader = _asset("loader.js")
+    address = "'self'" if watch else "'none'"
     # Only these three scripts run, whatever text a run has written into its prompts.
     policy = "; ".join(
         [
@@ -38,7 +39,7 @@ def render_page(collection: Collection, *, watch: bool = False) -> str:
             f"script-src {' '.join(_digest(source) for source in (loader, library, script))}",
             "style-src 'unsafe-inline'",
             "img-src data: blob:",
-            f"connect-src {chr(39) + 'self' + chr(39) if watch else chr(39) + 'none' + chr(39)}",
+            f"connect-src {address}",
             "base-uri 'none'",
             "form-action 'none'",
         ]

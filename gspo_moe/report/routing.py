@@ -70,7 +70,7 @@ def floor_metric(arm: Arm, pair: str) -> str:
 
 def _floor_notes(arms: Sequence[Arm], pair: str) -> list[str]:
     measured = [arm.name for arm in arms if f"routing/{pair}/noise_floor/slot_change" in arm.names]
-    others = [arm for arm in arms if arm.name not in measured]
+    others = [arm for arm in arms if f"routing/{pair}/slot_change" in arm.names and arm.name not in measured]
     stand_in = [arm.name for arm in others if floor_metric(arm, pair) in arm.names]
     none = [arm.name for arm in others if arm.name not in stand_in]
     notes = []

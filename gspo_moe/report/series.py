@@ -25,7 +25,7 @@ def unit_of(metric: str) -> str:
 
 
 def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Curve | None:
-    """The arm's `metric` over steps; None where no seed has a finite value of it. log: leaves out values <= 0."""
+    """The arm's `metric` over steps; None where no seed has a finite value of it. log: leaves out means <= 0."""
     present = [cell for cell in arm.cells if metric in cell.run.names]
     if not present:
         return None
@@ -37,20 +37,19 @@ def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Cur
         values = cell.run.values(metric)
         raw[row, places] = values
         smoothed[row, places] = moving_mean(values) if smooth else values
-    if log:
-        raw[raw <= 0], smoothed[smoothed <= 0] = np.nan, np.nan
-    if not np.isfinite(smoothed).any():
-        return None
     seeds = band(smoothed)
+    mean = _drawable(seeds.mean, log)
+    if not np.isfinite(mean).any():
+        return None
     thinned = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS_DRAWN)).round().astype(int))
     return Curve(
         arm.name,
         steps[thinned].astype(np.float64),
-        seeds.mean[thinned],
+        mean[thinned],
         seeds.low[thinned],
         seeds.high[thinned],
         seeds.seeds[thinned],
-        mean_of_finite(raw)[thinned] if smooth else None,
+        _drawable(mean_of_finite(raw), log)[thinned] if smooth else None,
     )
 
 
@@ -129,11 +128,12 @@ def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> t
         for column, arm in enumerate(own):
             for cell in arm.cells:
                 value = cell.run.final(metric) if final else cell.run.mean(metric)
-                values[seeds.index(cell.seed), column] = value if value > 0 or not log else np.nan
-        if np.isfinite(values).any():
-            over = band(values)
+                values[seeds.index(cell.seed), column] = value
+        over = band(values)
+        mean = _drawable(over.mean, log)
+        if np.isfinite(mean).any():
             counts = np.array([float(arm.mini_batches or 0) for arm in own])
-            curves.append(Curve(name, counts, over.mean, over.low, over.high, over.seeds))
+            curves.append(Curve(name, counts, mean, over.low, over.high, over.seeds))
     return tuple(curves)
 
 
@@ -161,6 +161,11 @@ def lacking(arms: Sequence[Arm], metric: str) -> list[str]:
                 arm.name if without == len(arm.cells) else f"{arm.name} ({without} of {len(arm.cells)} seeds)"
             )
     return [f"{metric} not measured in: {', '.join(missing)}"] if missing else []
+
+
+def _drawable(mean: np.ndarray, log: bool) -> np.ndarray:
+    """On a log axis a mean of zero has no place; single seeds at zero still count in the mean."""
+    return np.where(mean > 0, mean, np.nan) if log else mean
 
 
 def mean_of_finite(values: np.ndarray) -> np.ndarray:

@@ -37,12 +37,12 @@
     const shown = panel.curves.filter((entry) => !hidden.has(entry.arm));
     for (const curve of shown) {
       const stroke = color(curve.arm);
-      const inBand = curve.x.map((_, i) => i).filter((i) => curve.low[i] !== null && !(panel.log && curve.low[i] <= 0));
+      const inBand = curve.x.map((_, i) => i).filter((i) => curve.low[i] !== null && curve.mean[i] !== null);
       if (inBand.length > 1) {
         const back = inBand.toReversed();
         traces.push({
           x: [...inBand, ...back].map((i) => curve.x[i]),
-          y: [...inBand.map((i) => curve.high[i]), ...back.map((i) => curve.low[i])],
+          y: [...inBand.map((i) => curve.high[i]), ...back.map((i) => (panel.log ? Math.max(curve.low[i], 1e-12) : curve.low[i]))],
           fill: "toself", fillcolor: faint(stroke, 0.16), line: { width: 0 }, mode: "lines", hoverinfo: "skip",
         });
       }

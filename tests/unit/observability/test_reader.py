@@ -57,6 +57,13 @@ def test_the_resolved_config_comes_along(tmp_path: Path) -> None:
     assert run.names == ()
 
 
+@pytest.mark.parametrize("value", ['"text"', "[1, 2]", "{}"])
+def test_a_value_that_is_no_number_is_named(tmp_path: Path, value: str) -> None:
+    _write(tmp_path, f'{{"step": 1, "x": 1}}\n{{"step": 2, "x": {value}}}\n')
+    with pytest.raises(DataError, match=r"step 2: x is .*, no number; mend that line"):
+        load_run(tmp_path)
+
+
 def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl does not exist; give the folder of a run"):
         load_run(tmp_path / "nowhere")

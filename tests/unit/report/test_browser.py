@@ -15,7 +15,8 @@ from gspo_moe.report.page import page_parts, render_page
 from gspo_moe.report.server import ReportServer
 from tests.runs import write_run, write_samples
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 DRAWN_SECONDS = 120
 

@@ -22,6 +22,7 @@ def test_a_study_is_arms_of_seeds_and_its_summary_gives_order_and_baseline(study
     summary = {"baseline": "grpo", "arms": {"gspo": {}, "grpo": {}, "lost": {}}}
     (copy / "summary.json").write_text(json.dumps(summary))
     (copy / "cold_start").mkdir()
+    (copy / "banks" / "seed1").mkdir(parents=True)
     found = collect([copy])
     assert found.title == "study"
     assert [(arm.name, [cell.seed for cell in arm.cells]) for arm in found.arms] == [

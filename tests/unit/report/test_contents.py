@@ -13,7 +13,15 @@ from gspo_moe.report.collect import collect
 from gspo_moe.report.contents import contents
 from gspo_moe.report.curves import moving_mean
 from gspo_moe.report.figures import DotPanel, Figure, HeatPanel, LinePanel
-from tests.runs import write_run
+from tests.runs import Metrics, write_run
+
+
+def _accuracy(start: float) -> Metrics:
+    return lambda step: {"eval/accuracy": start + 0.01 * step}
+
+
+def _clipped(share: float) -> Metrics:
+    return lambda step: {"clip_fraction/token": share, "clip_fraction/sequence": 0.0}
 
 
 def _figures(*paths: Path) -> dict[str, Figure]:
@@ -50,7 +58,7 @@ def test_a_seed_that_stopped_early_leaves_the_mean_and_its_number_of_seeds(tmp_p
     for seed, steps in ((1, 6), (2, 3)):
         write_run(
             tmp_path / "arm" / f"seed{seed}",
-            lambda step, seed=seed: {"eval/accuracy": 0.1 * seed + 0.01 * step},
+            _accuracy(0.1 * seed),
             steps=range(1, steps + 1),
             overrides=("schedule.steps=6",),
         )
@@ -160,7 +168,7 @@ def test_bank_arms_are_drawn_over_their_number_of_mini_batches(tmp_path: Path) -
         for seed in (1, 2):
             write_run(
                 tmp_path / f"gspo.bank_n{number}" / f"seed{seed}",
-                lambda step, value=number * seed: {"clip_fraction/token": 0.01 * value},
+                _clipped(0.01 * number * seed),
                 steps=range(1, 2),
             )
     figures = _figures(tmp_path)

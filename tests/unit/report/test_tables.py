@@ -16,16 +16,20 @@ from gspo_moe.report.tables import (
     run_rows,
     sample_rollouts,
 )
-from tests.runs import write_run, write_samples
+from tests.runs import Metrics, write_run, write_samples
 
 RULE = CollapseRule()
+
+
+def _reward_that_ends_at(last: float) -> Metrics:
+    return lambda step: {"reward/mean": 0.8 if step <= 20 else last}
 
 
 def test_arms_show_their_ends_over_finished_seeds_and_who_collapsed(tmp_path: Path) -> None:
     for seed, last in ((1, 0.9), (2, 0.0), (3, 0.7)):
         write_run(
             tmp_path / "arm" / f"seed{seed}",
-            lambda step, last=last: {"reward/mean": 0.8 if step <= 20 else last},
+            _reward_that_ends_at(last),
             steps=range(1, 41 if seed < 3 else 31),
             overrides=("schedule.steps=40",),
         )
