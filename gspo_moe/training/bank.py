@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.observability.progress import Progress
+from gspo_moe.rollout.answers import ScoredGroup
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
 from gspo_moe.training.collect import sample
 from gspo_moe.training.session import Plan, open_session
@@ -15,7 +16,7 @@ def make_bank(plan: Plan, path: Path) -> int:
     """Answers the prompts of `schedule.steps` steps into the file `path`; how many prompts. Collective."""
     config, session = plan.config, open_session(plan)
     source = PromptSource(plan.task, "train")
-    groups = []
+    groups: list[ScoredGroup] = []
     with Progress(config.schedule.steps, enabled=session.groups.is_main and config.logging.progress) as progress:
         for step in range(config.schedule.steps):
             groups += sample(session, source.take(config.rollout.prompts_per_step), step, policy_version=0).groups

@@ -38,7 +38,9 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def finish(cell: Cell, rewards: list[float], **last: float | None) -> None:
     """Leaves what a finished run leaves."""
     cell.job.product.mkdir(parents=True)
-    records = [{"step": step, "reward/mean": reward, "time": 0.0} for step, reward in enumerate(rewards, start=1)]
+    records: list[dict[str, float | None]] = [
+        {"step": step, "reward/mean": reward, "time": 0.0} for step, reward in enumerate(rewards, start=1)
+    ]
     records[-1] |= last
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (cell.job.folder / "metrics.jsonl").write_text(lines)

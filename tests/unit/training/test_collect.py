@@ -60,6 +60,7 @@ def collected(
         answerer=Answerer(rewards, lengths),
         timers=timers,
         stop_ids=frozenset(),
+        bank=None,
     )
     trainer: Any = SimpleNamespace(session=session, progress=Progress(step=3, prompt_position=position))
     return collect(trainer)
