@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
     command = commands.add_parser("bank", help="freeze rollouts and rewards of a policy, for runs with rollout.bank")
     command.add_argument("config", metavar="CONFIG.yaml", help="schedule.steps * rollout.prompts_per_step prompts")
-    command.add_argument("--output", required=True, metavar="BANK.safetensors")
+    command.add_argument("bank", metavar="BANK.safetensors", help="the file to write")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. routing.engine_routes=true")
     command.set_defaults(run=_bank)
     command = commands.add_parser("study", help="arms x seeds from one cold start, compared in pairs")
@@ -229,10 +229,10 @@ def _bank(options: argparse.Namespace) -> None:
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
-    count = make_bank(make_plan(config), Path(options.output))
+    count = make_bank(make_plan(config), Path(options.bank))
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{options.output}: answers to {count} prompts")
+        print(f"{options.bank}: answers to {count} prompts")
 
 
 def _study(options: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def bank_jobs(study: Study, here: Path) -> list[Job]:
         routes = {"routing.engine_routes": True, "routing.replay": "none"}
         product = _bank(study, seed)
         settings = settings_as_overrides(study.set, study.bank.set, own, routes, _start(study))
-        arguments = ("bank", str(here / study.base), "--output", str(product), *settings)
+        arguments = ("bank", str(here / study.base), str(product), *settings)
         jobs.append(Job(f"bank seed{seed}", arguments, product.with_suffix(""), product, _needs(study)))
     return jobs
 

@@ -17,6 +17,8 @@ from gspo_moe.study.spec import Study, load_study
 from gspo_moe.study.summary import SHOWN, summarise, write_summary
 from gspo_moe.study.table import live_table
 
+WIDTH = 200  # of what goes to a file
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,7 +46,10 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console 
 
     Raises ConfigError before anything starts, StudyError at the end for cells that failed: the others are summarised.
     """
-    plan, console = plan_study(path, overrides), console or Console()
+    plan = plan_study(path, overrides)
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDTH)
     plan.study.folder.mkdir(parents=True, exist_ok=True)
     with live_table(plan.cells, plan.others, console) as show:
         outcome = run_jobs(plan.jobs, plan.study.processes, plan.study.cells_at_once, show)
@@ -63,7 +68,7 @@ def summary_tables(plan: Plan, summary: dict[str, Any]) -> list[Table]:
         key = (arm.mode, arm.mini_batches)
         if key not in tables:
             several = "" if arm.mini_batches is None else f", {arm.mini_batches} mini-batches"
-            tables[key] = Table("", "seeds", *SHOWN, title=f"{arm.mode}{several}", title_justify="left")
+            tables[key] = Table("", "seeds", *SHOWN.values(), title=f"{arm.mode}{several}", title_justify="left")
         found = summary["arms"][arm.name]
         figures = [_figure(found["metrics"].get(metric), metric) for metric in SHOWN]
         tables[key].add_row(arm.of, str(len(found["seeds"])), *figures)

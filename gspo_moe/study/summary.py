@@ -19,8 +19,16 @@ from gspo_moe.study.cells import Arm, Cell
 from gspo_moe.study.spec import Study
 
 SUMMARY_FILE = "summary.json"
-SHOWN = ("eval/accuracy", "reward/mean", "clip_fraction/sequence", "clip_fraction/token", "ratio/token_std",
-         "ratio/sequence_std", "routing/staleness/slot_change")  # fmt: skip
+# Metric to the head of its column in the terminal.
+SHOWN = {
+    "eval/accuracy": "accuracy, last",
+    "reward/mean": "reward, last",
+    "clip_fraction/sequence": "clipped sequences",
+    "clip_fraction/token": "clipped tokens",
+    "ratio/token_std": "token ratio std",
+    "ratio/sequence_std": "sequence ratio std",
+    "routing/staleness/slot_change": "slots changed",
+}
 DEFINITIONS = {
     "mean": "over the run's measured points of each seed, then over seeds",
     "final": "over the last tenth of the run's measured points of each seed, then over seeds",
