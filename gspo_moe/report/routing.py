@@ -17,7 +17,7 @@ PAIRS = {
     "update": "before against after one update, on fixed probes",
     "engine": "rollout engine against trainer, at equal weights",
 }
-MARGIN_AXIS = "margin: 0 below 1e-4, 1 to 1e-3, 2 to 1e-2, 3 to 0.1, 4 above"
+MARGIN_AXIS = "margin bin: 0 below 1e-4 ... 4 above 0.1"
 
 
 def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -88,9 +88,8 @@ def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray
 
 def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps [S] and values [S, L] of a figure by layer, from the run's arrays or from its metrics; None without."""
-    arrays = layer_arrays(run)
-    if metric in arrays:
-        return arrays[metric]
+    if metric in run.layers:
+        return run.layers[metric]
     names = [name for name in run.names if re.fullmatch(rf"{re.escape(metric)}/layer_\d+", name)]
     if not names:
         return None
@@ -105,17 +104,11 @@ def expert_load(arm: Arm) -> np.ndarray | None:
     """Tokens of each expert over the mean of its layer's experts, whole run, mean over seeds: [L, E]."""
     loads = []
     for cell in arm.cells:
-        if "routing/load/tokens" in (arrays := layer_arrays(cell.run)):
-            tokens_LE = mean_of_finite(arrays["routing/load/tokens"][1])
+        if "routing/load/tokens" in cell.run.layers:
+            tokens_LE = mean_of_finite(cell.run.layers["routing/load/tokens"][1])
             loads.append(tokens_LE / tokens_LE.mean(axis=1, keepdims=True))
     shapes = {load.shape for load in loads}
     return mean_of_finite(np.stack(loads)) if len(shapes) == 1 else None
-
-
-def layer_arrays(run: Run) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values by layer from the run's file of arrays; empty for a run without."""
-    arrays: Mapping[str, tuple[np.ndarray, np.ndarray]] = getattr(run, "layers", {})
-    return arrays
 
 
 def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> tuple[Curve, ...]:
