@@ -78,7 +78,8 @@ def rl_step(trainer: Trainer) -> StepResult:
         with timers("training"):
             results, routing = _train(trainer, minibatches, old_log_probs, old_routes, reference_log_probs, samples)
         figures |= _policy_metrics(results)
-        routing.add(_routing_figures(trainer, minibatches, old_routes, results))
+        current = all(rollout.policy_version == trainer.progress.policy_version for rollout in rollouts(answers))
+        routing.add(_routing_figures(trainer, minibatches, old_routes, results, current))
         figures |= routing.metrics
         if trainer.session.config.algorithm.old_log_probs == "trainer":
             figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
@@ -257,8 +258,12 @@ def _routing_figures(
     minibatches: Sequence[Minibatch],
     old_routes: list[list[Recording]],
     results: Sequence[MinibatchResult],
+    equal_weights: bool,
 ) -> Figures:
-    """The pairs that cost no forward pass, and the load of the training forwards."""
+    """The pairs that cost no forward pass, and the load of the training forwards.
+
+    equal_weights: the rollouts were sampled from the weights that the step began with.
+    """
     recorder, model, groups = trainer.recorder, trainer.session.model, trainer.session.groups
     if recorder is None:
         return Figures()
@@ -271,7 +276,8 @@ def _routing_figures(
         figures.add(staleness(sums))
         if trainer.session.config.routing.reports_engine_routes:
             packs = [pack for minibatch in minibatches for pack in minibatch.packs]
-            figures.add(engine_figures(model, recorder, packs, [each for old in old_routes for each in old]))
+            trained = [each for old in old_routes for each in old]
+            figures.add(engine_figures(model, recorder, packs, trained, equal_weights))
     return figures
 
 

@@ -73,8 +73,8 @@ def staleness(sums: Sequence[PairSums]) -> Figures:
     return figures
 
 
-def pair_figures(pair: str, sums: PairSums, floor: PairSums) -> Figures:
-    """A pair's figures and its noise floor's; empty where no token was compared."""
+def pair_figures(pair: str, sums: PairSums, floor: PairSums | None) -> Figures:
+    """A pair's figures and, where it is known, its noise floor's; empty where no token was compared."""
     figures = Figures()
     for name, value in sums.to_metrics().items():
         if name == "flip_rate_by_margin":
@@ -87,7 +87,7 @@ def pair_figures(pair: str, sums: PairSums, floor: PairSums) -> Figures:
             figures.layers[f"routing/{pair}/{name.removesuffix('_by_layer')}"] = np.array(value)
         else:
             figures.metrics[f"routing/{pair}/{name}"] = value
-    for name, value in floor.to_metrics().items():
+    for name, value in ({} if floor is None else floor.to_metrics()).items():
         if name == "slot_change":
             assert isinstance(value, float)
             figures.metrics[f"routing/{pair}/noise_floor/slot_change"] = value
@@ -112,12 +112,17 @@ def load_figures(recorder: RouteRecorder, groups: Groups, recordings: Sequence[R
 
 
 def engine_figures(
-    model: Model, recorder: RouteRecorder, packs: Sequence[Microbatch], trainer: Sequence[Recording]
+    model: Model,
+    recorder: RouteRecorder,
+    packs: Sequence[Microbatch],
+    trainer: Sequence[Recording],
+    equal_weights: bool,
 ) -> Figures:
-    """Rollout engine against trainer at equal weights; what the two code paths differ by is the floor itself."""
+    """Rollout engine against trainer. At equal weights the pair is its own floor; older rollouts have none."""
     reported = [Recording(routes) for routes in engine_routes(model, packs)]
     sums = compare_packs(recorder, model.groups, packs, reported, trainer)
-    figures = with_interval(pair_figures("engine", sums, sums), "engine", sums)
+    floor = sums if equal_weights else None
+    figures = with_interval(pair_figures("engine", sums, floor), "engine", sums)
     load = reduce_statistics(LoadSums.from_load(recorder.load(reported)), model.groups.data)
     for name in ("max_violation", "cv", "entropy"):
         figures.metrics[f"routing/load/rollout/{name}"] = load.to_metrics()[f"routing/load/{name}"]

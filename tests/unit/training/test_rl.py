@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.plan import make_plan
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
+from gspo_moe.types import Rollout
 from tests.launch import renew_port
 
 SMALL = (
@@ -36,6 +39,21 @@ def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
     finally:
         session.close()
         shut_down()
+
+
+def test_the_engine_pair_has_a_floor_at_equal_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path, "routing.engine_routes=true") as trainer:
+        engine = trainer.session.answerer.engine
+        assert rl_step(trainer).metrics["routing/engine/noise_floor/slot_change"] == 0
+
+        def older(*arguments: Any) -> list[list[Rollout]]:
+            answered = type(engine).generate(engine, *arguments)
+            return [[replace(one, policy_version=one.policy_version - 1) for one in group] for group in answered]
+
+        monkeypatch.setattr(engine, "generate", older)
+        metrics = rl_step(trainer).metrics
+    assert "routing/engine/slot_change" in metrics
+    assert "routing/engine/noise_floor/slot_change" not in metrics
 
 
 @pytest.mark.parametrize("replay", ["r2", "r3"])
