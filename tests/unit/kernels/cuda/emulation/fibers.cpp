@@ -190,7 +190,10 @@ void try_shuffle(int thread) {
 void run_block(int threads) {
   active = threads;
   done = waiting_at_barrier = 0;
-  for (int i = 0; i < threads; ++i) fibers[i]->state = State::READY;
+  for (int i = 0; i < threads; ++i) {
+    fibers[i]->state = State::READY;
+    fibers[i]->barriers = 0;
+  }
   while (done < threads) {
     bool moved = false;
     for (const int thread : order) {
