@@ -122,10 +122,11 @@ def many_tokens(random: Random) -> Iterator[Case]:
 
 
 def qwen3(random: Random) -> Iterator[Case]:
+    """Few tokens for many multiprocessors, so that the backward pass cuts rows over blocks."""
     padding = QWEN3_COLUMNS - QWEN3_TOKENS
     for index, dtype in enumerate(NAMES):
         rows = Rows(logits(random, 2, QWEN3_TOKENS), dtype, padding, temperature=0.9)
-        for case in both("Qwen3", rows, random, index % 2 == 0):
+        for case in both("Qwen3", rows, random, index % 2 == 0, num_sms=16):
             yield large(case)
     shard = Rows(logits(random, 5, QWEN3_COLUMNS // 8), "bf16", start=QWEN3_COLUMNS // 8)
     for case in both("Qwen3 over 8 ranks", shard, random, True, 16):
