@@ -115,7 +115,12 @@ def alignments(random: Random) -> Iterator[Case]:
 
 
 def many_tokens(random: Random) -> Iterator[Case]:
-    for dtype, tokens, vocab, num_sms in (("bf16", 1, 1000, 16), ("fp32", 17, 65, 2), ("fp16", 130, 300, 4)):
+    for dtype, tokens, vocab, num_sms in (
+        ("bf16", 1, 1000, 16),
+        ("fp32", 17, 65, 1),
+        ("fp16", 130, 300, 2),
+        ("bf16", 40, 4099, 1),
+    ):
         yield from both(f"{tokens} tokens", Rows(logits(random, tokens, vocab), dtype), random, True, num_sms)
     for case in both("3001 tokens", Rows(logits(random, 3001, 40), "bf16", gap=1), random, False, 8):
         yield large(case)
