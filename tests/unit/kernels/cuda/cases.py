@@ -275,8 +275,8 @@ def refused() -> Iterator[Case]:
     yield refuse(
         replace(stats, buffers={**stats.buffers, "logits_TV": replace(stats.buffers["logits_TV"], offset=1)}), {}
     )
-    for numbers in ({"phases": 0}, {"phases": 4}, {"num_sequences": -1}, {"clip_low": -1.0}, {"clip_high": np.nan}):
-        yield refuse(reduce, numbers)
+    for name, value in (("phases", 0), ("phases", 4), ("num_sequences", -1), ("clip_low", -1.0), ("clip_high", np.nan)):
+        yield refuse(reduce, {name: value})
 
 
 def refuse(case: Case, numbers: dict[str, float], without: str = "") -> Case:
