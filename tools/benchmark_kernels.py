@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import statistics
 import time
@@ -90,6 +91,16 @@ def eager_linear_fp32(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_
     return log_softmax_gather(F.linear(hidden_TH, weight_VH).float(), targets_T)
 
 
+def liger_chunked(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """What Liger's fused linear policy losses take log-probs with; of its package, the part without Triton."""
+    from liger_kernel.chunked_loss import fused_linear_ppo as liger
+
+    found: torch.Tensor = liger._ChunkedSelectiveLogProbFunction.apply(
+        hidden_TH, weight_VH, targets_T, None, 1.0, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+    )
+    return found
+
+
 class Produced(torch.autograd.Function):
     """Logits in given memory, as an operation's output: neither a leaf nor a view of one."""
 
@@ -162,13 +173,25 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return max(resident("VmHWM") - before, 0)
 
 
+def check_agreement(case: Any, functions: dict[str, Function]) -> None:
+    """All implementations find the same, as far as a 16-bit result can tell."""
+    for function in functions.values():
+        case.prepare()
+        mine = case.run(functions["gspo_moe"], False)
+        case.prepare()
+        torch.testing.assert_close(case.run(function, False).float(), mine, atol=0.2, rtol=0.02)
+
+
 def measure(op: str, case: Any, functions: dict[str, Function], repeats: int) -> list[dict[str, Any]]:
     rows = []
+    check_agreement(case, functions)
     for name in PASSES:
         backward = name == "forward_backward"
         memory: dict[str, int] = {}
         for implementation, function in functions.items():
-            for _ in range(2):  # the first run compiles and warms up
+            for _ in range(
+                2 if implementation.startswith("compile") else 1
+            ):  # the first one's memory is the compiler's
                 case.prepare()
                 memory[implementation] = extra_bytes(partial(case.run, function, backward))
         times: dict[str, list[float]] = {implementation: [] for implementation in functions}
@@ -222,6 +245,8 @@ def main() -> None:
 
     token = TOKEN | ({} if options.no_compile else {f"compile_{k}": torch.compile(f) for k, f in PLAIN.items()})
     linear: dict[str, Function] = {"gspo_moe": ours_linear, "eager": eager_linear, "eager_fp32": eager_linear_fp32}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        linear["liger_chunked"] = liger_chunked
     suites: dict[str, tuple[Any, dict[str, Function]]] = {
         "token_log_probs": (TokenCase, token),
         "linear_token_log_probs": (LinearCase, linear),
@@ -234,7 +259,8 @@ def main() -> None:
         case_type, functions = suites[op]
         for dtype in options.dtypes:
             case = case_type(options, DTYPES[dtype])
-            found = [{**row, "dtype": dtype} for row in measure(op, case, functions, options.repeats)]
+            chosen = {k: f for k, f in functions.items() if dtype != "float32" or not k.endswith("_fp32")}
+            found = [{**row, "dtype": dtype} for row in measure(op, case, chosen, options.repeats)]
             del case
             rows += found
             for name in PASSES:

@@ -1,14 +1,16 @@
-"""Token log-probs from hidden states: output layer and softmax together, over a few tokens at a time.
+"""Token log-probs from hidden states: output layer and softmax together, over a block of words at a time.
 
-The logits of all tokens never exist: forward takes chunk after chunk, backward computes each chunk's logits again,
-except those that fit the memory budget, which are kept. Where they all fit, nothing is computed twice.
+The logits of the whole vocabulary never exist: forward takes block after block, as if each were a tensor-parallel
+rank's, backward computes each block's logits again, except those that fit the memory budget, which are kept. Where they
+all fit, nothing is computed twice. Blocks of words rather than of tokens read and write each row of the weight and of
+its gradient once, and keep the products large.
 
-Shape letters: T tokens, H hidden, V this rank's rows of the output weight, P tokens of hidden states, T and padding.
+Shape letters: T tokens, H hidden, V this rank's rows of the output weight, B of them in a block, P tokens of hidden
+states, T and padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,47 +19,57 @@ from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
 from gspo_moe.kernels.ops import token_backward_, token_stats, wide
-from gspo_moe.kernels.tokens import TokenLogProbs, check, combine, group_name, named_group, refuse_second_order
+from gspo_moe.kernels.tokens import (
+    TokenLogProbs,
+    check,
+    combine,
+    group_name,
+    merge,
+    named_group,
+    refuse_second_order,
+)
 
 MEMORY_BUDGET = 512 * 2**20
-CHUNKS = 4  # of the budget: one being computed, the others kept
+BLOCKS = 4  # of the budget: one being computed, the others kept
 
 
-def chunk_tokens(num_tokens: int, row_bytes: int, memory_budget: int) -> tuple[int, int]:
-    """Tokens a chunk, and tokens of the first chunks whose logits are kept for the backward, within the budget.
+def block_columns(columns: int, column_bytes: int, memory_budget: int) -> tuple[int, int]:
+    """Columns of logits a block, and columns of the first blocks that are kept for the backward, within the budget.
 
-    At least one token a chunk, whatever the budget.
+    At least one column a block, whatever the budget.
     """
-    if num_tokens * row_bytes <= memory_budget:
-        return max(num_tokens, 1), num_tokens
-    chunk = max(memory_budget // (CHUNKS * row_bytes), 1)
-    kept = max(memory_budget // row_bytes - chunk, 0) // chunk * chunk
-    return chunk, min(kept, num_tokens)
-
-
-def _chunks(num_tokens: int, chunk: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk))
+    if columns * column_bytes <= memory_budget:
+        return max(columns, 1), columns
+    block = max(memory_budget // (BLOCKS * column_bytes), 1)
+    kept = max(memory_budget // column_bytes - block, 0) // block * block
+    return block, min(kept, columns)
 
 
 class _Logits:
-    """The logits of one chunk after the other: the kept ones in place, the others in one buffer."""
+    """The logits [T, B] of one block after the other: the kept ones in their own memory, the others in one buffer."""
 
-    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, kept_KV: torch.Tensor, chunk: int) -> None:
-        self._hidden_TH, self._weight_VH, self._kept_KV, self._chunk = hidden_TH, weight_VH, kept_KV, chunk
-        self._buffer: torch.Tensor | None = None
+    def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, kept: torch.Tensor, block: int) -> None:
+        self._hidden_TH, self._weight_VH, self._kept = hidden_TH, weight_VH, kept
+        self._num_tokens, self._num_kept = len(hidden_TH), kept.numel() // max(len(hidden_TH), 1)
+        self.blocks = [slice(start, min(start + block, len(weight_VH))) for start in range(0, len(weight_VH), block)]
+        buffered = block if self._num_kept < len(weight_VH) else 0
+        self._buffer = kept.new_empty(self._num_tokens * buffered)
 
-    def kept(self, rows: slice) -> bool:
-        return rows.stop <= len(self._kept_KV)
+    def words(self, columns: slice, vocab_start: int, vocab: int) -> tuple[int, int]:
+        """First token and number of tokens of a block, the rest of which is padding."""
+        return vocab_start + columns.start, min(max(vocab - columns.start, 0), columns.stop - columns.start)
 
-    def place(self, rows: slice) -> torch.Tensor:
-        if self.kept(rows):
-            return self._kept_KV[rows]
-        if self._buffer is None:
-            self._buffer = self._kept_KV.new_empty((self._chunk, len(self._weight_VH)))
-        return self._buffer[: rows.stop - rows.start]
+    def kept(self, columns: slice) -> bool:
+        return columns.stop <= self._num_kept
 
-    def compute(self, rows: slice) -> torch.Tensor:
-        return torch.mm(self._hidden_TH[rows], self._weight_VH.T, out=self.place(rows))
+    def place(self, columns: slice) -> torch.Tensor:
+        width = columns.stop - columns.start
+        start = columns.start * self._num_tokens if self.kept(columns) else 0
+        memory = self._kept if self.kept(columns) else self._buffer
+        return memory[start : start + width * self._num_tokens].view(self._num_tokens, width)
+
+    def compute(self, columns: slice) -> torch.Tensor:
+        return torch.mm(self._hidden_TH, self._weight_VH[columns].T, out=self.place(columns))
 
 
 def _gathered(hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torch.Tensor:
@@ -80,20 +92,19 @@ def _linear_token_log_probs(
     vocab: int,
     group: str,
     sequence_parallel: bool,
-    chunk: int,
+    block: int,
     kept: int,
     into_main_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     whole = _gathered(hidden, group, sequence_parallel)
-    kept_KV = whole.new_empty((kept, len(weight)))
-    stats_TS = whole.new_empty((len(targets), 3), dtype=wide(whole.dtype))
-    logits = _Logits(whole, weight, kept_KV, chunk)
-    for rows in _chunks(len(targets), chunk):
-        stats_TS[rows] = token_stats(
-            logits.compute(rows), targets[rows], inverse_temperature, vocab_start, vocab, False
-        )
-    log_probs, log_z, _, first_choice = combine(stats_TS, group)
-    return log_probs, log_z, first_choice, kept_KV
+    kept_logits = whole.new_empty(kept * len(targets))
+    logits = _Logits(whole[: len(targets)], weight, kept_logits, block)
+    parts = []
+    for columns in logits.blocks:
+        start, words = logits.words(columns, vocab_start, vocab)
+        parts.append(token_stats(logits.compute(columns), targets, inverse_temperature, start, words, False))
+    log_probs, log_z, _, first_choice = combine(merge(torch.stack(parts)), group)
+    return log_probs, log_z, first_choice, kept_logits
 
 
 @_linear_token_log_probs.register_fake
@@ -106,12 +117,12 @@ def _(
     vocab: int,
     group: str,
     sequence_parallel: bool,
-    chunk: int,
+    block: int,
     kept: int,
     into_main_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     figures = hidden.new_empty(targets.shape[0], dtype=wide(hidden.dtype))
-    return figures, torch.empty_like(figures), figures > 0, hidden.new_empty((kept, weight.shape[0]))
+    return figures, torch.empty_like(figures), figures > 0, hidden.new_empty(kept * targets.shape[0])
 
 
 @custom_op("gspo_moe::linear_token_backward_", mutates_args=("kept_logits", "main_grad"))
@@ -128,29 +139,26 @@ def _linear_token_backward_(
     vocab: int,
     group: str,
     sequence_parallel: bool,
-    chunk: int,
+    block: int,
     needs_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of hidden states, reduced over the group, and of the weight, which is empty where main_grad took it."""
     whole = _gathered(hidden, group, sequence_parallel)
-    chunks = list(_chunks(len(targets), chunk))
-    grad_hidden = torch.empty_like(whole)
-    grad_hidden[len(targets) :] = 0
-    total = main_grad
-    if total is None and needs_weight:
-        # One chunk's product is rounded once, by itself.
-        total = torch.zeros_like(weight, dtype=weight.dtype if len(chunks) == 1 else wide(weight.dtype))
-    logits = _Logits(whole, weight, kept_logits, chunk)
-    for rows in chunks:
-        gradient = logits.place(rows) if logits.kept(rows) else logits.compute(rows)
-        numbers = (inverse_temperature, vocab_start, vocab)
-        token_backward_(gradient, targets[rows], log_z[rows], grad_log_probs[rows], None, None, *numbers)
-        torch.mm(gradient, weight, out=grad_hidden[rows])
-        if total is not None:
-            _add_product(total, gradient, whole[rows])
-    if main_grad is not None or total is None:
-        total = weight.new_empty((0, weight.shape[1]))
-    return _reduced(grad_hidden, group, sequence_parallel), total.to(weight.dtype)
+    num_tokens = len(targets)
+    hidden_TH = whole[:num_tokens]
+    grad_hidden = torch.zeros_like(whole, dtype=wide(whole.dtype))
+    grad_weight = weight.new_empty((len(weight) if needs_weight and main_grad is None else 0, weight.shape[1]))
+    logits = _Logits(hidden_TH, weight, kept_logits, block)
+    for columns in logits.blocks:
+        gradient_TB = logits.place(columns) if logits.kept(columns) else logits.compute(columns)
+        numbers = (inverse_temperature, *logits.words(columns, vocab_start, vocab))
+        token_backward_(gradient_TB, targets, log_z, grad_log_probs, None, None, *numbers)
+        _add_product(grad_hidden[:num_tokens], gradient_TB, weight[columns])
+        if main_grad is not None:
+            _add_product(main_grad[columns], gradient_TB.T, hidden_TH)
+        elif needs_weight:
+            torch.mm(gradient_TB.T, hidden_TH, out=grad_weight[columns])
+    return _reduced(grad_hidden.to(whole.dtype), group, sequence_parallel), grad_weight
 
 
 @_linear_token_backward_.register_fake
@@ -167,26 +175,21 @@ def _(
     vocab: int,
     group: str,
     sequence_parallel: bool,
-    chunk: int,
+    block: int,
     needs_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = weight.shape[0] if needs_weight and main_grad is None else 0
     return torch.empty_like(hidden), weight.new_empty((rows, weight.shape[1]))
 
 
-def _add_product(total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
-    """total += gradient^T hidden. 16-bit factors of a float32 total: blocks of rows, so that no second total exists."""
-    if total_VH.dtype == gradient_CV.dtype:
-        total_VH.addmm_(gradient_CV.T, hidden_CH)
-        return
-    rows = max(gradient_CV.numel() // max(hidden_CH.shape[1], 1), 1)  # a block's product is no larger than the gradient
-    for start in range(0, len(total_VH), rows):
-        block_VC = gradient_CV[:, start : start + rows].T
-        if total_VH.is_cuda:
-            product = torch.mm(block_VC, hidden_CH, out_dtype=total_VH.dtype)
-        else:  # torch's CPU product of 16-bit factors is summed in float32 and rounded, here once a chunk
-            product = torch.mm(block_VC, hidden_CH)
-        total_VH[start : start + rows] += product
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; a float32 total also takes 16-bit factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    else:  # torch's CPU product of 16-bit factors is summed in float32 and rounded, here once a block
+        total += torch.mm(left, right)
 
 
 def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torch.Tensor:
@@ -203,7 +206,7 @@ def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> 
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, targets, *ctx.numbers, ctx.chunk, _, into_main_grad = inputs
+    hidden, weight, targets, *ctx.numbers, ctx.block, _, into_main_grad = inputs
     _, log_z, first_choice, kept = output
     ctx.mark_non_differentiable(log_z, first_choice, kept)
     ctx.save_for_backward(hidden, weight, targets, log_z, kept)
@@ -224,7 +227,7 @@ def _backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     main_grad = None if ctx.parameter is None else ctx.parameter.main_grad
     needs_weight = ctx.needs_input_grad[1]
     grad_hidden, grad_weight = _linear_token_backward_(
-        hidden, weight, targets, log_z, grad_T, kept, main_grad, *ctx.numbers, ctx.chunk, needs_weight
+        hidden, weight, targets, log_z, grad_T, kept, main_grad, *ctx.numbers, ctx.block, needs_weight
     )
     taken = main_grad is not None or not needs_weight
     return grad_hidden, None if taken else grad_weight, *[None] * 9
@@ -251,9 +254,9 @@ def linear_token_log_probs(
     hidden: [P, H], the same on every rank of `group`, or, with `sequence_parallel`, this rank's equal part of the rows.
     weight: [V, H] of the same dtype, this rank's rows of the output layer. targets: int64 [T], of the first T of all
     tokens; those behind are padding, with gradient 0. temperature, vocab_start, vocab, group: as in `token_log_probs`.
-    The gradient of `hidden` is summed over the group; that of `weight` is summed over chunks in float32 and given back
-    in the weight's dtype, or, with `into_main_grad`, added to `weight.main_grad` as it is computed, autograd then
-    seeing none (megatron-core must not overlap gradient reduction). No entropy.
+    The gradient of `hidden` is summed over blocks in float32, and over the group; that of `weight` is one product a
+    row, given back in the weight's dtype or, with `into_main_grad`, added to `weight.main_grad`, autograd then seeing
+    none (megatron-core must not overlap gradient reduction). No entropy.
     Raises KernelError for arguments that do not fit.
     """
     ranks = group.size() if group is not None and sequence_parallel else 1
@@ -270,7 +273,7 @@ def linear_token_log_probs(
     if into_main_grad and not hasattr(weight, "main_grad"):
         raise KernelError("weight has no main_grad; wrap the model in megatron-core's DistributedDataParallel first")
     check(weight.new_empty((len(targets), 0)), targets, temperature)
-    chunk, kept = chunk_tokens(len(targets), len(weight) * weight.element_size(), memory_budget)
+    block, kept = block_columns(len(weight), max(len(targets), 1) * weight.element_size(), memory_budget)
     differentiates = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     log_probs_T, _, first_choice_T, _ = _linear_token_log_probs(
         hidden,
@@ -281,7 +284,7 @@ def linear_token_log_probs(
         vocab,
         group_name(group),
         sequence_parallel,
-        chunk,
+        block,
         kept if differentiates else 0,
         into_main_grad,
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
@@ -50,26 +50,31 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 
 def named_group(name: str) -> dist.ProcessGroup | None:
-    return _resolve_process_group(name) if name else None
+    return _resolve_process_group(GroupName(name)) if name else None
+
+
+def merge(parts_PTS: torch.Tensor) -> torch.Tensor:
+    """Statistics [T, S] of a vocabulary from those of its parts."""
+    max_PT, sum_PT, target_PT, *moment_PT = parts_PTS.unbind(dim=2)
+    max_T = max_PT.amax(dim=0)
+    shift_PT = torch.where(sum_PT == 0, 0.0, max_PT - max_T)  # a part of -inf alone adds nothing
+    shrink_PT = shift_PT.exp()
+    merged = [max_T, (sum_PT * shrink_PT).sum(dim=0), target_PT.amax(dim=0)]
+    if moment_PT:
+        merged.append(((moment_PT[0] + shift_PT * sum_PT) * shrink_PT).sum(dim=0))
+    return torch.stack(merged, dim=1)
 
 
 def combine(stats_TS: torch.Tensor, group: str) -> Combined:
     """The whole vocabulary's figures from each rank's statistics, in one collective; equal bits on every rank."""
-    parts_PTS = stats_TS[None]
     ranks = named_group(group)
     if ranks is not None:
         gathered = stats_TS.new_empty((ranks.size() * len(stats_TS), stats_TS.shape[1]))
         dist.all_gather_single(gathered, stats_TS.contiguous(), group=ranks)
-        parts_PTS = gathered.view(ranks.size(), *stats_TS.shape)
-    max_PT, sum_PT, target_PT, *moment_PT = parts_PTS.unbind(dim=2)
-    max_T, target_T = max_PT.amax(dim=0), target_PT.amax(dim=0)
-    shift_PT = torch.where(sum_PT == 0, 0.0, max_PT - max_T)  # a shard of -inf alone adds nothing
-    shrink_PT = shift_PT.exp()
-    sum_T = (sum_PT * shrink_PT).sum(dim=0)
+        stats_TS = merge(gathered.view(ranks.size(), *stats_TS.shape))
+    max_T, sum_T, target_T, *moment_T = stats_TS.unbind(dim=1)
     log_sum_T = sum_T.log()
-    entropy_T = max_T.new_empty(0)
-    if moment_PT:
-        entropy_T = log_sum_T - ((moment_PT[0] + shift_PT * sum_PT) * shrink_PT).sum(dim=0) / sum_T
+    entropy_T = log_sum_T - moment_T[0] / sum_T if moment_T else max_T.new_empty(0)
     # In this order, since adding two large numbers first would round.
     return Combined(target_T - max_T - log_sum_T, max_T + log_sum_T, entropy_T, target_T >= max_T)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from gspo_moe.errors import KernelError
 from gspo_moe.kernels import linear_token_log_probs
-from gspo_moe.kernels.linear import _linear_token_log_probs, chunk_tokens
+from gspo_moe.kernels.linear import _linear_token_log_probs, block_columns
 
 ROWS, TOKENS, HIDDEN, COLUMNS, WORDS = 23, 19, 16, 131, 120
-# From one token at a time, over chunks of which some are kept, to all at once.
+# From one column at a time, over blocks of which some are kept, to all at once.
 BUDGETS = (1, 5000, 9000, 2**20)
 
 
@@ -26,13 +28,13 @@ def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
-def test_values_and_gradients_do_not_depend_on_the_chunks(dtype: torch.dtype, error: float, budget: int) -> None:
+def test_values_and_gradients_do_not_depend_on_the_blocks(dtype: torch.dtype, error: float, budget: int) -> None:
     hidden, weight, targets, weights = drawn(dtype)
     exact, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     logits = exact[:TOKENS] @ exact_weight[:WORDS].T
     expected = torch.log_softmax(logits / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
     (expected * weights).sum().backward()
-    options = {"temperature": 0.7, "vocab": WORDS, "memory_budget": budget}
+    options: dict[str, Any] = {"temperature": 0.7, "vocab": WORDS, "memory_budget": budget}
     found = linear_token_log_probs(hidden, weight, targets, **options)
     torch.testing.assert_close(found.log_probs.double(), expected, atol=2 * error, rtol=error)
     if dtype != torch.bfloat16:
@@ -57,8 +59,8 @@ def test_values_and_gradients_do_not_depend_on_the_chunks(dtype: torch.dtype, er
     torch.testing.assert_close(main_grad.double() - 1, exact_weight.grad, atol=2 * error, rtol=error)
 
 
-def test_a_bf16_weight_gradient_is_summed_in_float32() -> None:
-    """512 equal tokens, one a chunk: a bf16 sum stops growing at 256 times the first summand."""
+def test_bf16_gradients_are_summed_in_float32() -> None:
+    """512 equal tokens: a bf16 sum stops growing at 256 times the first summand."""
     hidden, weight = torch.full((512, 1), 2.0**-4).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
     targets = torch.zeros(512, dtype=torch.int64)
     linear_token_log_probs(hidden, weight, targets, memory_budget=1).log_probs.sum().backward()
@@ -66,16 +68,15 @@ def test_a_bf16_weight_gradient_is_summed_in_float32() -> None:
     assert weight.grad.flatten().tolist() == [16.0, -16.0]
 
 
-def test_chunks_fit_the_budget() -> None:
-    assert chunk_tokens(100, 8, 800) == (100, 100)
-    assert chunk_tokens(0, 8, 800) == (1, 0)
-    assert chunk_tokens(100, 8, 1) == (1, 0)
+def test_blocks_fit_the_budget() -> None:
+    assert block_columns(100, 8, 800) == (100, 100)
+    assert block_columns(0, 8, 800) == (1, 0)
+    assert block_columns(100, 8, 1) == (1, 0)
     for budget in range(8, 800, 24):
-        chunk, kept = chunk_tokens(100, 8, budget)
-        assert kept % chunk == 0
-        assert chunk * 8 <= budget
-        assert (chunk + kept) * 8 <= max(budget, 8)
-    assert chunk_tokens(100, 8, 400) == (12, 36)
+        block, kept = block_columns(100, 8, budget)
+        assert kept % block == 0
+        assert (block + kept) * 8 <= budget
+    assert block_columns(100, 8, 400) == (12, 36)
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
@@ -110,11 +111,11 @@ def test_wrong_arguments_say_what_fits() -> None:
             linear_token_log_probs(*arguments, **options)
 
 
-@pytest.mark.parametrize("kept", [0, 10, TOKENS])
+@pytest.mark.parametrize("kept", [0, 50, COLUMNS])
 def test_the_op_keeps_torchs_rules(kept: int) -> None:
     hidden, weight, targets, _ = drawn(torch.float32)
-    chunk = TOKENS if kept == TOKENS else 5
-    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, chunk, kept, False)
+    block = COLUMNS if kept == COLUMNS else 25
+    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, block, kept, False)
     opcheck(
         _linear_token_log_probs, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

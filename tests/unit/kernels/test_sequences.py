@@ -12,7 +12,7 @@ from gspo_moe.algorithms import policy_loss
 from gspo_moe.errors import KernelError
 from gspo_moe.kernels import ops, reference, sequence_reduce
 
-CLIPS = {"clip_low": 3e-3, "clip_high": 4e-3}
+CLIPS: dict[str, Any] = {"clip_low": 3e-3, "clip_high": 4e-3}
 # Ragged, of one token and of many.
 LENGTHS = (1, 2, 7, 31, 64, 3, 300)
 

@@ -115,17 +115,23 @@ def alignments(random: Random) -> Iterator[Case]:
 
 
 def many_tokens(random: Random) -> Iterator[Case]:
-    for dtype, tokens, vocab, num_sms in (("bf16", 1, 1000, 16), ("fp32", 17, 65, 2), ("fp16", 130, 300, 4)):
+    for dtype, tokens, vocab, num_sms in (
+        ("bf16", 1, 1000, 16),
+        ("fp32", 17, 65, 1),
+        ("fp16", 130, 300, 2),
+        ("bf16", 40, 4099, 1),
+    ):
         yield from both(f"{tokens} tokens", Rows(logits(random, tokens, vocab), dtype), random, True, num_sms)
     for case in both("3001 tokens", Rows(logits(random, 3001, 40), "bf16", gap=1), random, False, 8):
         yield large(case)
 
 
 def qwen3(random: Random) -> Iterator[Case]:
+    """Few tokens for many multiprocessors, so that the backward pass cuts rows over blocks."""
     padding = QWEN3_COLUMNS - QWEN3_TOKENS
     for index, dtype in enumerate(NAMES):
         rows = Rows(logits(random, 2, QWEN3_TOKENS), dtype, padding, temperature=0.9)
-        for case in both("Qwen3", rows, random, index % 2 == 0):
+        for case in both("Qwen3", rows, random, index % 2 == 0, num_sms=16):
             yield large(case)
     shard = Rows(logits(random, 5, QWEN3_COLUMNS // 8), "bf16", start=QWEN3_COLUMNS // 8)
     for case in both("Qwen3 over 8 ranks", shard, random, True, 16):
@@ -269,8 +275,8 @@ def refused() -> Iterator[Case]:
     yield refuse(
         replace(stats, buffers={**stats.buffers, "logits_TV": replace(stats.buffers["logits_TV"], offset=1)}), {}
     )
-    for numbers in ({"phases": 0}, {"phases": 4}, {"num_sequences": -1}, {"clip_low": -1.0}, {"clip_high": np.nan}):
-        yield refuse(reduce, numbers)
+    for name, value in (("phases", 0), ("phases", 4), ("num_sequences", -1), ("clip_low", -1.0), ("clip_high", np.nan)):
+        yield refuse(reduce, {name: value})
 
 
 def refuse(case: Case, numbers: dict[str, float], without: str = "") -> Case:

@@ -1,7 +1,7 @@
 """What can be known of the CUDA kernels without a GPU, stage by stage: `python -m tests.unit.kernels.cuda.proof`.
 
 Prints a line a stage and ends with 1 if one fails. --seed N repeats a run's random cases; --matrix runs every seeded
-bug through every stage instead.
+bug through every stage instead, --instructions counts those of the inner loops.
 """
 
 from __future__ import annotations
@@ -101,12 +101,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--matrix", action="store_true")
+    parser.add_argument("--instructions", action="store_true")
     options = parser.parse_args()
     if missing := missing_tools():
         print(f"the proof needs {', '.join(missing)}; install them first", file=sys.stderr)
         return 1
     if options.matrix:
         print(bugs.matrix(BUILD_DIR))
+        return 0
+    if options.instructions:
+        print(ptx.inner_loops(ptx.build(SOURCES, BUILD_DIR)))
         return 0
     print(f"random cases: --seed {options.seed}, {os.cpu_count()} processors", flush=True)
     proof, failed = Proof(options.seed), False

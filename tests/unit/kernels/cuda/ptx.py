@@ -72,3 +72,21 @@ def choose(kernels: dict[str, Kernel], case: Case) -> Kernel:
         parts += [STORAGE[int(case.numbers["element_type"])], f"Lb{int(entropy)}E"]
     (found,) = [kernel for name, kernel in kernels.items() if all(part in name for part in parts)]
     return found
+
+
+def inner_loops(kernels: dict[str, Kernel]) -> str:
+    """Instructions a logit in the loops with four loads of 16 bytes, a line a kernel.
+
+    Moves between registers are left out; the branch that raises the maximum is counted as taken.
+    """
+    lines = []
+    for kernel in kernels.values():
+        for end, instruction in enumerate(kernel.code):
+            loop = kernel.code[instruction.target : end + 1] if 0 <= instruction.target <= end else []
+            operations = [".".join(each.opcode[:2]) for each in loop if each.opcode[0] != "mov"]
+            if sum("v4" in each.opcode and each.opcode[0] == "ld" for each in loop) == 4:
+                logits = 4 * (4 if "Float32" in kernel.name else 8)
+                exponentials = operations.count("ex2.approx")
+                lines.append(f"{kernel.name}: {len(operations) / logits:.1f}, of them {exponentials / logits:.2f} ex2")
+                break
+    return "\n".join(lines)

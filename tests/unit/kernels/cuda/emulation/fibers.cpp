@@ -1,7 +1,8 @@
 // Runs a grid on fibers. Compiled without sanitizers: it tells them itself which stack runs and what orders accesses.
 //
-// A block's threads run one after the other, each until it waits or ends. The order is a permutation chosen for the whole
-// run: a kernel that needs a barrier and lacks it computes something else in some order.
+// A block's warps run one after the other, each until all of its lanes wait or end, so that a warp gets as far ahead of
+// the others as barriers let it. The order of warps, and of lanes in them, is chosen for the whole run: a kernel that
+// needs a barrier and lacks it computes something else in some order.
 #include "fibers.h"
 
 #include <stdio.h>
@@ -144,12 +145,18 @@ Fiber* make_fiber(int thread) {
 void make_fibers(int threads) {
   if (__tsan_get_current_fiber && scheduler.tsan == nullptr) scheduler.tsan = __tsan_get_current_fiber();
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(make_fiber(static_cast<int>(fibers.size())));
-  order.resize(threads);
-  std::iota(order.begin(), order.end(), 0);
-  if (options.order == -1) std::reverse(order.begin(), order.end());
-  if (options.order > 0) {
-    std::mt19937 random(static_cast<unsigned>(options.order));
-    std::shuffle(order.begin(), order.end(), random);
+  std::vector<int> warps(threads / WARP);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::mt19937 random(static_cast<unsigned>(options.order));
+  if (options.order == -1) std::reverse(warps.begin(), warps.end());
+  if (options.order > 0) std::shuffle(warps.begin(), warps.end(), random);
+  order.clear();
+  for (const int warp : warps) {
+    std::vector<int> lanes(WARP);
+    std::iota(lanes.begin(), lanes.end(), warp * WARP);
+    if (options.order == -1) std::reverse(lanes.begin(), lanes.end());
+    if (options.order > 0) std::shuffle(lanes.begin(), lanes.end(), random);
+    order.insert(order.end(), lanes.begin(), lanes.end());
   }
 }
 
@@ -187,18 +194,30 @@ void try_shuffle(int thread) {
   }
 }
 
+// Runs those lanes of the warp at order[first] that can go on; false where there are none.
+bool run_ready(int first) {
+  bool moved = false;
+  for (int i = first; i < first + WARP; ++i) {
+    if (fibers[order[i]]->state != State::READY) continue;
+    moved = true;
+    current = fibers[order[i]];
+    threadIdx = {static_cast<unsigned>(order[i]), 0, 0};
+    resume(current, &scheduler);
+  }
+  return moved;
+}
+
 void run_block(int threads) {
   active = threads;
   done = waiting_at_barrier = 0;
-  for (int i = 0; i < threads; ++i) fibers[i]->state = State::READY;
+  for (int i = 0; i < threads; ++i) {
+    fibers[i]->state = State::READY;
+    fibers[i]->barriers = 0;
+  }
   while (done < threads) {
     bool moved = false;
-    for (const int thread : order) {
-      if (fibers[thread]->state != State::READY) continue;
-      moved = true;
-      current = fibers[thread];
-      threadIdx = {static_cast<unsigned>(thread), 0, 0};
-      resume(current, &scheduler);
+    for (int first = 0; first < threads; first += WARP) {
+      while (run_ready(first)) moved = true;
     }
     if (waiting_at_barrier == threads) {
       open_barrier();
@@ -242,7 +261,7 @@ uint64_t shuffle_xor(unsigned mask, uint64_t bits, int offset) {
 }
 
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread) {
-  if (block.x < 1 || block.x > 1024 || block.y != 1 || block.z != 1 || grid.z != 1) fail("a launch out of range");
+  if (block.x < 1 || block.x > 1024 || block.x % WARP != 0 || block.y != 1 || block.z != 1 || grid.z != 1) fail("a launch out of range");
   gridDim = grid;
   blockDim = block;
   work = &thread;
