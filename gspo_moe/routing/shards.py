@@ -20,8 +20,10 @@ def gather_tokens(values_P: torch.Tensor, groups: Groups) -> torch.Tensor:
     """Every tensor rank's [P, ...] end to end, padding at the end included. Collective over tensor ranks."""
     if not groups.layout.sequence_parallel:
         return values_P
-    parts = [torch.empty_like(values_P) for _ in range(groups.tensor.size())]
-    dist.all_gather(parts, values_P.contiguous(), group=groups.tensor)
+    mine = values_P.contiguous()
+    parts = [torch.empty_like(mine) for _ in range(groups.tensor.size())]
+    # As bytes: gloo knows no int16, which routes among many experts have.
+    dist.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8), group=groups.tensor)
     return torch.cat(parts)
 
 

@@ -62,7 +62,9 @@ def arms(study: Study) -> list[Arm]:
         found += [Arm(name, name, ONLINE, None, study.online.set | settings) for name, settings in study.arms.items()]
     if study.bank is not None:
         for count in study.bank.mini_batches:
-            own = {"schedule.steps": 1, "algorithm.mini_batches": count}
+            own: Settings = {"schedule.steps": 1, "algorithm.mini_batches": count}
+            if count == 1:  # no ratio has moved yet, so there is nothing to split
+                own["routing.attribution"] = False
             found += [
                 Arm(f"{name}.bank_n{count}", name, BANK, count, study.bank.set | settings | own)
                 for name, settings in study.arms.items()
