@@ -93,7 +93,7 @@ STAGES: dict[str, Callable[[Proof], str]] = {
 
 def missing_tools() -> list[str]:
     """What must be installed for all stages."""
-    missing = [tool for tool in ("g++", "patch", "setarch") if shutil.which(tool) is None]
+    missing = [tool for tool in ("g++", "patch") if shutil.which(tool) is None]
     return missing if find_toolkit() else ["nvcc", *missing]
 
 
