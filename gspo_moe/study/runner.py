@@ -77,12 +77,13 @@ def run_jobs(
 ) -> Outcome:
     """Runs the jobs that are not done, in order, each once what it needs is there; `show` is called as time goes on.
 
-    A job that fails does not end the others. At an interrupt every process group is taken down before it goes on up.
+    A job that fails does not end the others. At an interrupt or SIGTERM every process group is taken down first.
     """
     waiting = [job for job in jobs if not job.done]
     free = slots(processes, at_once)
     outcome = Outcome(finished=[job for job in jobs if job.done])
     running: list[Running] = []
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             for job in _startable(waiting, running, outcome):
@@ -100,7 +101,12 @@ def run_jobs(
                 time.sleep(POLL_SECONDS)
     finally:
         stop(running)
+        signal.signal(signal.SIGTERM, before)
     return outcome
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _startable(waiting: list[Job], running: Sequence[Running], outcome: Outcome) -> Iterator[Job]:

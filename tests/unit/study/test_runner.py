@@ -81,13 +81,14 @@ def test_a_failure_leaves_the_others_and_skips_what_needs_it(jobs: Jobs) -> None
     assert not (jobs.folder / "after.done").exists()
 
 
-def test_an_interrupt_takes_whole_process_groups_down(jobs: Jobs) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_takes_whole_process_groups_down(number: signal.Signals, jobs: Jobs) -> None:
     child = jobs.folder / "slow.done.child"
 
     def interrupt() -> None:
         while not child.exists() or not child.read_text():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
