@@ -11,6 +11,8 @@ from torch.library import opcheck
 from gspo_moe.errors import KernelError
 from gspo_moe.kernels import kernels, ops, reference, token_log_probs
 from gspo_moe.kernels.tokens import _token_log_probs
+from tests.unit.kernels.cuda import on_torch
+from tests.unit.kernels.cuda.cases import fuzz, grid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Around the widths of a vector (4, 8, 16), of four of them (64) and of a block (4096), and the empty and single column.
@@ -204,3 +206,8 @@ def test_the_ops_keep_torchs_rules(dtype: torch.dtype) -> None:
     opcheck(ops._token_backward_, (logits, targets, *figures[:2], *figures[1:], *numbers))
     for entropy in (False, True):
         opcheck(_token_log_probs, (logits.clone().requires_grad_(), targets, *numbers, entropy, True, ""))
+
+
+def test_the_grid_of_the_cuda_kernels(instructions: str) -> None:
+    for case in [*grid(), *fuzz(seed=0, count=40)]:
+        on_torch.run(case, "cpu")

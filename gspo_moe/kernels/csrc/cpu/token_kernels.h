@@ -173,7 +173,7 @@ template <typename Type, bool kEntropy>
 Sums block_sums(const typename Type::Element* row, int64_t count, float scale, float max) {
   Floats sum[4] = {}, moment[4] = {};
   const auto add = [&](const typename Type::Element* from, int part) __attribute__((always_inline)) {
-    const Floats y = Type::get(from) * scale - max;
+    const Floats y = (Type::get(from) - max) * scale;  // exactly 0 at the maximum, whatever the temperature
     const Floats value = exponential(y);
     sum[part] += value;
     if (kEntropy) moment[part] += larger(all(kLowest), y) * value;
@@ -197,14 +197,14 @@ template <typename Type, bool kEntropy>
 void row_stats(const GspoTokenStats* args, int64_t token) {
   const auto* row = (const typename Type::Element*)args->logits_TV + token * args->row_stride;
   const float scale = args->inverse_temperature;
-  float max = -INFINITY;
+  float max = -INFINITY;  // of the logits themselves
   Sums total = {0.0, 0.0};
   for (int64_t start = 0; start < args->vocab; start += kBlock) {
     const int64_t count = args->vocab - start < kBlock ? args->vocab - start : kBlock;
-    const float found = block_max<Type>(row + start, count) * scale;
+    const float found = block_max<Type>(row + start, count);
     if (found > max) {
       if (max > -INFINITY) {
-        const double shift = (double)max - found, shrink = exp(shift);
+        const double shift = ((double)max - found) * scale, shrink = exp(shift);
         total.moment = shrink > 0 ? (total.moment + shift * total.sum_exp) * shrink : 0.0;
         total.sum_exp *= shrink;
       }
@@ -216,7 +216,7 @@ void row_stats(const GspoTokenStats* args, int64_t token) {
   }
   const int64_t target = args->targets_T[token] - args->vocab_start;
   float* stats = args->stats_TS + token * (kEntropy ? 4 : 3);
-  stats[0] = max;
+  stats[0] = max * scale;
   stats[1] = (float)total.sum_exp;
   stats[2] = target >= 0 && target < args->vocab ? one<Type>(row + target) * scale : -INFINITY;
   if (kEntropy) stats[3] = (float)total.moment;
