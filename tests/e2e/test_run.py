@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.e2e.program import SMALL_RL, Program, gspo_moe, json_lines, metrics_b
 
 RUNS = ("one_process", "quickstart")
 LAST = 8
+NO_ROUTING = "routing.engine_routes=false routing.probe_interval=0 routing.attribution=false"
 ROUTING = ("slot_change", "flip_rate", "any_layer_flip", "flipped_layers_per_token")
 
 
@@ -175,12 +177,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> 
     assert (one_process.path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("other", ["seed=7", "stage=sft", "task.options.min_length=5"])
+@pytest.mark.parametrize("other", ["seed=7", f"stage=sft {NO_ROUTING}", "task.options.min_length=5"])
 def test_a_run_folder_of_another_run_is_refused(other: str, one_process: FinishedRun) -> None:
     before = (one_process.path / "metrics.jsonl").read_bytes()
-    outcome = Program([*one_process.command, other], one_process.path.parent).finish()
+    outcome = Program([*one_process.command, *other.split()], one_process.path.parent).finish()
     assert outcome.code == USER_ERROR
-    key = other.partition(".")[0].partition("=")[0]
+    key, *_ = re.split("[.=]", other)
     assert f"logging.run_dir=run holds another run ({key} was" in outcome.stderr
     assert (one_process.path / "metrics.jsonl").read_bytes() == before
 

@@ -43,7 +43,9 @@ def outcome(tied: bool, dtype: str, fused: bool, budget: int | None = None) -> d
 
 
 @pytest.mark.parametrize(
-    ("tied", "dtype", "error"), [(False, "fp32", 1e-5), (True, "fp32", 1e-5), (True, "bf16", 0.03)]
+    # Weights in bf16 round each step's change, and the second step starts from them.
+    ("tied", "dtype", "error"),
+    [(False, "fp32", 1e-5), (True, "fp32", 1e-5), (True, "bf16", 0.1)],
 )
 def test_policy_and_supervised_steps_are_those_from_logits(tied: bool, dtype: str, error: float) -> None:
     expected = outcome(tied, dtype, fused=False)
