@@ -78,7 +78,15 @@ def test_the_command_ends_cleanly_at_ctrl_c(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", lambda step: {"reward/mean": 0.5}, steps=range(1, 4))
     command = [sys.executable, "-m", "gspo_moe", "report", "--watch", str(run), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # What a shell starts in its background ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:")

@@ -82,8 +82,13 @@ def test_a_failure_leaves_the_others_and_skips_what_needs_it(jobs: Jobs) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_takes_whole_process_groups_down(number: signal.Signals, jobs: Jobs) -> None:
+def test_an_interrupt_takes_whole_process_groups_down(
+    number: signal.Signals, jobs: Jobs, request: pytest.FixtureRequest
+) -> None:
     child = jobs.folder / "slow.done.child"
+    if number == signal.SIGINT:  # which a shell has what it starts in its background ignore
+        before = signal.signal(number, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(number, before))
 
     def interrupt() -> None:
         while not child.exists() or not child.read_text():
