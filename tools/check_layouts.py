@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ TOLERANCE = 1e-5
 STEPS = 3
 TIMEOUT_MINUTES = 1.0
 SEQUENCES = 16
+TIED = "model.overrides.tie_word_embeddings=true"
 COLUMNS = ("loss", "grad_norm", "gradients", "parameters", "log_probs", "routing", "routes", "greedy")
 
 
@@ -53,10 +55,14 @@ class Case:
         parts = [f"{key}={value}" for key, value in self.parallel.items()] + [*self.more, self.wrong]
         return f"{self.world}: " + (" ".join(filter(None, parts)) or "plain")
 
+    @property
+    def reference(self) -> str:
+        """The run of one process with the same weights: tied embeddings are another model."""
+        return Case(1, {}, tuple(text for text in self.more if text == TIED)).name
+
 
 def cases() -> list[Case]:
-    """The matrix; the first is the reference."""
-    tied = "model.overrides.tie_word_embeddings=true"
+    """The matrix; the first is the reference of all but those with tied embeddings."""
     split = "schedule.micro_batch_tokens=48"
     rows: list[tuple[int, str, tuple[str, ...]]] = [
         (1, "", ()),
@@ -110,9 +116,9 @@ def cases() -> list[Case]:
         (8, "pipeline=4 expert=2 recompute=selective", ()),
         (8, "context=2 tensor=2 pipeline=2 expert=2", ()),
         (8, "context=4 tensor=2 expert=4 expert_tensor=1 distributed_optimizer=true", (split,)),
-        (1, "", (tied,)),
-        (2, "pipeline=2", (tied,)),
-        (4, "tensor=2 pipeline=2", (tied,)),
+        (1, "", (TIED,)),
+        (2, "pipeline=2", (TIED,)),
+        (4, "tensor=2 pipeline=2", (TIED,)),
     ]  # fmt: skip
     return [Case(world, dict(pair.split("=") for pair in text.split()), more) for world, text, more in rows]
 
@@ -213,17 +219,13 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     log_probs: dict[tuple[int, int], Any] = {}
     routes: dict[tuple[int, int], Any] = {}
 
-    def reduced_gradient(parameter: Any) -> torch.Tensor:
-        gradient: torch.Tensor = parameter.main_grad
-        return gradient
-
     class WatchedOptimizer(Optimizer):
         first = not config.parallel.distributed_optimizer  # which leaves each rank a share of the reduced gradients
 
         def update(self) -> Any:
             if self.first:
                 self.first = False
-                gradients.update((name, t.clone()) for name, t in whole_tensors(model, reduced_gradient))
+                gradients.update((name, t.clone()) for name, t in whole_tensors(model, attrgetter("main_grad")))
             return super().update()
 
     optimizer = WatchedOptimizer(config, model, STEPS)
@@ -316,10 +318,10 @@ def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple
     """Observes the matrix's cases of these world sizes (or those named) and compares each with one process."""
     chosen = [case for case in cases() if names is None and case.world in worlds]
     chosen += [case for case in cases() + refused() if names is not None and case.name in names]
-    references = [case for case in cases() if case.world == 1 and not case.parallel and case.more in ((), *_tied())]
+    references = {case.reference for case in chosen}
     with tempfile.TemporaryDirectory() as folder:
         for world in sorted({1, *(case.world for case in chosen)}):
-            needed = {case.name for case in [*chosen, *references] if case.world == world}
+            needed = {case.name for case in chosen if case.world == world} | (references if world == 1 else set())
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
             command = [*launcher, __file__, "--worker", folder, *sorted(needed)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -328,16 +330,7 @@ def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple
             for number, case in enumerate(cases() + refused())
             if (Path(folder) / f"{number}.pt").exists()
         }
-    return [(case, compare(observed[case.name], observed[_reference(case, references)])) for case in chosen]
-
-
-def _tied() -> list[tuple[str, ...]]:
-    return [case.more for case in cases() if case.world == 1 and any("tie_word" in text for text in case.more)]
-
-
-def _reference(case: Case, references: Sequence[Case]) -> str:
-    tied = any("tie_word" in text for text in case.more)
-    return next(r.name for r in references if bool(r.more) == tied)
+    return [(case, compare(observed[case.name], observed[case.reference])) for case in chosen]
 
 
 def table(results: Sequence[tuple[Case, dict[str, float]]]) -> str:

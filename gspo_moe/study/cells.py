@@ -73,13 +73,16 @@ def arms(study: Study) -> list[Arm]:
 
 
 def cold_start_job(study: Study, here: Path) -> Job | None:
-    """The run that every cell starts from; None where the base config has a model of its own."""
+    """The run that every cell starts from; None where the base config has a model of its own.
+
+    Raises ConfigError as `cells` does: banks and cells that are there were made from the one that is there.
+    """
     if study.cold_start is None:
         return None
     folder = study.folder / COLD_START
     settings = settings_as_overrides(study.cold_start.set, {"logging.run_dir": str(folder)})
     arguments = ("train", str(here / study.cold_start.base), *settings)
-    load_config(arguments[1], settings)
+    _check_same(folder, load_config(arguments[1], settings))
     return Job(COLD_START, arguments, folder, folder / "hf")
 
 

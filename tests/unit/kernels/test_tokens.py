@@ -209,7 +209,7 @@ def test_the_ops_keep_torchs_rules(dtype: torch.dtype) -> None:
 
 
 def test_the_grid_of_the_cuda_kernels(instructions: str) -> None:
-    if instructions == "generic":
-        pytest.skip("its bounds are those of fused multiply-add, which the generic build may lack")
     for case in [*grid(), *fuzz(seed=0, count=40)]:
+        if instructions == "generic" and case.kernel == "token_backward":
+            continue  # the grid's bounds are those of fused multiply-add, which the generic build may lack
         on_torch.run(case, "cpu")

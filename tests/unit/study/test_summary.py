@@ -99,3 +99,11 @@ def test_a_cell_of_other_settings_is_refused(plan: Plan) -> None:
     plan_study("study.yaml")
     with pytest.raises(ConfigError, match=r"runs/s/plain/seed1 holds a run of other settings \(optimizer.lr was 0.01"):
         plan_study("study.yaml", ["set.optimizer.lr=0.5"])
+
+
+def test_another_cold_start_is_refused(plan: Plan) -> None:
+    cold_start = plan.others[0]
+    save_config(load_config(cold_start.arguments[1], cold_start.arguments[2:]), cold_start.folder / "config.yaml")
+    plan_study("study.yaml")
+    with pytest.raises(ConfigError, match=r"runs/s/cold_start holds a run of other settings \(schedule.steps was 100"):
+        plan_study("study.yaml", ["cold_start.set.schedule.steps=7"])
