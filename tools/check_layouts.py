@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,9 @@ STEPS = 3
 TIMEOUT_MINUTES = 1.0
 SEQUENCES = 16
 TIED = "model.overrides.tie_word_embeddings=true"
+RESULTS = "results.jsonl"
+# The libraries warn of each missing package on every rank.
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COLUMNS = ("loss", "grad_norm", "gradients", "parameters", "log_probs", "routing", "routes", "greedy")
 
 
@@ -303,15 +307,23 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def work(folder: Path, names: Sequence[str]) -> None:
-    """Runs the named cases of this job's world size; the first rank leaves what it observed in `folder`."""
+    """Runs the named cases of this job's world size, in the matrix's order.
+
+    The first rank prints each one's row, adds its differences to RESULTS and leaves what references observed.
+    """
     torch.set_num_threads(1)
-    for number, case in enumerate(cases() + refused()):
-        if case.name in names:
-            if int(os.environ["RANK"]) == 0:
-                print(case.name, file=sys.stderr, flush=True)
-            found = observe(case)
-            if int(os.environ["RANK"]) == 0:
-                torch.save(found, folder / f"{number}.pt")
+    for case in cases() + refused():
+        if case.name not in names:
+            continue
+        found = observe(case)
+        if int(os.environ["RANK"]) == 0:
+            kept = folder / f"{case.reference}.pt"
+            if case.name == case.reference:
+                torch.save(found, kept)
+            worst = compare(found, torch.load(kept, weights_only=False))
+            print(row(case, worst), flush=True)
+            with (folder / RESULTS).open("a") as results:
+                print(json.dumps([case.name, worst]), file=results)
 
 
 def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple[Case, dict[str, float]]]:
@@ -324,22 +336,18 @@ def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple
             needed = {case.name for case in chosen if case.world == world} | (references if world == 1 else set())
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
             command = [*launcher, __file__, "--worker", folder, *sorted(needed)]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        observed = {
-            case.name: torch.load(Path(folder) / f"{number}.pt", weights_only=False)
-            for number, case in enumerate(cases() + refused())
-            if (Path(folder) / f"{number}.pt").exists()
-        }
-    return [(case, compare(observed[case.name], observed[case.reference])) for case in chosen]
+            subprocess.run(command, check=True, env=os.environ | QUIET)
+        worst = dict(map(json.loads, (Path(folder) / RESULTS).read_text().splitlines()))
+    return [(case, worst[case.name]) for case in chosen]
 
 
-def table(results: Sequence[tuple[Case, dict[str, float]]]) -> str:
-    """Markdown: a row a layout, the largest relative difference a column."""
-    lines = ["| processes: layout | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for case, worst in results:
-        cells = [_cell(column, worst.get(column)) for column in COLUMNS]
-        lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def header() -> str:
+    return "\n".join(["| processes: layout | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)])
+
+
+def row(case: Case, worst: dict[str, float]) -> str:
+    """Markdown: the largest relative difference a column."""
+    return f"| {case.name} | " + " | ".join(_cell(column, worst.get(column)) for column in COLUMNS) + " |"
 
 
 def _cell(column: str, value: float | None) -> str:
@@ -360,10 +368,10 @@ def main() -> int:
     if options.worker:
         work(Path(options.worker[0]), options.worker[1:])
         return 0
+    print(header(), flush=True)
     results = run(options.worlds)
-    print(table(results))
-    print(f"\nWhat is refused, with megatron-core {megatron_version()}:\n")
-    print(table(run([], [case.name for case in refused()])))
+    print(f"\nWhat is refused, with megatron-core {megatron_version()}:\n\n{header()}", flush=True)
+    run([], [case.name for case in refused()])
     failed = [case.name for case, worst in results if max(worst.values()) > TOLERANCE]
     print(f"\n{len(results) - len(failed)} of {len(results)} layouts within {TOLERANCE:g}")
     return 1 if failed else 0
