@@ -74,7 +74,7 @@ class Arm:
 class Collection:
     """arms: in the order given, a study's in that of its summary.json, else by name. problems: in words.
 
-    baseline: the arm that differences are taken to, the study's own where it names one that is here.
+    baseline: `of` of the arm that differences are taken to, the study's own where it names one that is here.
     """
 
     title: str
@@ -114,7 +114,7 @@ def collect(paths: Sequence[str | Path]) -> Collection:
             arms.append(Arm(name, tuple(sorted(cells, key=lambda cell: cell.seed))))
     if not arms:
         raise DataError("; ".join(problems))
-    baseline = next((arm.name for arm in arms if arm.name in baselines), arms[0].name)
+    baseline = next((arm.of for arm in arms if arm.of in baselines), arms[0].of)
     title = ", ".join(folder.resolve().name for folder in folders)
     return Collection(title, tuple(arms), baseline, tuple(problems))
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from gspo_moe.report.collect import Arm, Collection
 from gspo_moe.report.figures import Figure, LinePanel
-from gspo_moe.report.outcomes import attribution_figure, outcome_figure
+from gspo_moe.report.outcomes import attribution_figure, bank_figure, outcome_figure
 from gspo_moe.report.routing import PAIRS, expert_maps, load_maps, volatility_figure, volatility_maps
 from gspo_moe.report.series import bank_curve, each_arm, lacking, step_curve, unit_of
 
@@ -164,7 +164,7 @@ def contents(collection: Collection) -> Contents:
         expert_maps(arms),
         *(_curves(kind, arms, absent) for kind in MACHINE),
     ]
-    bank = _bank(collection.bank)
+    bank = [*_bank(collection.bank), bank_figure(collection.bank, collection.baseline)]
     drawn = tuple(figure for figure in [*(figures if arms else ()), *bank] if figure is not None)
     return Contents(drawn, tuple(absent) if arms else ())
 

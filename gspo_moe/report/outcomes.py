@@ -12,6 +12,7 @@ from gspo_moe.report.figures import Dot, DotPanel, Figure
 from gspo_moe.report.series import dot, unit_of
 
 OUTCOMES = {"eval/accuracy": "Held-out accuracy", "reward/mean": "Training reward"}
+BANK_OUTCOMES = {"eval/accuracy": "Held-out accuracy", "ratio/sequence_std": "Sequence ratio std"}
 ATTRIBUTION = {
     "routing/attribution/phi_token": ("φ of tokens", None),
     "routing/attribution/phi_sequence": ("φ of sequences", None),
@@ -52,9 +53,26 @@ def finals(arm: Arm, metric: str) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if np.isfinite(value)}
 
 
+def bank_figure(arms: Sequence[Arm], baseline: str) -> Figure | None:
+    """What the bank's updates did, arm minus baseline at equal seed and N; None where there is nothing to compare."""
+    panels = []
+    for metric, title in BANK_OUTCOMES.items():
+        for count in sorted({arm.mini_batches for arm in arms if arm.mini_batches is not None}):
+            ends = {arm.of: finals(arm, metric) for arm in arms if arm.mini_batches == count}
+            panels += _differences(f"{title}, N = {count}", unit_of(metric), ends, baseline)
+    if not panels:
+        return None
+    return Figure(
+        "bank_differences",
+        "Bank: paired differences",
+        "Arm minus baseline at the same seed and the same N, on the same rollouts.",
+        tuple(panels),
+    )
+
+
 def _differences(title: str, unit: str, ends: dict[str, dict[int, float]], baseline: str) -> list[DotPanel]:
     dots = []
-    for name in (arm for arm in ends if arm != baseline):
+    for name in (arm for arm in ends if baseline in ends and arm != baseline):
         seeds = sorted(ends[name].keys() & ends[baseline].keys())
         if seeds:
             whole = paired_difference(ends[name], ends[baseline])

@@ -181,3 +181,24 @@ def test_bank_arms_are_drawn_over_their_number_of_mini_batches(tmp_path: Path) -
     np.testing.assert_array_equal(curve.x, [1, 8])
     np.testing.assert_allclose(curve.mean, [0.015, 0.12], rtol=1e-12)
     np.testing.assert_array_equal(curve.seeds, [2, 2])
+
+
+def test_bank_arms_are_compared_at_equal_seed_and_number_of_mini_batches(tmp_path: Path) -> None:
+    for arm, gain in (("gspo", 0.0), ("grpo_r2", 0.125)):
+        for number in (1, 8):
+            for seed in (1, 2):
+                metrics = _accuracy(0.25 * seed + gain * number)
+                write_run(
+                    tmp_path / f"{arm}.bank_n{number}" / f"seed{seed}",
+                    metrics,
+                    steps=range(1, 2),
+                    overrides=("schedule.steps=1",),
+                )
+    (tmp_path / "summary.json").write_text('{"baseline": "gspo", "arms": {}}')
+    panels = _figures(tmp_path)["bank_differences"].panels
+    assert [panel.title.split(":")[0] for panel in panels] == ["Held-out accuracy, N = 1", "Held-out accuracy, N = 8"]
+    for panel, number in zip(panels, (1, 8), strict=True):
+        assert isinstance(panel, DotPanel)
+        (row,) = panel.dots
+        assert row.arm == "grpo_r2"
+        np.testing.assert_allclose(row.values, [0.125 * number] * 2, rtol=1e-12)
