@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from gspo_moe.config.layout import Layout
 from gspo_moe.platform import device, prepare_megatron
+from gspo_moe.platform.gloo import forget_gloo_device, one_gloo_device
 
 prepare_megatron()
 
@@ -68,17 +69,18 @@ def world_size_from_environment() -> int:
 
 def initialize(layout: Layout, seed: int, timeout_minutes: float = 10.0) -> Groups:
     """Joins the job, unless this process has, and builds megatron-core's groups for `layout`; `seed` feeds its RNGs."""
-    if not dist.is_initialized():
-        _join(datetime.timedelta(minutes=timeout_minutes))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.expert_tensor,
-        distributed_timeout_minutes=int(max(1, timeout_minutes)),
-    )
+    with one_gloo_device():
+        if not dist.is_initialized():
+            _join(datetime.timedelta(minutes=timeout_minutes))
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
+            distributed_timeout_minutes=int(max(1, timeout_minutes)),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return Groups(
@@ -116,3 +118,4 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    forget_gloo_device()
