@@ -29,7 +29,7 @@ from gspo_moe.algorithms.ratios import (
     on_response,
     whole_sequences,
 )
-from gspo_moe.algorithms.rspo import rspo
+from gspo_moe.algorithms.rspo import SMALLEST_SHIFT, rspo
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ AVERAGES = {**dict.fromkeys(TOKEN_MEAN, LossInputs.token_mean), "dr_grpo": LossI
 
 
 class PolicyStatistics(Statistics):
-    """Loss, clip fractions, ratios and KL of any number of packs, all with or all without a reference."""
+    """Loss, clip fractions, ratios, KL and router shift of any number of packs, all with or all without each."""
 
     @classmethod
     @torch.no_grad()
@@ -86,12 +86,22 @@ class PolicyStatistics(Statistics):
         if "kl_tokens" in self.sums:
             metrics["kl/reference"] = self.sums["kl_tokens"].item() / tokens
             metrics["loss/kl"] = self.sums["kl_penalty"].item() / sequences
+        if "router_shift" in self.sums:
+            metrics["router_shift/mean"] = self.sums["router_shift"].item() / tokens
+            metrics["router_shift/floored"] = self.sums["floored_tokens"].item() / tokens
         return metrics
 
     @torch.no_grad()
     def with_reference(self, kl_T: torch.Tensor, penalty_N: torch.Tensor, segments: Segments) -> PolicyStatistics:
         """The same with the KL to a reference: its estimate on each token, 0 off the response, and what it costs."""
         found = {"kl_tokens": kl_T.sum(), "kl_penalty": (segments.share_N * penalty_N).sum()}
+        return PolicyStatistics({**self.sums, **found}, self.maxima)
+
+    @torch.no_grad()
+    def with_router_shift(self, shift_T: torch.Tensor, segments: Segments) -> PolicyStatistics:
+        """The same with the router shift of response tokens, and how many of them rspo's floor holds up."""
+        kept_T = shift_T[segments.response_T]
+        found = {"router_shift": kept_T.sum(), "floored_tokens": (kept_T < SMALLEST_SHIFT).double().sum()}
         return PolicyStatistics({**self.sums, **found}, self.maxima)
 
 
@@ -170,6 +180,8 @@ def policy_loss(
     found = (objective or OBJECTIVES[algorithm])(inputs)
     loss = -found.value_N.sum() / inputs.num_sequences
     sums = PolicyStatistics.of_pack(log_ratio_T, found, segments)
+    if inputs.router_shift_T is not None:
+        sums = sums.with_router_shift(inputs.router_shift_T, segments)
     if kl is not None:
         kl_T = kl.estimate(log_ratios(log_probs, kl.reference_log_probs, segments))
         penalty_N = kl.coeff * AVERAGES.get(algorithm, LossInputs.sequence_mean)(inputs, kl_T)

@@ -121,9 +121,10 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _router_shift_is_there(self) -> AlgorithmConfig:
-        if self.name == "rspo":
+        if self.name == "rspo" and self.old_log_probs == "rollout":
             raise ValueError(
-                "algorithm.name=rspo weighs tokens by how far the router's scores moved, which training does not "
-                "record yet; use algorithm.name=gmpo, which is rspo without that weight"
+                "algorithm.name=rspo weighs tokens by how far the router's scores moved since the old policy's forward "
+                "pass, which algorithm.old_log_probs=rollout leaves out; set it to trainer or use algorithm.name=gmpo, "
+                "which is rspo without that weight"
             )
         return self

@@ -289,6 +289,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _router_shift_is_recorded(self) -> Config:
+        if self.stage == "rl" and self.algorithm.name == "rspo" and not self.routing.record:
+            raise ValueError(
+                "algorithm.name=rspo weighs tokens by how far the router's scores moved, which routing.record=false "
+                "leaves unrecorded; set routing.record=true, or use algorithm.name=gmpo, which is rspo without "
+                "that weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bank_has_each_prompt(self) -> Config:
         if self.stage == "rl" and self.algorithm.samples_dynamically and self.rollout.bank is not None:
             raise ValueError(

@@ -198,8 +198,6 @@ def _train(
             assert held is not None
             with session.timers("routing"):
                 figures.add(attribution_figures(model, config, minibatch.packs, log_probs, held, config.seed + step))
-        if recorder is not None and own is not None:
-            recorder.against(own)
         results.append(
             train_minibatch(
                 model,
@@ -213,6 +211,7 @@ def _train(
                 num_tokens=minibatch.num_tokens,
                 max_response_tokens=config.rollout.max_response_tokens,
                 reference_log_probs=reference_log_probs[number - 1],
+                old_routes=old_routes[number - 1] if old_routes else (),
                 replayed=replayed,
             )
         )

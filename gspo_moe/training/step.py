@@ -27,6 +27,7 @@ from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.routing.replay import replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
+from gspo_moe.training.shift import ShiftOf, router_shift
 from gspo_moe.types import Microbatch
 
 
@@ -53,6 +54,7 @@ def train_minibatch(
     num_tokens: int | None = None,
     max_response_tokens: int | None = None,
     reference_log_probs: Sequence[torch.Tensor] = (),
+    old_routes: Sequence[Recording] = (),
     replayed: Sequence[torch.Tensor] | None = None,
 ) -> MinibatchResult:
     """Takes one step on the mini-batch whose packs on this rank are `microbatches`.
@@ -60,6 +62,7 @@ def train_minibatch(
     old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
     num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
     losses that average over them, and max_response_tokens for dr_grpo.
+    old_routes: the old policy's, which the recorder compares with; rspo needs them, with scores.
     replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
@@ -68,6 +71,12 @@ def train_minibatch(
     split_over_ranks = model.groups.layout.context > 1
     sum_over_context = sum_over(model.groups.context) if split_over_ranks else whole_sequences
     fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
+    shift_of: ShiftOf | None = None
+    if algorithm.name == "rspo":
+        assert recorder is not None
+        shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
+    elif recorder is not None and old_routes:
+        recorder.against([recording.routes_TLK for recording in old_routes])
 
     def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
@@ -94,6 +103,7 @@ def train_minibatch(
             num_sequences=num_sequences,
             num_tokens=num_tokens,
             max_response_tokens=max_response_tokens,
+            router_shift=None if shift_of is None else split.local(shift_of(index)),
             correction=correction,
             kl=kl,
             sum_over_context=sum_over_context,
