@@ -10,7 +10,7 @@ from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.weights import RandomSource, TensorSource, load_weights
+from gspo_moe.model.weights import RandomSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.training.optimizer import Optimizer
@@ -62,7 +62,8 @@ def trained(
     """The policy under an optimizer, in its process groups, which go down at the end; random weights by default."""
     groups = initialize(layout, seed=1)
     try:
-        model = build_model(config, architecture, groups)
+        model = build_model(config, architecture, groups, value_head=config.has_value_head)
+        draw_value_head(model, seed=2)
         load_weights(model, source or RandomSource(architecture, seed=2))
         yield model, Optimizer(config, model, total_updates=10)
         renew_port()

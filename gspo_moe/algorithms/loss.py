@@ -19,6 +19,7 @@ from gspo_moe.algorithms.grpo import grpo
 from gspo_moe.algorithms.gspo import gspo, gspo_token
 from gspo_moe.algorithms.kl import KLPenalty
 from gspo_moe.algorithms.mismatch import Correction
+from gspo_moe.algorithms.ppo import ppo
 from gspo_moe.algorithms.ratios import (
     LossInputs,
     Objective,
@@ -29,8 +30,9 @@ from gspo_moe.algorithms.ratios import (
     on_response,
     whole_sequences,
 )
-from gspo_moe.algorithms.rspo import rspo
-from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
+from gspo_moe.algorithms.rspo import SMALLEST_SHIFT, rspo
+from gspo_moe.algorithms.statistics import Parts, Statistics, spread, spread_metrics
+from gspo_moe.algorithms.value import value_metrics
 from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.errors import ConfigError, DataError
 
@@ -46,13 +48,14 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
     "cispo": cispo,
     "gmpo": gmpo,
     "rspo": rspo,
+    "ppo": ppo,
 }
 # How a penalty on tokens is averaged: as the loss averages its own tokens.
 AVERAGES = {**dict.fromkeys(TOKEN_MEAN, LossInputs.token_mean), "dr_grpo": LossInputs.fixed_mean}
 
 
 class PolicyStatistics(Statistics):
-    """Loss, clip fractions, ratios and KL of any number of packs, all with or all without a reference."""
+    """Loss, clip fractions and ratios of any number of packs; KL, router shift and values, all with or all without."""
 
     @classmethod
     @torch.no_grad()
@@ -86,12 +89,28 @@ class PolicyStatistics(Statistics):
         if "kl_tokens" in self.sums:
             metrics["kl/reference"] = self.sums["kl_tokens"].item() / tokens
             metrics["loss/kl"] = self.sums["kl_penalty"].item() / sequences
+        if "router_shift" in self.sums:
+            metrics["router_shift/mean"] = self.sums["router_shift"].item() / tokens
+            metrics["router_shift/floored"] = self.sums["floored_tokens"].item() / tokens
+        if "value_loss" in self.sums:
+            metrics |= value_metrics(self.sums, tokens)
         return metrics
+
+    def with_values(self, sums: Parts) -> PolicyStatistics:
+        """The same with the sums of `value_loss` of the same packs."""
+        return PolicyStatistics({**self.sums, **sums}, self.maxima)
 
     @torch.no_grad()
     def with_reference(self, kl_T: torch.Tensor, penalty_N: torch.Tensor, segments: Segments) -> PolicyStatistics:
         """The same with the KL to a reference: its estimate on each token, 0 off the response, and what it costs."""
         found = {"kl_tokens": kl_T.sum(), "kl_penalty": (segments.share_N * penalty_N).sum()}
+        return PolicyStatistics({**self.sums, **found}, self.maxima)
+
+    @torch.no_grad()
+    def with_router_shift(self, shift_T: torch.Tensor, segments: Segments) -> PolicyStatistics:
+        """The same with the router shift of response tokens, and how many of them rspo's floor holds up."""
+        kept_T = shift_T[segments.response_T]
+        found = {"router_shift": kept_T.sum(), "floored_tokens": (kept_T < SMALLEST_SHIFT).double().sum()}
         return PolicyStatistics({**self.sums, **found}, self.maxima)
 
 
@@ -134,8 +153,8 @@ def policy_loss(
     """The loss of one pack, -1/num_sequences sum_i J_i, with J_i as the module of that name defines it.
 
     log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; for gspo_token
-    also one a token, [T], unless sequences are split over ranks. cu_seqlens: int [N + 1], bounds of the sequences in
-    T. response_mask: [T], 0 or 1.
+    also one a token, [T], unless sequences are split over ranks; for ppo always [T].
+    cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
     num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks,
     default the pack's own; with them, losses and gradients of the parts of a mini-batch add up to the mini-batch's own.
     max_response_tokens: the length limit of generation; dr_grpo needs it.
@@ -170,6 +189,8 @@ def policy_loss(
     found = (objective or OBJECTIVES[algorithm])(inputs)
     loss = -found.value_N.sum() / inputs.num_sequences
     sums = PolicyStatistics.of_pack(log_ratio_T, found, segments)
+    if inputs.router_shift_T is not None:
+        sums = sums.with_router_shift(inputs.router_shift_T, segments)
     if kl is not None:
         kl_T = kl.estimate(log_ratios(log_probs, kl.reference_log_probs, segments))
         penalty_N = kl.coeff * AVERAGES.get(algorithm, LossInputs.sequence_mean)(inputs, kl_T)
@@ -220,7 +241,7 @@ def _advantages(
     algorithm: str, advantages: torch.Tensor, segments: Segments, correction: Correction | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] and [T] in float64, times the correction's weights: every J_i is linear in them as they are not negative."""
-    shapes = {"[N]": segments.lengths_N.shape}
+    shapes = {"[N]": segments.lengths_N.shape} if algorithm != "ppo" else {"[T]": segments.sequence_T.shape}
     if algorithm == "gspo_token" and segments.sum_over_context is whole_sequences:
         shapes["[T]"] = segments.sequence_T.shape
     if advantages.shape not in shapes.values():
@@ -228,9 +249,9 @@ def _advantages(
         raise DataError(f"advantages of {algorithm} must have shape {fitting}, got {list(advantages.shape)}")
     exact = advantages.detach().double()
     # [N] first: a rank that holds parts of sequences may have N tokens by chance.
-    by_sequence = advantages.shape == segments.lengths_N.shape
+    by_sequence = algorithm != "ppo" and advantages.shape == segments.lengths_N.shape
     advantages_N = exact if by_sequence else segments.mean(exact)
-    advantages_T = exact[segments.sequence_T] if by_sequence else exact
+    advantages_T = exact[segments.sequence_T] if by_sequence else on_response(exact, segments)
     if correction is None:
         return advantages_N, advantages_T
     if correction.level == "token":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gspo_moe.config.clips import DEFAULT_CLIPS, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.config.section import Section
@@ -60,15 +60,27 @@ class KLConfig(Section):
         return self
 
 
+class PPOConfig(Section):
+    """The value function of `ppo`: advantages by GAE(gamma, lam), and a loss with `value_coeff`.
+
+    value_clip: how far a value may leave the old one before its gradient ends; null for any distance.
+    """
+
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    value_coeff: PositiveFloat = 0.5
+    value_clip: PositiveFloat | None = 0.2
+
+
 class AlgorithmConfig(Section):
-    """The policy loss of SPEC section 1; clips default to each paper's own values.
+    """The policy loss of SPEC section 1, or PPO's; clips default to each paper's own values.
 
     dynamic_sampling: groups of equal rewards are replaced by new prompts, in at most `sampling_rounds` batches of them.
     overlong_buffer: the last tokens before the length limit, over which a response loses up to a reward of 1.
     Both are on for `dapo` alone unless they are set; its buffer is a fifth of the limit. 0 switches the buffer off.
     """
 
-    name: Literal["gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo"] = "gspo"
+    name: Literal["gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "ppo"] = "gspo"
     clip_low: NonNegativeFloat | None = None
     clip_high: NonNegativeFloat | None = None
     allow_wide_clip: bool = False
@@ -79,6 +91,7 @@ class AlgorithmConfig(Section):
     overlong_buffer: NonNegativeInt | None = None
     mismatch: MismatchConfig = MismatchConfig()
     kl: KLConfig = KLConfig()
+    ppo: PPOConfig = PPOConfig()
 
     @property
     def samples_dynamically(self) -> bool:
@@ -121,9 +134,31 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _router_shift_is_there(self) -> AlgorithmConfig:
-        if self.name == "rspo":
+        if self.name == "rspo" and self.old_log_probs == "rollout":
             raise ValueError(
-                "algorithm.name=rspo weighs tokens by how far the router's scores moved, which training does not "
-                "record yet; use algorithm.name=gmpo, which is rspo without that weight"
+                "algorithm.name=rspo weighs tokens by how far the router's scores moved since the old policy's forward "
+                "pass, which algorithm.old_log_probs=rollout leaves out; set it to trainer or use algorithm.name=gmpo, "
+                "which is rspo without that weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _value_function_is_used(self) -> AlgorithmConfig:
+        if self.name != "ppo":
+            if self.ppo != PPOConfig():
+                raise ValueError(
+                    f"algorithm.ppo belongs to algorithm.name=ppo, and name={self.name} has no value function; set "
+                    "algorithm.name=ppo or leave algorithm.ppo out"
+                )
+            return self
+        if self.old_log_probs == "rollout":
+            raise ValueError(
+                "algorithm.name=ppo takes the old policy's values in its forward pass, which algorithm.old_log_probs="
+                "rollout leaves out; set it to trainer"
+            )
+        if self.dynamic_sampling:
+            raise ValueError(
+                "algorithm.dynamic_sampling=true replaces groups of equal rewards, in which algorithm.name=ppo, that "
+                "compares with its value function, has as much to learn; leave it out"
             )
         return self

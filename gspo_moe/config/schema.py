@@ -20,6 +20,7 @@ from pydantic import (
 
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
+from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
 
@@ -116,13 +117,13 @@ class ParallelConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each.
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
 
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
     """
 
     prompts_per_step: PositiveInt = 32
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    samples_per_prompt: PositiveInt = 8
     temperature: PositiveFloat = 1.0
     top_p: Probability = 1.0
     top_k: NonNegativeInt = 0
@@ -172,49 +173,6 @@ class ScheduleConfig(Section):
     steps: PositiveInt = 100
     micro_batch_tokens: PositiveInt = 4096
     sft_batch: PositiveInt = 64
-
-
-class RoutingConfig(Section):
-    """Routing measurements (SPEC sections 4 and 5), Routing Replay (section 6) and the router's own loss.
-
-    record: staleness and load, every step. engine_routes: the rollout engine reports its routes; r3 implies it.
-    replay: r2 replays the old-log-prob pass's routes, r3 the rollout engine's.
-    frozen_router: router weights get no update.
-    probe_interval: steps between measurements of one update's effect on `probe_sequences` fixed sequences, 0 for none.
-    attribution: splits the last mini-batch's log-ratios every `attribution_interval` steps, on `attribution_sequences`
-        of its sequences; with `attribution_by_depth` also with the routes of the first l layers held, for each l.
-    aux_loss_coeff: 0 for RL unless chosen.
-    """
-
-    record: bool = True
-    engine_routes: bool = False
-    replay: Literal["none", "r2", "r3"] = "none"
-    frozen_router: bool = False
-    probe_interval: NonNegativeInt = 0
-    probe_sequences: PositiveInt = 64
-    attribution: bool = False
-    attribution_interval: PositiveInt = 1
-    attribution_sequences: Annotated[int, Field(ge=2)] = 64
-    attribution_by_depth: bool = False
-    aux_loss_coeff: NonNegativeFloat = 0.0
-    router_dtype: Literal["model", "fp32", "fp64"] = "model"
-
-    @property
-    def reports_engine_routes(self) -> bool:
-        return self.engine_routes or self.replay == "r3"
-
-    @model_validator(mode="after")
-    def _recorded(self) -> RoutingConfig:
-        needing = {
-            "routing.replay=r2": self.replay == "r2",
-            "routing.engine_routes=true": self.engine_routes,
-            f"routing.probe_interval={self.probe_interval}": self.probe_interval > 0,
-            "routing.attribution=true": self.attribution,
-        }
-        for setting, is_set in needing.items():
-            if is_set and not self.record:
-                raise ValueError(f"{setting} needs the recorder; set routing.record=true, or turn it off")
-        return self
 
 
 class EvaluationConfig(Section):
@@ -289,6 +247,34 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups_can_be_compared(self) -> Config:
+        if self.stage == "rl" and self.algorithm.name != "ppo" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}: algorithm.name={self.algorithm.name} "
+                "compares the answers to a prompt with each other; set it to 2 or more, or take algorithm.name=ppo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _value_head_sees_hidden_states(self) -> Config:
+        if self.has_value_head and not self.model.fused_log_probs:
+            raise ValueError(
+                "algorithm.name=ppo has a value head on the hidden states that model.fused_log_probs=false does not "
+                "hand on; set model.fused_log_probs=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _router_shift_is_recorded(self) -> Config:
+        if self.stage == "rl" and self.algorithm.name == "rspo" and not self.routing.record:
+            raise ValueError(
+                "algorithm.name=rspo weighs tokens by how far the router's scores moved, which routing.record=false "
+                "leaves unrecorded; set routing.record=true, or use algorithm.name=gmpo, which is rspo without "
+                "that weight"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bank_has_each_prompt(self) -> Config:
         if self.stage == "rl" and self.algorithm.samples_dynamically and self.rollout.bank is not None:
             raise ValueError(
@@ -337,6 +323,10 @@ class Config(Section):
                 "there is nothing to split; set algorithm.mini_batches to 2 or more"
             )
         return self
+
+    @property
+    def has_value_head(self) -> bool:
+        return self.stage == "rl" and self.algorithm.name == "ppo"
 
     @property
     def run_path(self) -> Path:

@@ -21,6 +21,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.model.router import dispatch_only_chosen
 from gspo_moe.model.spec import block_spec, transformer_config
+from gspo_moe.model.value import ValueHead
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import choose_backend, device
 
@@ -55,10 +56,12 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return inner
 
 
-def build_model(config: Config, architecture: Architecture, groups: Groups, *, on_meta: bool = False) -> Model:
+def build_model(
+    config: Config, architecture: Architecture, groups: Groups, *, on_meta: bool = False, value_head: bool = False
+) -> Model:
     """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in.
 
-    on_meta: builds shapes alone, which take no memory.
+    on_meta: builds shapes alone, which take no memory. value_head: the last chunk gets one, for PPO.
     Raises ConfigError where `model.backend` asks for layers that cannot run here.
     """
     layout = groups.layout
@@ -88,6 +91,8 @@ def build_model(config: Config, architecture: Architecture, groups: Groups, *, o
                 position_embedding_type="none",
                 vp_stage=stage,
             )
+        if last and value_head:
+            chunk.value_head = ValueHead(megatron_config)
         _mark_tensor_parallel(chunk)
         dispatch_only_chosen(chunk)
         chunks.append(chunk.to(place))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from gspo_moe.kernels import TokenLogProbs, linear_token_log_probs
 from gspo_moe.model.build import Model, unwrap
@@ -170,3 +171,18 @@ def token_log_probs(
         memory_budget=model.log_prob_memory,
         into_main_grad=hasattr(weight_VH, "main_grad"),
     )
+
+
+def token_values(model: Model, output_PH: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The value head's V [T] (fp32) of the pack's `num_tokens` tokens, on every tensor rank; differentiable.
+
+    output_PH: what `run(for_log_probs=True)` gave the head, of a model with `fused_log_probs`.
+    """
+    assert model.fused_log_probs, "logits are no hidden states"
+    values_P = model.gpt_chunks[-1].value_head(output_PH)
+    if model.config.sequence_parallel:
+        # Every tensor rank goes on to the same loss: the gradient of a rank's own stretch is a slice, not a sum.
+        values_P = gather_from_sequence_parallel_region(
+            values_P, tensor_parallel_output_grad=False, group=model.groups.tensor
+        )
+    return values_P[:num_tokens]

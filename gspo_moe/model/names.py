@@ -20,6 +20,7 @@ from gspo_moe.config.architecture import Architecture
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+VALUE_HEAD = "value_head.weight"  # Megatron's name of what HF's model has no tensor for
 
 
 class _Row(NamedTuple):

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import CheckpointError, GspoMoeError
 from gspo_moe.model.build import Model
+from gspo_moe.model.names import VALUE_HEAD
 from gspo_moe.model.weights import problem_list
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -60,10 +61,12 @@ def with_data(shard: Shard, data: torch.Tensor, **changes: Any) -> Shard:
 def load_stored_weights(model: Model, path: Path) -> None:
     """Fills every parameter of this rank from a checkpoint of any layout, in the parameter's own dtype. Collective.
 
-    Raises CheckpointError where it cannot be read or holds other tensors than the model's, or values that are not
-    finite; the message names up to ten of them.
+    A value head that the checkpoint does not hold stays as it is. Raises CheckpointError where it cannot be read or
+    holds other tensors than the model's, or values that are not finite; the message names up to ten of them.
     """
     shards = weight_shards(model)
+    if VALUE_HEAD not in stored_tensors(path):
+        shards = {parameter: shard for parameter, shard in shards.items() if shard.key != VALUE_HEAD}
     check_stored(path, shards.values(), model.architecture)
     for parameter, value in read_shards(path, shards).items():
         parameter.copy_(value)
@@ -116,7 +119,7 @@ def check_stored(path: Path, shards: Iterable[Shard], architecture: Architecture
     # Another stage's tensors are unknown to this one, but not to all.
     known: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(known, {piece.key for piece in pieces})
-    extra = found.keys() - set().union(*known)
+    extra = found.keys() - {VALUE_HEAD}.union(*known)
     unknown = [f"{key}: the architecture has no such tensor" for key in sorted(extra)]
     raise_together(path, MISFIT, [*problems.values(), *unknown])
 

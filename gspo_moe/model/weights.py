@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
-from gspo_moe.model.names import EMBEDDING, LM_HEAD, Entry, Place, entry_of, hf_shapes
+from gspo_moe.model.names import EMBEDDING, LM_HEAD, VALUE_HEAD, Entry, Place, entry_of, hf_shapes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -114,16 +114,20 @@ class RandomSource:
         return self._shapes
 
     def get(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.empty(shape).normal_(0.0, self._deviation, generator=generator)
+            return torch.ones(self._shapes[name])
+        return random_tensor(name, self._shapes[name], self._deviation, self._seed)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> torch.Tensor:
+    """N(0, deviation^2) from a generator of its own, which `seed` and `name` alone decide; fp32, on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
 
 
 def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """Every parameter of this rank with its entry in the table of names."""
+    """Every parameter of this rank that HF's model has, with its entry in the table of names."""
     shapes = hf_shapes(model.architecture)
     for chunk in model.gpt_chunks:
         groups = chunk.pg_collection
@@ -134,6 +138,8 @@ def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
             first_expert=groups.ep.rank() * (model.architecture.num_experts // groups.ep.size()),
         )
         for name, parameter in chunk.named_parameters():
+            if name == VALUE_HEAD:
+                continue
             entry = entry_of(name, model.architecture, place, shapes)
             assert entry.shape == tuple(parameter.shape), f"{name}: {entry.shape} in the table, {parameter.shape} built"
             yield entry, parameter
@@ -143,6 +149,7 @@ def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
 def load_weights(model: Model, source: TensorSource) -> None:
     """Fills every parameter of this rank, in the parameter's own dtype; call before an optimizer copies them.
 
+    A value head, which no source has, stays as it is.
     Under tied embeddings a source may hold `lm_head.weight` too, as long as it equals the embedding.
     Raises DataError that names up to ten tensors which are missing, unknown to the architecture, of another shape, of
     a dtype not in `DTYPES`, or not finite (in the part that this rank reads).
@@ -159,6 +166,16 @@ def load_weights(model: Model, source: TensorSource) -> None:
             parameter.copy_(entry.join(parts))
     if problems:
         raise misfit(source, problems)
+
+
+@torch.no_grad()
+def draw_value_head(model: Model, seed: int) -> None:
+    """Fills the value head, on the rank that has one, like `RandomSource`: the same in every layout."""
+    for chunk in model.gpt_chunks:
+        for name, parameter in chunk.named_parameters():
+            if name == VALUE_HEAD:
+                deviation = model.architecture.initializer_range
+                parameter.copy_(random_tensor(name, tuple(parameter.shape), deviation, seed))
 
 
 def check_shapes(architecture: Architecture, source: TensorSource) -> None:

@@ -104,6 +104,11 @@ METRICS = (
         for level in ("token", "sequence")
         for figure, words in FIGURES.items()
     ),
+    MetricDoc("router_shift/mean", "ratio", "rspo's gamma before its floor, mean over response tokens"),
+    MetricDoc("router_shift/floored", "fraction", "response tokens whose gamma rspo's floor of 0.8 holds up"),
+    MetricDoc("value/loss", "", "half the squared error of ppo's values, clipped, mean over response tokens"),
+    MetricDoc("value/clip_fraction", "fraction", "response tokens whose value's gradient `value_clip` removes"),
+    MetricDoc("value/explained_variance", "fraction", "share of the returns' variance that the old values explain"),
     MetricDoc("kl/old_k3", "nats", "k3 estimate of the KL from the old policy to the policy, a token"),
     MetricDoc("kl/reference", "nats", "estimate of KL(policy, reference), a token"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),

@@ -1,18 +1,21 @@
-"""Log-probs and routes of given sequences: one forward pass through the training model."""
+"""Log-probs, values and routes of given sequences: one forward pass through the training model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import no_recording, run, token_log_probs
+from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.routing.replay import replay
 from gspo_moe.types import Microbatch
+
+T = TypeVar("T")
 
 
 def score(
@@ -30,12 +33,44 @@ def score(
     the routes of the same pass. routes, depth: what to replay, as `routing.replay` takes it.
     """
 
+    def read(output_CX: torch.Tensor, targets_C: torch.Tensor, split: ContextSplit) -> torch.Tensor:
+        return split.whole(token_log_probs(model, output_CX, targets_C, temperature).log_probs)
+
+    return _pass(model, microbatches, read, recorder, routes, depth)
+
+
+def score_with_values(
+    model: Model,
+    microbatches: Sequence[Microbatch],
+    *,
+    temperature: float = 1.0,
+    recorder: RouteRecorder | None = None,
+    routes: Sequence[torch.Tensor] | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """As `score`, and beside the log-probs the value head's V [T] (fp32) of what stands before each target."""
+
+    def read(
+        output_CX: torch.Tensor, targets_C: torch.Tensor, split: ContextSplit
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs_C = token_log_probs(model, output_CX, targets_C, temperature).log_probs
+        return split.whole(log_probs_C), split.whole(token_values(model, output_CX, len(targets_C)))
+
+    return _pass(model, microbatches, read, recorder, routes, None)
+
+
+def _pass(
+    model: Model,
+    microbatches: Sequence[Microbatch],
+    read: Callable[[torch.Tensor, torch.Tensor, ContextSplit], T],
+    recorder: RouteRecorder | None,
+    routes: Sequence[torch.Tensor] | None,
+    depth: int | None,
+) -> list[T]:
     splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
 
-    def head(index: int, output_CX: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def head(index: int, output_CX: torch.Tensor) -> tuple[None, T]:
         split = splits[index]
-        targets_C = split.local(microbatches[index].target_ids_T)
-        return None, split.whole(token_log_probs(model, output_CX, targets_C, temperature).log_probs)
+        return None, read(output_CX, split.local(microbatches[index].target_ids_T), split)
 
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     record = no_recording if recorder is None else recorder.scope

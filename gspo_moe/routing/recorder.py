@@ -114,6 +114,10 @@ class RouteRecorder:
         found, self._found, self._reference = self._found, {}, None
         return [self._recording(found[index], self._splits[index]) for index in sorted(found)]
 
+    def recorded(self, index: int) -> Recording:
+        """What this pass has kept of pack `index`, whose forward is done. Collective over tensor and context ranks."""
+        return self._recording(self._found[index], self._splits[index])
+
     def _recording(self, found: dict[int, tuple[torch.Tensor, torch.Tensor | None]], split: ContextSplit) -> Recording:
         layers = [found[layer] for layer in self.layers]
         routes_TLK = self._whole(torch.stack([routes for routes, _ in layers], dim=1), split)
@@ -143,6 +147,15 @@ class RouteRecorder:
         set_change = set_change_NL(old_TLK, new_TLK, sequence_T, pack.num_sequences, self._architecture.num_experts)
         overlap, *scores = self._spread(torch.stack(tokens_TL, dim=-1)).unbind(dim=-1)
         return PairSums.of_pack(overlap, self._spread(set_change), sequence_T, topk, *scores)
+
+    def router_shift(self, old: Recording, new: Recording) -> torch.Tensor:
+        """gamma of SPEC section 4 of each token over all MoE layers, float64 [T]. Collective over the pipeline.
+
+        Both with scores; `new` was recorded `against` old's routes. Exactly 1 where no score moved.
+        """
+        assert old.log_probs_TLK is not None
+        assert new.log_probs_TLK is not None
+        return self._spread(log_shift_TL(old.log_probs_TLK, new.log_probs_TLK)).mean(dim=1).exp()
 
     def load(self, recordings: Sequence[Recording]) -> torch.Tensor:
         """Tokens of these recordings that each expert got, int64 [A, E], put together over the stages."""

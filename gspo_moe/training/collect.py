@@ -19,8 +19,8 @@ from gspo_moe.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Collected:
-    """answers: those to learn from, every rank's, in the order of the prompts. advantages: one a rollout of them.
-
+    """answers: those to learn from, every rank's, in the order of the prompts. advantages: one a rollout of them,
+        for ppo its reward, of which `critic` makes advantages of tokens.
     metrics: of everything that was sampled. prompt_position: behind the last prompt drawn.
     """
 
@@ -127,7 +127,7 @@ def _lengths(answers: Answers) -> torch.Tensor:
 
 
 def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[str, float]]:
-    """Advantages of rewards with the over-long penalty, and its mean where there is one."""
+    """Advantages of rewards with the over-long penalty, for ppo these rewards, and its mean where there is one."""
     config = trainer.session.config
     limit, rewards, figures = config.rollout.max_response_tokens, _rewards(answers), dict[str, float]()
     buffer = config.algorithm.overlong_tokens(limit)
@@ -135,6 +135,8 @@ def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[s
         penalty = overlong_penalty(_lengths(answers), limit, buffer)
         rewards = rewards + penalty
         figures["reward/overlong_penalty"] = penalty.mean().item()
+    if config.has_value_head:
+        return rewards.tolist(), figures
     scale = config.algorithm.name != "dr_grpo"
     return group_advantages(rewards, config.rollout.samples_per_prompt, scale=scale).tolist(), figures
 
@@ -143,12 +145,12 @@ def _metrics(drawn: Answers, kept: Answers, group_size: int) -> dict[str, float]
     rewards, lengths = _rewards(drawn), _lengths(drawn)
     return {
         "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std().item(),
+        "reward/std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward/failures": drawn.failures,
         "reward/timeouts": drawn.timeouts,
         "groups/count": len(kept.groups),
         "groups/drawn": len(drawn.groups),
-        "groups/degenerate": degenerate_groups(rewards, group_size),
+        "groups/degenerate": degenerate_groups(rewards, group_size) if group_size > 1 else 0,
         "response/length_mean": lengths.mean().item(),
         "response/length_max": lengths.max().item(),
         "response/truncated": sum(not rollout.finished for rollout in rollouts(drawn)) / lengths.numel(),

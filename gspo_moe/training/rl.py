@@ -20,11 +20,12 @@ from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
-from gspo_moe.rollout.score import score
+from gspo_moe.rollout.score import score, score_with_values
 from gspo_moe.routing.recorder import Recording
 from gspo_moe.routing.replay import check_routes
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.collect import collect, rollouts
+from gspo_moe.training.critic import Estimates, estimate
 from gspo_moe.training.probe import probe_set
 from gspo_moe.training.routing import (
     Figures,
@@ -52,6 +53,18 @@ class Minibatch:
 
 
 @dataclass(frozen=True)
+class OldPolicy:
+    """What the pass before the first update found of each mini-batch's packs.
+
+    log_probs [T] and ppo's estimates: on the last stage. routes: no mini-batches where they were not recorded.
+    """
+
+    log_probs: list[list[torch.Tensor]]
+    routes: list[list[Recording]]
+    estimates: list[list[Estimates]]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """metrics: over all ranks, for the log. answers and advantages: every rank's, in the order of the prompts.
 
@@ -73,17 +86,17 @@ def rl_step(trainer: Trainer) -> StepResult:
         samples = _samples(trainer, answers, advantages)
         minibatches = _minibatches(trainer, samples)
         with timers("old_log_probs"):
-            old_log_probs, old_routes = _old_policy(trainer, minibatches)
+            old = _old_policy(trainer, minibatches)
         reference_log_probs = _reference_policy(trainer, minibatches)
         with timers("training"):
-            results, routing = _train(trainer, minibatches, old_log_probs, old_routes, reference_log_probs, samples)
+            results, routing = _train(trainer, minibatches, old, reference_log_probs, samples)
         figures |= _policy_metrics(results)
         current = all(rollout.policy_version == trainer.progress.policy_version for rollout in rollouts(answers))
-        routing.add(_routing_figures(trainer, minibatches, old_routes, results, current))
+        routing.add(_routing_figures(trainer, minibatches, old.routes, results, current))
         figures |= routing.metrics
         if trainer.session.config.algorithm.old_log_probs == "trainer":
-            figures |= _mismatch_metrics(trainer, minibatches, old_log_probs)
-            figures |= _correction_metrics(trainer, minibatches, old_log_probs)
+            figures |= _mismatch_metrics(trainer, minibatches, old.log_probs)
+            figures |= _correction_metrics(trainer, minibatches, old.log_probs)
         else:  # only the first mini-batch's own forward has seen the rollout's weights
             figures |= _mismatch_metrics(trainer, minibatches[:1], [results[0].log_probs])
     progress = trainer.progress
@@ -137,19 +150,27 @@ def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config
     return [pack(samples, indices).to(device().torch_device) for indices in plan[groups.data_rank]]
 
 
-def _old_policy(
-    trainer: Trainer, minibatches: Sequence[Minibatch]
-) -> tuple[list[list[torch.Tensor]], list[list[Recording]]]:
-    """Old log-probs and routes of each mini-batch's packs; log-probs only on the last stage."""
+def _old_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> OldPolicy:
     config, model, recorder = trainer.session.config, trainer.session.model, trainer.recorder
     packs = [pack for minibatch in minibatches for pack in minibatch.packs]
+    nothing: list[list[Estimates]] = [[] for _ in minibatches]
     if config.algorithm.old_log_probs == "rollout":
-        return _by_minibatch([pack.rollout_log_probs_T for pack in packs], minibatches), []
+        return OldPolicy(_by_minibatch([pack.rollout_log_probs_T for pack in packs], minibatches), [], nothing)
     # R3's ratios compare like with like only where the old policy runs with the engine's routes as well.
     replayed = engine_routes(model, packs) if config.routing.replay == "r3" else None
-    log_probs = score(model, packs, temperature=config.rollout.temperature, recorder=recorder, routes=replayed)
+    temperature, values = config.rollout.temperature, list[torch.Tensor]()
+    if config.has_value_head:
+        found = score_with_values(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
+        log_probs, values = [one for one, _ in found], [one for _, one in found]
+    else:
+        log_probs = score(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
     routes = [] if recorder is None else recorder.take()
-    return _by_minibatch(log_probs, minibatches), _by_minibatch(routes, minibatches)
+    estimates = estimate(packs, values, config.algorithm.ppo, model.groups)
+    return OldPolicy(
+        _by_minibatch(log_probs, minibatches),
+        _by_minibatch(routes, minibatches),
+        _by_minibatch(estimates, minibatches),
+    )
 
 
 def _reference_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> list[list[torch.Tensor]]:
@@ -171,8 +192,7 @@ def _by_minibatch(values: Sequence[T], minibatches: Sequence[Minibatch]) -> list
 def _train(
     trainer: Trainer,
     minibatches: Sequence[Minibatch],
-    old_log_probs: list[list[torch.Tensor]],
-    old_routes: list[list[Recording]],
+    old: OldPolicy,
     reference_log_probs: list[list[torch.Tensor]],
     samples: Sequence[TrainingSample],
 ) -> tuple[list[MinibatchResult], Figures]:
@@ -180,8 +200,9 @@ def _train(
     session, recorder, step = trainer.session, trainer.recorder, trainer.progress.step + 1
     config, model = session.config, session.model
     results, figures = [], Figures()
-    for number, (minibatch, log_probs) in enumerate(zip(minibatches, old_log_probs, strict=True), start=1):
-        own = [recording.routes_TLK for recording in old_routes[number - 1]] if old_routes else None
+    for number, (minibatch, log_probs) in enumerate(zip(minibatches, old.log_probs, strict=True), start=1):
+        recorded = old.routes[number - 1] if old.routes else []
+        own = [recording.routes_TLK for recording in recorded] if recorded else None
         replayed = {"none": None, "r2": own, "r3": None}[config.routing.replay]
         if config.routing.replay == "r3":
             replayed = engine_routes(model, minibatch.packs)
@@ -198,8 +219,6 @@ def _train(
             assert held is not None
             with session.timers("routing"):
                 figures.add(attribution_figures(model, config, minibatch.packs, log_probs, held, config.seed + step))
-        if recorder is not None and own is not None:
-            recorder.against(own)
         results.append(
             train_minibatch(
                 model,
@@ -213,6 +232,8 @@ def _train(
                 num_tokens=minibatch.num_tokens,
                 max_response_tokens=config.rollout.max_response_tokens,
                 reference_log_probs=reference_log_probs[number - 1],
+                old_routes=recorded,
+                estimates=old.estimates[number - 1],
                 replayed=replayed,
             )
         )

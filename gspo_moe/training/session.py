@@ -8,12 +8,13 @@ from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
-from gspo_moe.config.schema import Config, RoutingConfig
+from gspo_moe.config.routing import RoutingConfig
+from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.sharded import load_stored_weights
-from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
+from gspo_moe.model.weights import RandomSource, SafetensorsSource, draw_value_head, load_weights
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.platform import device
@@ -79,7 +80,8 @@ def open_session(plan: Plan) -> Session:
     """Joins the process group, builds the model and fills in its first weights. Collective."""
     config = plan.config
     groups = initialize(plan.layout, config.seed, config.parallel.timeout_minutes)
-    model = build_model(config, plan.architecture, groups)
+    model = build_model(config, plan.architecture, groups, value_head=config.has_value_head)
+    draw_value_head(model, config.seed)
     load_initial_weights(config, model)
     engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens)
     return Session(

@@ -16,17 +16,20 @@ from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, Pol
 from gspo_moe.algorithms.loss import ObjectiveFunction
 from gspo_moe.algorithms.ratios import LossInputs, Objective, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.algorithms.value import value_loss
 from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
 from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import no_recording, run, token_log_probs
+from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.routing.replay import replay
+from gspo_moe.training.critic import Estimates
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
+from gspo_moe.training.shift import ShiftOf, router_shift
 from gspo_moe.types import Microbatch
 
 
@@ -53,6 +56,8 @@ def train_minibatch(
     num_tokens: int | None = None,
     max_response_tokens: int | None = None,
     reference_log_probs: Sequence[torch.Tensor] = (),
+    old_routes: Sequence[Recording] = (),
+    estimates: Sequence[Estimates] = (),
     replayed: Sequence[torch.Tensor] | None = None,
 ) -> MinibatchResult:
     """Takes one step on the mini-batch whose packs on this rank are `microbatches`.
@@ -60,6 +65,8 @@ def train_minibatch(
     old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
     num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
     losses that average over them, and max_response_tokens for dr_grpo.
+    old_routes: the old policy's, which the recorder compares with; rspo needs them, with scores.
+    estimates: ppo's, one a pack, needed on the last stage only.
     replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
@@ -68,6 +75,12 @@ def train_minibatch(
     split_over_ranks = model.groups.layout.context > 1
     sum_over_context = sum_over(model.groups.context) if split_over_ranks else whole_sequences
     fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
+    shift_of: ShiftOf | None = None
+    if algorithm.name == "rspo":
+        assert recorder is not None
+        shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
+    elif recorder is not None and old_routes:
+        recorder.against([recording.routes_TLK for recording in old_routes])
 
     def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack = microbatches[index]
@@ -85,7 +98,7 @@ def train_minibatch(
             algorithm.name,
             log_probs_C,
             split.local(old_log_probs[index]),
-            pack.advantages_N,
+            split.local(estimates[index].advantages_T) if estimates else pack.advantages_N,
             split.bounds,
             split.local(pack.response_mask_T),
             clip_low=clip_low,
@@ -94,12 +107,24 @@ def train_minibatch(
             num_sequences=num_sequences,
             num_tokens=num_tokens,
             max_response_tokens=max_response_tokens,
+            router_shift=None if shift_of is None else split.local(shift_of(index)),
             correction=correction,
             kl=kl,
             sum_over_context=sum_over_context,
             objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
         )
-        return result.loss, result.sums
+        if not estimates:
+            return result.loss, result.sums
+        assert num_tokens is not None
+        value = value_loss(
+            token_values(model, output_CX, len(log_probs_C)),
+            split.local(estimates[index].values_T),
+            split.local(estimates[index].returns_T),
+            split.local(pack.response_mask_T),
+            value_clip=algorithm.ppo.value_clip,
+            num_tokens=num_tokens,
+        )
+        return result.loss + algorithm.ppo.value_coeff * value.loss.float(), result.sums.with_values(value.sums)
 
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
     return MinibatchResult(statistics, update, log_probs, routes)

@@ -21,7 +21,7 @@ from tests.launch import launch
 # Several are shorter than the 8 chunks of 4 ranks; of the second pack most ranks hold no token.
 # In the third one rank of two holds as many tokens as there are sequences, all of them of one.
 PACKS = ((13, 1, 8, 3, 16, 5, 40), (1,), (4, 1))
-BY_TOKEN = ("log_probs", "old_log_probs", "response_mask", "router_shift", "reference", "engine")
+BY_TOKEN = ("token_advantages", "log_probs", "old_log_probs", "response_mask", "router_shift", "reference", "engine")
 
 
 def drawn(algorithm: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -39,6 +39,7 @@ def drawn(algorithm: str, lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         "log_probs": old + min(1.5 * CLIPS[algorithm][1], 1.0) * (normal(total) + shift),
         "old_log_probs": old,
         "advantages": normal(len(lengths)),
+        "token_advantages": normal(total),
         "cu_seqlens": torch.tensor([0, *torch.tensor(lengths).cumsum(0)]),
         "response_mask": torch.cat(masks),
         "router_shift": 1.0 - 0.4 * torch.rand(total, generator=generator, dtype=torch.float64),
@@ -51,7 +52,9 @@ def loss_and_gradient(algorithm: str, pack: dict[str, torch.Tensor], **more: Any
     """With a correction and a reference; `num_tokens` and `max_response_tokens` stand for those of a mini-batch."""
     low, high = CLIPS[algorithm]
     log_probs = pack["log_probs"].clone().requires_grad_()
-    given = {name: value for name, value in pack.items() if name not in ("reference", "engine")}
+    given = {name: value for name, value in pack.items() if name not in ("reference", "engine", "token_advantages")}
+    if algorithm == "ppo":
+        given["advantages"] = pack["token_advantages"]
     over = {name: value for name, value in more.items() if name == "sum_over_context"}
     level = "sequence" if algorithm in WHOLE_SEQUENCES else "token"
     scored = (pack["old_log_probs"], pack["engine"], pack["cu_seqlens"], pack["response_mask"])

@@ -57,6 +57,7 @@ GSPO = AlgorithmConfig.model_validate(
         "mismatch": {"correction": "tis", "level": "sequence", "high": 1.001},
     }
 )
+RSPO = AlgorithmConfig(name="rspo")
 Named = dict[tuple[str, int], Any]
 
 
@@ -119,9 +120,10 @@ def observe(
     Log-probs on the last stage only.
     """
     mine = packs(model.groups, samples)
-    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
+    recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
     log_probs = by_sample(score(model, mine, recorder=recorder), mine)
-    routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in recorder.take()]
+    old_routes = recorder.take()
+    routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in old_routes]
     old = old or {index: value + 0.01 * (-1) ** (index // 2) for index, value in log_probs.items()}
     olds = [torch.cat([old[index] for index in one.sample_indices]) for one in mine]
     reference = score(reference_model(model.groups, parallel), mine)
@@ -138,14 +140,18 @@ def observe(
         model, optimizer, mine, held, AlgorithmConfig(name="grpo"), len(samples), 1.0, None, replayed=foreign
     )
     assert replayed.statistics.to_metrics()["ratio/token_std"] == 0
+    after_held = by_sample(score(model, mine), mine)
+    shifted = train_minibatch(model, optimizer, mine, olds, RSPO, len(samples), 1.0, recorder, old_routes=old_routes)
     grad_norms = {"grad_norm": result.update.grad_norm, "replayed_grad_norm": replayed.update.grad_norm}
+    rspo = {f"rspo {name}": value for name, value in shifted.statistics.to_metrics().items()}
+    rspo["rspo grad_norm"] = shifted.update.grad_norm
     return {
         "log_probs": log_probs,
         "routes": by_sample(routes, mine),
-        "metrics": result.statistics.to_metrics() | grad_norms,
+        "metrics": result.statistics.to_metrics() | grad_norms | rspo,
         "after": after,
         "held": by_sample(held, mine),
-        "after_held": by_sample(score(model, mine), mine),
+        "after_held": after_held,
         "old": old,
     }
 
@@ -221,6 +227,7 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     lengths = {len(rollout.response_ids) for rollout in expected["rollouts"]["sampled"].values()}
     assert len(lengths) > 3
     assert 0 < expected["metrics"]["clip_fraction/sequence"] < 1
+    assert 0 < expected["metrics"]["rspo router_shift/floored"] < 1
     torch.save(expected, tmp_path / "expected.pt")
     launch(check_layouts, world_size, world_size, tmp_path, seconds=300)
 

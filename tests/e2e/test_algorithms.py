@@ -37,6 +37,7 @@ ALGORITHMS = {
     "dapo": (),
     "cispo": (),
     "gmpo": (),
+    "rspo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),
@@ -96,7 +97,7 @@ def test_steps_are_measured_and_the_policy_moves(name: str, runs: dict[str, Run]
 
 
 def test_each_formula_gives_a_loss_of_its_own(runs: dict[str, Run]) -> None:
-    names = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "gspo-kl", "grpo-kl")
+    names = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "gspo-kl", "grpo-kl")
     assert len({runs[name][STEPS]["loss/policy"] for name in names}) == len(names)
 
 

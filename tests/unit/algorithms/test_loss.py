@@ -26,7 +26,7 @@ def float64(values: Sequence[float]) -> torch.Tensor:
 
 
 def random_pack(algorithm: str) -> dict[str, torch.Tensor]:
-    """Five sequences whose ratios lie on both sides of the clip."""
+    """Five sequences whose ratios lie on both sides of the clip; ppo's advantages are one a token."""
     generator = torch.Generator().manual_seed(1)
     cu_seqlens = torch.tensor([0, *np.cumsum(LENGTHS)])
     mask = (torch.rand(sum(LENGTHS), generator=generator) < 0.7).double()
@@ -34,10 +34,11 @@ def random_pack(algorithm: str) -> dict[str, torch.Tensor]:
     old = -torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64)
     noise = torch.randn(sum(LENGTHS), generator=generator, dtype=torch.float64)
     shift = torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64).repeat_interleave(cu_seqlens.diff())
+    count = sum(LENGTHS) if algorithm == "ppo" else len(LENGTHS)
     return {
         "log_probs": old + min(1.5 * CLIPS[algorithm][1], 1.0) * (noise + shift),
         "old_log_probs": old,
-        "advantages": torch.randn(len(LENGTHS), generator=generator, dtype=torch.float64),
+        "advantages": torch.randn(count, generator=generator, dtype=torch.float64),
         "cu_seqlens": cu_seqlens,
         "response_mask": mask,
         "router_shift": 1.0 - 0.4 * torch.rand(sum(LENGTHS), generator=generator, dtype=torch.float64),
@@ -51,7 +52,8 @@ def part_of(pack: dict[str, torch.Tensor], sequences: Sequence[int]) -> tuple[di
     lengths = [bounds[i + 1] - bounds[i] for i in sequences]
     part = {name: pack[name][tokens] for name in ("log_probs", "old_log_probs", "response_mask", "router_shift")}
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
-    return {**part, "advantages": pack["advantages"][list(sequences)], "cu_seqlens": cu_seqlens}, tokens
+    chosen = tokens if pack["advantages"].shape == pack["log_probs"].shape else list(sequences)
+    return {**part, "advantages": pack["advantages"][chosen], "cu_seqlens": cu_seqlens}, tokens
 
 
 def run(algorithm: str, pack: dict[str, torch.Tensor], **options: Any) -> tuple[PolicyLoss, torch.Tensor]:
@@ -173,6 +175,8 @@ def test_values_off_the_response_have_no_effect(algorithm: str) -> None:
     noisy = {**pack, "log_probs": pack["log_probs"].masked_fill(off, torch.nan)}
     noisy["old_log_probs"] = pack["old_log_probs"].masked_fill(off, -torch.inf)
     noisy["router_shift"] = pack["router_shift"].masked_fill(off, torch.nan)
+    if algorithm == "ppo":
+        noisy["advantages"] = pack["advantages"].masked_fill(off, torch.nan)
     result, gradient = run(algorithm, noisy)
     assert result.metrics == expected.metrics
     assert torch.equal(gradient, expected_gradient)
@@ -221,6 +225,7 @@ def test_wide_clips_are_refused_unless_allowed(algorithm: str, clips: tuple[floa
             DataError,
             r"\[N\] = \[3\] or \[T\] = \[7\], got \[4\]",
         ),
+        ({"algorithm": "ppo", "clip_low": 0.2, "advantages": torch.zeros(3)}, DataError, r"\[T\] = \[7\], got \[3\]"),
         ({"num_sequences": 2}, DataError, "less than the 3 sequences"),
         ({"algorithm": "gmpo", "clip_low": 1.0, "clip_high": 0.4}, ConfigError, "clip_low below 1"),
         ({"algorithm": "grpo"}, ConfigError, "made for a sequence ratio"),

@@ -17,11 +17,11 @@ from gspo_moe.config.clips import DEFAULT_CLIPS, WHOLE_SEQUENCES
 BOUNDS = [0, 6, 7, 16, 28]
 LONGEST = 12
 SEQUENCES, TOKENS = 9, 50.0  # of a mini-batch of which this pack is a part
-VARIANTS = ("grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo")
+VARIANTS = ("grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "ppo")
 
 
-def drawn() -> dict[str, torch.Tensor]:
-    """Ratios on both sides of every clip; one advantage is zero, some tokens are no response."""
+def drawn(algorithm: str = "") -> dict[str, torch.Tensor]:
+    """Ratios on both sides of every clip, some tokens no response; advantages one a sequence, but for ppo."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(count: int) -> torch.Tensor:
@@ -30,7 +30,7 @@ def drawn() -> dict[str, torch.Tensor]:
     mask = torch.ones(28, dtype=torch.float64)
     mask[[0, 1, 9, 20]] = 0
     old = -normal(28).abs() - 0.1
-    return {
+    pack = {
         "log_probs": old + 0.8 * normal(28),
         "old_log_probs": old,
         "advantages": torch.tensor([1.2, -0.7, -1.1, 0.9], dtype=torch.float64),
@@ -38,6 +38,7 @@ def drawn() -> dict[str, torch.Tensor]:
         "response_mask": mask,
         "router_shift": torch.rand(28, generator=generator, dtype=torch.float64) * 0.5 + 0.5,
     }
+    return pack | ({"advantages": normal(28)} if algorithm == "ppo" else {})
 
 
 def found(algorithm: str, pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, np.ndarray]:
@@ -58,8 +59,9 @@ def expected(algorithm: str, pack: dict[str, torch.Tensor], weight: list[float])
         pack[name].tolist() for name in ("log_probs", "old_log_probs", "response_mask", "router_shift")
     )
     loss, gradient, clipped = 0.0, [0.0] * 28, 0
-    for advantage, (start, end) in zip(pack["advantages"].tolist(), itertools.pairwise(BOUNDS), strict=True):
+    for number, (start, end) in enumerate(itertools.pairwise(BOUNDS)):
         tokens = [t for t in range(start, end) if mask[t]]
+        advantage = pack["advantages"][number].item()
         if algorithm in ("gmpo", "rspo"):
             sign, total, inside = math.copysign(1.0, advantage), 0.0, []
             for t in tokens:
@@ -77,6 +79,8 @@ def expected(algorithm: str, pack: dict[str, torch.Tensor], weight: list[float])
                 gradient[t] -= weight[start] * value / len(tokens) / SEQUENCES
             continue
         for t in tokens:
+            if algorithm == "ppo":
+                advantage = pack["advantages"][t].item()
             ratio = math.exp(p[t] - q[t])
             bounded = min(max(ratio, 1 - low), 1 + high)
             share = {
@@ -84,6 +88,7 @@ def expected(algorithm: str, pack: dict[str, torch.Tensor], weight: list[float])
                 "dr_grpo": 1 / SEQUENCES / LONGEST,
                 "dapo": 1 / TOKENS,
                 "cispo": 1 / TOKENS,
+                "ppo": 1 / TOKENS,
             }[algorithm] * weight[t]
             if algorithm == "cispo":
                 loss -= share * bounded * advantage * p[t]
@@ -105,7 +110,7 @@ def same(result: Any, gradient: np.ndarray, loss: float, other: list[float]) -> 
 
 @pytest.mark.parametrize("algorithm", VARIANTS)
 def test_loss_gradient_and_clip_fraction_are_the_papers(algorithm: str) -> None:
-    pack = drawn()
+    pack = drawn(algorithm)
     if algorithm == "cispo":
         pack["log_probs"][3] = pack["old_log_probs"][3] + 2.0  # a ratio above 5
     loss, gradient, clipped = expected(algorithm, pack, [1.0] * 28)
@@ -140,7 +145,7 @@ def mismatched(pack: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_corrections_weigh_tokens_or_sequences(
     algorithm: str, level: str, kind: str, bounds: tuple[float, float]
 ) -> None:
-    pack = drawn()
+    pack = drawn(algorithm)
     engine = mismatched(pack)
     # By sequence the noise nearly averages out, so the bounds are nearer.
     low, high = bounds if level == "token" else (0.95, 1.1)

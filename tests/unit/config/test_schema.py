@@ -42,7 +42,7 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
         (["name=grpo", "clip_low=3e-4", "clip_high=4e-4"], "made for a sequence ratio"),
         (["name=gmpo", "clip_low=1.0"], "clip_low below 1 (the default is 0.33 and 0.492)"),
         (["name=cispo", "clip_low=1.5"], "at most 1, which is no lower bound"),
-        (["name=rspo"], "use algorithm.name=gmpo"),
+        (["name=rspo", "old_log_probs=rollout"], "set it to trainer or use algorithm.name=gmpo"),
         (["mismatch.correction=tis"], "no place for token weights"),
         (["name=grpo", "mismatch.correction=tis", "old_log_probs=rollout"], "count the engine's log-probs twice"),
         (["mismatch={correction: tis, level: sequence}"], "set algorithm.mismatch.high a little above"),
@@ -56,6 +56,12 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
 def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_config(None, [f"algorithm.{override}" for override in overrides])
+
+
+def test_rspo_needs_the_recorder() -> None:
+    with pytest.raises(ConfigError, match=r"set routing\.record=true"):
+        load_config(None, ["algorithm.name=rspo", "routing.record=false"])
+    assert load_config(None, ["stage=sft", "algorithm.name=rspo", "routing.record=false"]).stage == "sft"
 
 
 def test_the_configurations_in_the_docs_are_valid(tmp_path: Path) -> None:

@@ -1,0 +1,18 @@
+"""Proximal Policy Optimization, arXiv 1707.06347. Shape letters: T tokens of a pack, N sequences of it.
+
+Its advantages are one a token, from `gae`; the value function learns beside it, by `value`.
+"""
+
+from __future__ import annotations
+
+from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+
+
+def ppo(inputs: LossInputs) -> Objective:
+    """J = 1 / sum_i |y_i| sum_i sum_t min(w_it A_it, clip(w_it) A_it) with w_it = exp(d_it), equation 7.
+
+    The mean goes over the whole mini-batch's response tokens.
+    """
+    ratio_T = inputs.log_ratio_T.exp()
+    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))

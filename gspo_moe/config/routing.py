@@ -1,0 +1,52 @@
+"""The section `routing`: what is measured of the router, Routing Replay, the router's own loss. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from gspo_moe.config.section import Section
+
+
+class RoutingConfig(Section):
+    """Routing measurements (SPEC sections 4 and 5), Routing Replay (section 6) and the router's own loss.
+
+    record: staleness and load, every step. engine_routes: the rollout engine reports its routes; r3 implies it.
+    replay: r2 replays the old-log-prob pass's routes, r3 the rollout engine's.
+    frozen_router: router weights get no update.
+    probe_interval: steps between measurements of one update's effect on `probe_sequences` fixed sequences, 0 for none.
+    attribution: splits the last mini-batch's log-ratios every `attribution_interval` steps, on `attribution_sequences`
+        of its sequences; with `attribution_by_depth` also with the routes of the first l layers held, for each l.
+    aux_loss_coeff: 0 for RL unless chosen.
+    """
+
+    record: bool = True
+    engine_routes: bool = False
+    replay: Literal["none", "r2", "r3"] = "none"
+    frozen_router: bool = False
+    probe_interval: NonNegativeInt = 0
+    probe_sequences: PositiveInt = 64
+    attribution: bool = False
+    attribution_interval: PositiveInt = 1
+    attribution_sequences: Annotated[int, Field(ge=2)] = 64
+    attribution_by_depth: bool = False
+    aux_loss_coeff: NonNegativeFloat = 0.0
+    router_dtype: Literal["model", "fp32", "fp64"] = "model"
+
+    @property
+    def reports_engine_routes(self) -> bool:
+        return self.engine_routes or self.replay == "r3"
+
+    @model_validator(mode="after")
+    def _recorded(self) -> RoutingConfig:
+        needing = {
+            "routing.replay=r2": self.replay == "r2",
+            "routing.engine_routes=true": self.engine_routes,
+            f"routing.probe_interval={self.probe_interval}": self.probe_interval > 0,
+            "routing.attribution=true": self.attribution,
+        }
+        for setting, is_set in needing.items():
+            if is_set and not self.record:
+                raise ValueError(f"{setting} needs the recorder; set routing.record=true, or turn it off")
+        return self

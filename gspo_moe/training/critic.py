@@ -1,0 +1,58 @@
+"""What PPO's value function says of a step's samples before the first update: advantages and returns.
+
+Advantages are whitened over all response tokens of the step, over all ranks: mini-batches are random parts of it, and
+one mean and deviation for all keeps their steps comparable.
+
+Shape letters: T tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from gspo_moe.algorithms.gae import Moments, gae
+from gspo_moe.config.algorithm import PPOConfig
+from gspo_moe.parallel.groups import Groups
+from gspo_moe.parallel.reduce import reduce_statistics
+from gspo_moe.types import Microbatch
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Of one pack, floats [T], 0 off the response but for `values`: whitened advantages, old values, returns."""
+
+    advantages_T: torch.Tensor
+    values_T: torch.Tensor
+    returns_T: torch.Tensor
+
+
+def estimate(
+    packs: Sequence[Microbatch], values: Sequence[torch.Tensor], config: PPOConfig, groups: Groups
+) -> list[Estimates]:
+    """Of each of this rank's packs of the step; `advantages_N` of a pack are its rewards.
+
+    values: the old policy's [T] a pack, on the last stage; without them, on the others, there are no estimates.
+    Collective over the last stage's data-parallel ranks.
+    """
+    if not values:
+        return []
+    found = [
+        gae(values_T, pack.advantages_N, pack.cu_seqlens, pack.response_mask_T, gamma=config.gamma, lam=config.lam)
+        for pack, values_T in zip(packs, values, strict=True)
+    ]
+    moments = reduce(
+        Moments.merge,
+        (
+            Moments.of_pack(advantages_T, pack.response_mask_T)
+            for pack, (advantages_T, _) in zip(packs, found, strict=True)
+        ),
+    )
+    moments = reduce_statistics(moments, groups.data)
+    return [
+        Estimates(moments.whiten(advantages_T, pack.response_mask_T), values_T, returns_T)
+        for pack, values_T, (advantages_T, returns_T) in zip(packs, values, found, strict=True)
+    ]
