@@ -13,10 +13,11 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
+_c10d: Any = distributed_c10d  # its stub lacks the overload with options
 _devices: list[Any] = []  # of the first group, chosen by torch's own rules (GLOO_SOCKET_IFNAME, host name)
 
 
-class _SharingGroup(distributed_c10d.ProcessGroupGloo):
+class _SharingGroup(_c10d.ProcessGroupGloo):
     """A gloo group on the devices of the first one."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
@@ -24,7 +25,7 @@ class _SharingGroup(distributed_c10d.ProcessGroupGloo):
             super().__init__(store, rank, size, timeout=timeout)
             _devices.extend(self.options._devices)
             return
-        options = distributed_c10d.ProcessGroupGloo._Options()
+        options = _c10d.ProcessGroupGloo._Options()
         options._devices, options._timeout = _devices, timeout
         super().__init__(store, rank, size, options)
 
@@ -32,12 +33,12 @@ class _SharingGroup(distributed_c10d.ProcessGroupGloo):
 @contextlib.contextmanager
 def one_gloo_device() -> Iterator[None]:
     """Gloo groups that are made inside share the devices of the first, until `forget_gloo_device`."""
-    before = distributed_c10d.ProcessGroupGloo
-    distributed_c10d.ProcessGroupGloo = _SharingGroup
+    before = _c10d.ProcessGroupGloo
+    _c10d.ProcessGroupGloo = _SharingGroup
     try:
         yield
     finally:
-        distributed_c10d.ProcessGroupGloo = before
+        _c10d.ProcessGroupGloo = before
 
 
 def forget_gloo_device() -> None:
