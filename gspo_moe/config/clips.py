@@ -8,7 +8,7 @@ WIDE_CLIP = 0.01
 SEQUENCE_LEVEL = ("gspo", "gspo_token")  # what they clip
 WHOLE_SEQUENCES = ("gspo", "gmpo", "rspo")  # one term a sequence: no weights or advantages a token
 TOKEN_MEAN = ("ppo", "dapo", "cispo")  # every token of a mini-batch counts the same
-# Each paper's own values. 2506.13585 gives none for cispo: no lower bound, and at most 5 as in 2510.13786.
+# Each paper's own values. 2506.13585 prints none for cispo: no lower bound, and weights up to 5 as in 2510.13786.
 DEFAULT_CLIPS = {
     "ppo": (0.2, 0.2),
     "gspo": (3e-4, 4e-4),

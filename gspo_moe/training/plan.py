@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from gspo_moe.config.checks import check_files, check_reference
 from gspo_moe.config.layout import check_layout
 from gspo_moe.config.loading import read_yaml
@@ -76,9 +79,13 @@ def check_bank(config: Config, vocab_size: int) -> None:
 
 
 def check_continues(config: Config) -> None:
-    """Raises ConfigError where `logging.run_dir` holds checkpoints of a run with another stage, seed or task."""
-    written = config.run_path / "config.yaml"
-    if newest_checkpoint(config.run_path / "checkpoints") is None or not written.is_file():
+    """Raises ConfigError where the run that `logging.run_dir` holds checkpoints of cannot go on with this config.
+
+    It had another stage, seed or task, or did not train parameters that are to be trained now, for which its
+    checkpoints hold no state of the optimizer. To train fewer than before is fine.
+    """
+    written, newest = config.run_path / "config.yaml", newest_checkpoint(config.run_path / "checkpoints")
+    if newest is None or not written.is_file():
         return
     before, now = read_yaml(written), config.model_dump(mode="json")
     changed = [
@@ -89,3 +96,18 @@ def check_continues(config: Config) -> None:
             f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); name another folder, or "
             "restore these to go on with it"
         )
+    added = list(_added_parameters(before, config))
+    if added:
+        raise ConfigError(
+            f"logging.run_dir={config.run_path} cannot be gone on with: {'; '.join(added)}. Restore what was, or start "
+            f"another run from its weights, in another folder, with model={{checkpoint: {newest}}}"
+        )
+
+
+def _added_parameters(before: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """What the optimizer is to hold now and did not under the config `before`, as YAML has it."""
+    algorithm, frozen = before.get("algorithm", {}).get("name"), before.get("routing", {}).get("frozen_router", False)
+    if frozen and not config.routing.frozen_router:
+        yield "routing.frozen_router was true and is false, and its checkpoints hold no Adam state of the routers"
+    if config.has_value_head and algorithm != "ppo":
+        yield f"algorithm.name was {algorithm} and is ppo, and its checkpoints hold no value head"

@@ -38,12 +38,16 @@ ALGORITHMS = {
     "cispo": (),
     "gmpo": (),
     "rspo": (),
+    "ppo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),
     "grpo-tis": ("algorithm.mismatch.correction=tis",),
     "grpo-kl": ("algorithm.kl.coeff=0.04",),
 }
+
+
+RESUMED = ("grpo-kl", "ppo")
 
 
 class Variety(RewardPool):
@@ -74,10 +78,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
             name: run(folder / name, tokenizer, f"algorithm.name={name.partition('-')[0]}", *more)
             for name, more in ALGORITHMS.items()
         }
-        # As after a kill behind step 2.
-        again = ("algorithm.name=grpo", *ALGORITHMS["grpo-kl"])
-        run(folder / "resumed", tokenizer, *again, "schedule.steps=2")
-        found["resumed"] = run(folder / "resumed", tokenizer, *again)
+        for name in RESUMED:  # as after a kill behind step 2
+            again = (f"algorithm.name={name.partition('-')[0]}", *ALGORITHMS[name])
+            run(folder / f"{name}-resumed", tokenizer, *again, "schedule.steps=2")
+            found[f"{name}-resumed"] = run(folder / f"{name}-resumed", tokenizer, *again)
+        found["alone"] = run(folder / "alone", tokenizer, "algorithm.name=ppo", "rollout.samples_per_prompt=1")
     return found
 
 
@@ -97,7 +102,7 @@ def test_steps_are_measured_and_the_policy_moves(name: str, runs: dict[str, Run]
 
 
 def test_each_formula_gives_a_loss_of_its_own(runs: dict[str, Run]) -> None:
-    names = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "gspo-kl", "grpo-kl")
+    names = ("gspo", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "ppo", "gspo-kl", "grpo-kl")
     assert len({runs[name][STEPS]["loss/policy"] for name in names}) == len(names)
 
 
@@ -113,8 +118,27 @@ def test_kl_starts_at_zero_and_rises(runs: dict[str, Run]) -> None:
     assert "kl/reference" not in runs["grpo"][1]
 
 
-def test_a_resumed_run_has_the_same_reference(runs: dict[str, Run]) -> None:
-    assert runs["resumed"] == runs["grpo-kl"]
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_has_the_same_reference_and_value_head(name: str, runs: dict[str, Run]) -> None:
+    assert runs[f"{name}-resumed"] == runs[name]
+
+
+def test_ppo_learns_values_and_needs_no_groups(runs: dict[str, Run]) -> None:
+    for name in ("ppo", "alone"):
+        for step in range(1, STEPS + 1):
+            assert runs[name][step]["value/loss"] > 0
+            assert 0 <= runs[name][step]["value/clip_fraction"] <= 1
+            assert runs[name][step]["value/explained_variance"] <= 1
+    assert runs["alone"][1]["groups/count"] == 4
+    assert not any(key.startswith("value/") for name in ("grpo", "gspo") for key in runs[name][1])
+
+
+def test_rspo_sees_the_router_move(runs: dict[str, Run]) -> None:
+    for step in range(1, STEPS + 1):
+        assert 0.5 < runs["rspo"][step]["router_shift/mean"] < 1
+        assert runs["rspo"][step]["router_shift/mean"] == pytest.approx(
+            runs["rspo"][step]["routing/staleness/router_shift"], abs=0.02
+        ), "other tokens: inputs there, targets here"
 
 
 def test_engine_and_trainer_agree_so_that_corrections_change_next_to_nothing(runs: dict[str, Run]) -> None:

@@ -43,6 +43,10 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
         (["name=gmpo", "clip_low=1.0"], "clip_low below 1 (the default is 0.33 and 0.492)"),
         (["name=cispo", "clip_low=1.5"], "at most 1, which is no lower bound"),
         (["name=rspo", "old_log_probs=rollout"], "set it to trainer or use algorithm.name=gmpo"),
+        (["name=ppo", "old_log_probs=rollout"], "takes the old policy's values in its forward pass"),
+        (["name=ppo", "dynamic_sampling=true"], "has as much to learn; leave it out"),
+        (["ppo.lam=0.9"], "set algorithm.name=ppo or leave algorithm.ppo out"),
+        (["name=ppo", "ppo.gamma=1.5"], "algorithm.ppo.gamma=1.5"),
         (["mismatch.correction=tis"], "no place for token weights"),
         (["name=grpo", "mismatch.correction=tis", "old_log_probs=rollout"], "count the engine's log-probs twice"),
         (["mismatch={correction: tis, level: sequence}"], "set algorithm.mismatch.high a little above"),
@@ -64,10 +68,18 @@ def test_rspo_needs_the_recorder() -> None:
     assert load_config(None, ["stage=sft", "algorithm.name=rspo", "routing.record=false"]).stage == "sft"
 
 
+def test_ppo_needs_hidden_states_but_no_groups() -> None:
+    with pytest.raises(ConfigError, match=r"set model\.fused_log_probs=true"):
+        load_config(None, ["algorithm.name=ppo", "model={preset: tiny, fused_log_probs: false}"])
+    with pytest.raises(ConfigError, match=r"rollout\.samples_per_prompt=1: algorithm\.name=gspo compares"):
+        load_config(None, ["rollout.samples_per_prompt=1"])
+    assert load_config(None, ["rollout.samples_per_prompt=1", "algorithm.name=ppo"]).has_value_head
+
+
 def test_the_configurations_in_the_docs_are_valid(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         (tmp_path / "config.yaml").write_text(block)
         load_config(tmp_path / "config.yaml")

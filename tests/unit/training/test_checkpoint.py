@@ -12,6 +12,7 @@ import torch
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
+from gspo_moe.model.sharded import weight_shards
 from gspo_moe.model.weights import RandomSource, load_weights
 from gspo_moe.training.checkpoint import (
     Progress,
@@ -69,6 +70,15 @@ def state(model: Model, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
+def shards(model: Model, optimizer: Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Adam's state by the names under which it is stored, each stacked tensor's part by its place."""
+    found = optimizer.shards(weight_shards(model), loading=False)
+    return {
+        number: {f"{shard.key} {getattr(shard, 'global_offset', '')}": shard.data.clone() for shard in part.values()}
+        for number, part in found.items()
+    }
+
+
 def scramble(model: Model, optimizer: Optimizer) -> None:
     """Another model, optimizer and generator state."""
     load_weights(model, RandomSource(SIZES, seed=77))
@@ -106,6 +116,28 @@ def test_a_run_goes_on_bit_for_bit(kind: dict[str, Any], used_before: bool, tmp_
         assert {loaded[name].item() for name in loaded if name.endswith(" step")} == {2}
         assert learn(model, optimizer, updates=4) == expected
         assert [name for name, value in state(model, optimizer).items() if not torch.equal(value, end[name])] == []
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_routers_may_be_frozen_from_a_checkpoint_on(distributed: bool, tmp_path: Path) -> None:
+    """The other way round there is no state to go on from; `plan.check_continues` refuses it."""
+    parallel = {"distributed_optimizer": distributed}
+    with trained(configured(parallel=parallel), layout()) as (model, optimizer):
+        learn(model, optimizer, updates=2)
+        path = save_checkpoint(tmp_path, model, optimizer, DONE, keep=1)
+        saved = {name: value.detach().clone() for name, value in model.gpt_chunks[0].named_parameters()}
+        moments = {name: value for part in shards(model, optimizer).values() for name, value in part.items()}
+    frozen = configured(parallel=parallel, routing={"frozen_router": True})
+    with trained(frozen, layout(), source=RandomSource(SIZES, seed=5)) as (model, optimizer):
+        assert load_checkpoint(path, model, optimizer) == DONE
+        weights = dict(model.gpt_chunks[0].named_parameters())
+        assert [name for name, value in saved.items() if not torch.equal(weights[name], value)] == []
+        kept = {name: value for part in shards(model, optimizer).values() for name, value in part.items()}
+        assert len(moments) - len(kept) == 2 * sum(".router." in name for name in saved)
+        assert [name for name, value in kept.items() if not torch.equal(moments[name], value)] == []
+        learn(model, optimizer, updates=1)
+        still = {name for name, value in weights.items() if torch.equal(value, saved[name])}
+    assert still == {name for name in saved if ".router." in name}
 
 
 def test_loading_leaves_the_configurations_settings(tmp_path: Path) -> None:

@@ -13,25 +13,31 @@ import torch
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
-from gspo_moe.model.names import VALUE_HEAD
-from gspo_moe.model.weights import SafetensorsSource, TensorSource
+from gspo_moe.model.convert import Conversion, megatron_to_hf
+from gspo_moe.model.hf import export_hf
+from gspo_moe.model.names import VALUE_HEAD, hf_shapes
+from gspo_moe.model.sharded import load_stored_weights
+from gspo_moe.model.weights import RandomSource, SafetensorsSource, TensorSource, draw_value_head, load_weights
+from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.score import score, score_with_values
+from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import Estimates, estimate
 from gspo_moe.training.step import MinibatchResult, train_minibatch
 from gspo_moe.types import Microbatch
 from tests.policy import SIZES, packs_of, trained
-from tests.qwen3 import layout, reference_model
+from tests.qwen3 import layout, reference_model, tensors_in
+from tests.unit.training.test_checkpoint import KINDS
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, samples
 
 TOKENS = sum(sum(sample.response_mask) for sample in samples())
 GAMMA, LAM, COEFF, CLIP, VALUE_CLIP = 0.98, 0.9, 0.7, 0.2, 0.3
 
 
-def configured(**optimizer: Any) -> Config:
+def configured(kind: dict[str, Any] | None = None, **optimizer: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient."""
     ppo = {"gamma": GAMMA, "lam": LAM, "value_coeff": COEFF, "value_clip": VALUE_CLIP}
     return Config.model_validate(
-        {"algorithm": {"name": "ppo", "ppo": ppo}, "optimizer": {"lr": 1.0, "eps": 1.0, **optimizer}}
+        {"algorithm": {"name": "ppo", "ppo": ppo}, "optimizer": {"lr": 1.0, "eps": 1.0, **optimizer}, **(kind or {})}
     )
 
 
@@ -179,3 +185,51 @@ def test_advantages_are_whitened_over_the_step() -> None:
     kept = torch.cat([e.advantages_T[p.response_mask_T != 0] for e, p in zip(found, packs, strict=True)])
     assert kept.mean().item() == pytest.approx(0, abs=1e-12)
     assert kept.std().item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_bit_for_bit(kind: dict[str, Any], tmp_path: Path) -> None:
+    config, packs = configured(kind), packs_of(samples(), per_pack=3)
+    with trained(config, layout()) as (model, optimizer):
+        step(model, optimizer, config, packs)
+        path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 96, 1), keep=1)
+        expected = [step(model, optimizer, config, packs) for _ in range(2)]
+        end = [parameter.detach().clone() for parameter in model.chunks[0].parameters()]
+    with trained(config, layout(), source=RandomSource(SIZES, seed=5)) as (model, optimizer):
+        draw_value_head(model, seed=5)
+        load_checkpoint(path, model, optimizer)
+        for one in expected:
+            found = step(model, optimizer, config, packs)
+            assert found.update == one.update
+            assert found.statistics.to_metrics() == one.statistics.to_metrics()
+        assert all(torch.equal(*pair) for pair in zip(end, model.chunks[0].parameters(), strict=True))
+
+
+def test_exports_and_other_algorithms_leave_the_value_head_out(tmp_path: Path) -> None:
+    with trained(configured(), layout()) as (model, optimizer):
+        path = save_checkpoint(tmp_path / "run", model, optimizer, Progress(), keep=1)
+        export_hf(model, tmp_path / "hf")
+        ours = dict(model.gpt_chunks[0].named_parameters())
+    assert tensors_in(tmp_path / "hf").keys() == hf_shapes(SIZES).keys()
+    with trained(Config(), layout(), source=RandomSource(SIZES, seed=5)) as (model, optimizer):
+        for load in (lambda: load_stored_weights(model, path), lambda: load_checkpoint(path, model, optimizer)):
+            load_weights(model, RandomSource(SIZES, seed=5))
+            load()
+            for name, value in model.gpt_chunks[0].named_parameters():
+                assert torch.equal(value, ours[name]), name
+    try:
+        assert megatron_to_hf(Conversion(path, tmp_path / "again", SIZES, show_progress=False)) == len(hf_shapes(SIZES))
+    finally:
+        shut_down()
+    assert tensors_in(tmp_path / "again").keys() == hf_shapes(SIZES).keys()
+
+
+def test_another_algorithms_weights_leave_the_value_head_as_it_was_drawn(tmp_path: Path) -> None:
+    with trained(Config(), layout()) as (model, optimizer):
+        path = save_checkpoint(tmp_path, model, optimizer, Progress(), keep=1)
+    with trained(configured(), layout()) as (model, _):
+        head = dict(model.gpt_chunks[0].named_parameters())[VALUE_HEAD]
+        before = head.detach().clone()
+        load_stored_weights(model, path)
+        assert torch.equal(head, before)
+        assert before.std().item() == pytest.approx(SIZES.initializer_range, rel=0.5)
