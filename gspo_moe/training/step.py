@@ -16,8 +16,8 @@ from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, Pol
 from gspo_moe.algorithms.loss import ObjectiveFunction
 from gspo_moe.algorithms.ratios import LossInputs, Objective, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
-from gspo_moe.algorithms.value import value_loss
-from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
+from gspo_moe.algorithms.value import ValueLoss, value_loss
+from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig, PPOConfig
 from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
@@ -86,11 +86,6 @@ def train_minibatch(
         pack = microbatches[index]
         log_probs_C = token_log_probs(model, output_CX, split.local(pack.target_ids_T), temperature).log_probs
         log_probs.append(split.whole(log_probs_C.detach()))
-        correction = None
-        if algorithm.mismatch.correction != "none":
-            correction, _ = correction_of(pack, old_log_probs[index], algorithm.mismatch)
-            if correction.level == "token":
-                correction = replace(correction, weights=split.local(correction.weights))
         kl = None
         if reference_log_probs:
             kl = KLPenalty(split.local(reference_log_probs[index]), algorithm.kl.coeff, algorithm.kl.estimator)
@@ -108,7 +103,7 @@ def train_minibatch(
             num_tokens=num_tokens,
             max_response_tokens=max_response_tokens,
             router_shift=None if shift_of is None else split.local(shift_of(index)),
-            correction=correction,
+            correction=_local_correction(pack, old_log_probs[index], algorithm.mismatch, split),
             kl=kl,
             sum_over_context=sum_over_context,
             objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
@@ -116,18 +111,42 @@ def train_minibatch(
         if not estimates:
             return result.loss, result.sums
         assert num_tokens is not None
-        value = value_loss(
-            token_values(model, output_CX, len(log_probs_C)),
-            split.local(estimates[index].values_T),
-            split.local(estimates[index].returns_T),
-            split.local(pack.response_mask_T),
-            value_clip=algorithm.ppo.value_clip,
-            num_tokens=num_tokens,
-        )
-        return result.loss + algorithm.ppo.value_coeff * value.loss.float(), result.sums.with_values(value.sums)
+        values_C = token_values(model, output_CX, len(log_probs_C))
+        value = _value_loss(values_C, estimates[index], pack, split, algorithm.ppo, num_tokens)
+        return result.loss + value.loss.float(), result.sums.with_values(value.sums)
 
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
     return MinibatchResult(statistics, update, log_probs, routes)
+
+
+def _value_loss(
+    values_C: torch.Tensor,
+    estimates: Estimates,
+    pack: Microbatch,
+    split: ContextSplit,
+    config: PPOConfig,
+    num_tokens: int,
+) -> ValueLoss:
+    """ppo's second term, its coefficient in it."""
+    found = value_loss(
+        values_C,
+        split.local(estimates.values_T),
+        split.local(estimates.returns_T),
+        split.local(pack.response_mask_T),
+        value_clip=config.value_clip,
+        num_tokens=num_tokens,
+    )
+    return found._replace(loss=config.value_coeff * found.loss)
+
+
+def _local_correction(
+    pack: Microbatch, old_log_probs: torch.Tensor, config: MismatchConfig, split: ContextSplit
+) -> Correction | None:
+    """The pack's weights on this context rank's tokens; None without a correction."""
+    if config.correction == "none":
+        return None
+    correction, _ = correction_of(pack, old_log_probs, config)
+    return replace(correction, weights=split.local(correction.weights)) if correction.level == "token" else correction
 
 
 def correction_of(
