@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 120.0) -> None:
+def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 300.0) -> None:
     """Calls `function(*args)` on each of `world_size` ranks; `function` stands at the top of its module.
 
     Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
