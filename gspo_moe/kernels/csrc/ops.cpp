@@ -53,7 +53,7 @@ const GspoCpuKernels& cpu() {
   const GspoCpuKernels* const kernels = gspo_cpu_kernels(std::getenv("GSPO_MOE_CPU"));
   STD_TORCH_CHECK(
       kernels != nullptr,
-      "GSPO_MOE_CPU must be auto, generic, or one of avx2 and avx512 that this processor has");
+      "GSPO_MOE_CPU must be auto, generic, or one of avx2, avx512 and avx512_bf16 that this processor has");
   return *kernels;
 }
 

@@ -20,7 +20,7 @@ COLUMNS = (0, 1, 3, 5, 15, 16, 17, 63, 64, 65, 131, 4095, 4096, 4097, 8200, 1228
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if kernels().cpu is None:
         pytest.skip(kernels().missing)

@@ -15,10 +15,11 @@ extern const GspoCpuKernels gspo_cpu_generic;
 #if defined(__x86_64__)
 extern const GspoCpuKernels gspo_cpu_avx2;
 extern const GspoCpuKernels gspo_cpu_avx512;
+extern const GspoCpuKernels gspo_cpu_avx512_bf16;
 #endif
 
-// The best that this processor runs; GSPO_MOE_CPU=generic|avx2|avx512 asks for a lesser one. Null for an unknown name or
-// one that does not run here.
+// The best that this processor runs; GSPO_MOE_CPU=generic|avx2|avx512|avx512_bf16 asks for one. Null for an unknown
+// name or one that does not run here.
 const GspoCpuKernels* gspo_cpu_kernels(const char* wanted);
 
 // Sequences first to last, float64, in order of the tokens.

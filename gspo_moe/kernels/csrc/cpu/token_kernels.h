@@ -80,6 +80,15 @@ GSPO_INLINE Halves GSPO_FLOAT16_OF_FLOATS(Floats floats) {
 }
 #endif
 
+#if !defined(GSPO_BFLOAT16_OF_FLOATS)
+GSPO_INLINE Halves GSPO_BFLOAT16_OF_FLOATS(Floats value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const Words quiet = Words{} + 0x7fc0;
+  return GSPO_NARROW(value != value ? quiet : rounded);
+}
+#endif
+
 struct Float32 {
   typedef float Element;
   static constexpr Element kMinusInfinity = -INFINITY;
@@ -94,10 +103,7 @@ struct Bfloat16 {
     return (Floats)(GSPO_WIDEN(load<Halves>(from)) << 16);
   }
   GSPO_INLINE void put(Element* to, Floats value) {
-    const Words bits = (Words)value;
-    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-    const Words quiet = Words{} + 0x7fc0;
-    const Halves halves = GSPO_NARROW(value != value ? quiet : rounded);
+    const Halves halves = GSPO_BFLOAT16_OF_FLOATS(value);
     memcpy(to, &halves, sizeof halves);
   }
 };
@@ -124,20 +130,45 @@ struct Tail {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLowest = -88.0f;  // exp of it and of less is 0 below; -inf times 0 would be NaN
 
-// exp(y) for y from -inf to a little above 0, to 2 units in the last place; 0 below -87.7, NaN for NaN.
-GSPO_INLINE Floats exponential(Floats y) {
+#if !defined(GSPO_ROUNDED)
+// The integer next to a power of two's exponent in its low bits, and the rest, from -0.5 to 0.5 and exact.
+struct Exponent {
+  Floats rest;
+  Words integer;
+};
+
+GSPO_INLINE Exponent split(Floats power) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-  const Floats power = larger(all(-127.0f), y * kLog2E);
+  power = larger(all(-127.0f), power);
   const Floats shifted = power + shift;
-  const Floats f = power - (shifted - shift);  // from -0.5 to 0.5, exact
-  // 2^f: minimax polynomial with 2^0 = 1, relative error 9e-8 before rounding.
+  return {power - (shifted - shift), (Words)shifted};
+}
+
+GSPO_INLINE Floats times_power_of_two(Floats value, Words integer) {
+  return value * (Floats)((integer + 127) << 23);  // 0 for -127
+}
+#else
+struct Exponent {
+  Floats rest, integer;
+};
+
+GSPO_INLINE Exponent split(Floats power) { return {GSPO_REST(power), GSPO_ROUNDED(power)}; }
+
+GSPO_INLINE Floats times_power_of_two(Floats value, Floats integer) { return GSPO_SCALED(value, integer); }
+#endif
+
+// 2^power for powers from -inf to a little above 0, to 2 units in the last place (2.3 without fused multiply-add), beside
+// which stands the rounding of the power itself; 0 or subnormal below -126, NaN for NaN.
+GSPO_INLINE Floats power_of_two(Floats power) {
+  const auto [f, integer] = split(power);
+  // Minimax polynomial with 2^0 = 1, relative error 9e-8 before rounding.
   Floats value = all(1.326472691214597e-3f);
   value = value * f + 9.671512660323301e-3f;
   value = value * f + 5.550733744199181e-2f;
   value = value * f + 2.402224208492444e-1f;
   value = value * f + 6.931469775985056e-1f;
   value = value * f + 1.0f;
-  return value * (Floats)(((Words)shifted + 127) << 23);
+  return times_power_of_two(value, integer);
 }
 
 GSPO_INLINE float sum_of_lanes(Floats value) {
@@ -173,13 +204,16 @@ template <typename Type, bool kEntropy>
 Sums block_sums(const typename Type::Element* row, int64_t count, float scale, float max) {
   Floats sum[4] = {}, moment[4] = {};
   const auto add = [&](const typename Type::Element* from, int part) __attribute__((always_inline)) {
-    const Floats y = (Type::get(from) - max) * scale;  // exactly 0 at the maximum, whatever the temperature
-    const Floats value = exponential(y);
+    const Floats below = Type::get(from) - max;  // exactly 0 at the maximum, whatever the temperature
+    const Floats value = power_of_two(below * (scale * kLog2E));
     sum[part] += value;
-    if (kEntropy) moment[part] += larger(all(kLowest), y) * value;
+    if (kEntropy) moment[part] += larger(all(kLowest), below * scale) * value;
   };
   int64_t column = 0;
   for (; column + 4 * kLanes <= count; column += 4 * kLanes) {
+    // The next block comes from memory meanwhile, or the search for its maximum would wait for it.
+    const auto* const next = (const char*)(row + column + kBlock);
+    for (int byte = 0; byte < 4 * kLanes * (int)sizeof(*row); byte += 64) __builtin_prefetch(next + byte);
     for (int part = 0; part < 4; ++part) add(row + column + part * kLanes, part);
   }
   for (; column + kLanes <= count; column += kLanes) add(row + column, 0);
@@ -235,7 +269,7 @@ void row_backward(const GspoTokenBackward* args, int64_t token) {
   const float entropy = kEntropy ? args->entropy_T[token] : 0.0f;
   const auto gradient = [&](const typename Type::Element* from) __attribute__((always_inline)) {
     const Floats log_p = Type::get(from) * scale - log_z;
-    const Floats p = exponential(log_p);
+    const Floats p = power_of_two(log_p * kLog2E);
     if (!kEntropy) return p * (grad * -scale);
     return p * (grad + grad_entropy * (larger(all(kLowest), log_p) + entropy)) * -scale;
   };
