@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,13 +28,41 @@ class PaddingAwareRouter(TopKRouter):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choice [tokens, experts] of each token; padding_mask: bool, True on padding."""
-        probs, routing_map = super().routing(logits, padding_mask)
+        with _top_k_in_order(self):
+            probs, routing_map = super().routing(logits, padding_mask)
         for observer in self.observers:
             observer(self, logits.detach().view(routing_map.shape), routing_map)
         if padding_mask is None:
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)
         return probs * real, routing_map & real
+
+
+class _InOrder:
+    """Stands where a RouterReplay would: the router's own choice, best expert first."""
+
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, choose: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        order = values.argsort(dim=1, descending=True)
+        return values.gather(1, order), indices.gather(1, order)
+
+
+@contextlib.contextmanager
+def _top_k_in_order(router: TopKRouter) -> Iterator[None]:
+    """From 0.19 on the K chosen are in order only where gradients are on, and gate weights are rounded in that order.
+
+    Old log-probs, taken without gradients, would then differ from those of the training forward at equal weights.
+    """
+    if router.router_replay is not None or torch.is_grad_enabled():
+        yield
+        return
+    router.router_replay = _InOrder()
+    try:
+        yield
+    finally:
+        router.router_replay = None
 
 
 def freeze_routers(chunks: Iterable[torch.nn.Module]) -> None:
