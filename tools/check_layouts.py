@@ -1,9 +1,9 @@
 """Shows that every parallel layout gives the numbers of one process: `python tools/check_layouts.py`.
 
-For each layout a small random model takes three GSPO steps on the same sequences. Compared with the run of one
-process, tensor by tensor (largest difference over largest value): loss, gradient norm, every gathered gradient of the
-first step, parameters after the third step, log-probs and routing metrics; routes and greedy text must be equal. Exit
-code 1 where something differs by more than the tolerance.
+For each layout a small random model takes three GSPO steps on the same sequences, the third with replayed routes.
+Compared with the run of one process, tensor by tensor (largest difference over largest value): loss, gradient norm,
+every gathered gradient of the first step, parameters after the third step, log-probs and routing metrics; routes and
+greedy text must be equal. Exit code 1 where something differs by more than the tolerance.
 
 Shape letters: T tokens of a pack, N sequences of it.
 """
@@ -242,9 +242,20 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     start = 0
     for step, packs in enumerate(minibatches):
         stop = start + len(packs)
-        recorder.against([recording.routes_TLK for recording in old_routes[start:stop]])
+        own = [recording.routes_TLK for recording in old_routes[start:stop]]
+        recorder.against(own)
+        # The last step replays routes that no router picked: every choice moved on by one expert.
+        moved = [(routes_TLK + 1) % SIZES["num_experts"] for routes_TLK in own] if step == STEPS - 1 else None
         result = train_minibatch(
-            model, optimizer, packs, old_log_probs[start:stop], config.algorithm, SEQUENCES, 1.0, recorder
+            model,
+            optimizer,
+            packs,
+            old_log_probs[start:stop],
+            config.algorithm,
+            SEQUENCES,
+            1.0,
+            recorder,
+            replayed=moved,
         )
         metrics = result.statistics.to_metrics()
         found["loss"].append([metrics["loss/policy"], metrics["clip_fraction/token"], metrics["ratio/token_max"]])
