@@ -2,10 +2,13 @@
 
     python tools/benchmark_kernels.py --tokens 2048 --vocab 151936 --threads 2 --json kernels.json
 
-Rows: op, dtype, pass (forward, or forward_backward), implementation, seconds (median), extra_bytes (peak resident
-memory beyond inputs and main_grad). Every implementation gets fresh logits that another operation made, hence may
-overwrite them. With `linear_token_log_probs` each one leaves the weight's gradient in a float32 main_grad, as training
-does.
+Rows: op, dtype, pass (forward, or forward_backward), implementation, seconds and cpu_seconds (medians; the second is of
+all threads), extra_bytes (peak resident memory beyond inputs and main_grad). On a machine that others use, seconds
+measure them too; CPU seconds do not under OMP_WAIT_POLICY=passive, without which threads spin while they wait.
+
+Every implementation gets fresh logits that another operation made, hence may overwrite them. With
+`linear_token_log_probs` each one leaves the weight's gradient in a float32 main_grad, as training does; one that has it
+in the weight's dtype adds it with the same kernel, without a float32 copy.
 
 Shape letters: T tokens, V vocabulary, H hidden.
 """
@@ -27,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import kernels, linear_token_log_probs, token_log_probs
+from gspo_moe.kernels.ops import accumulate_
 
 Function = Callable[..., torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -155,7 +159,7 @@ class LinearCase:
             if backward:
                 found.float().sum().backward()
                 if self.weight.grad is not None:
-                    self.weight.main_grad += self.weight.grad  # type: ignore[attr-defined]
+                    accumulate_(self.weight.main_grad, self.weight.grad)  # type: ignore[attr-defined]
         return found.detach()
 
 
@@ -194,17 +198,17 @@ def measure(op: str, case: Any, functions: dict[str, Function], repeats: int) ->
             ):  # the first one's memory is the compiler's
                 case.prepare()
                 memory[implementation] = extra_bytes(partial(case.run, function, backward))
-        times: dict[str, list[float]] = {implementation: [] for implementation in functions}
+        times: dict[str, list[tuple[float, float]]] = {implementation: [] for implementation in functions}
         for _ in range(repeats):
             for implementation, function in functions.items():
                 case.prepare()
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 case.run(function, backward)
-                times[implementation].append(time.perf_counter() - start)
+                times[implementation].append((time.perf_counter() - start, time.process_time() - cpu_start))
         for implementation in functions:
-            seconds = statistics.median(times[implementation])
+            seconds, cpu_seconds = (statistics.median(column) for column in zip(*times[implementation], strict=True))
             rows.append({"op": op, "pass": name, "implementation": implementation, "seconds": seconds})
-            rows[-1]["extra_bytes"] = memory[implementation]
+            rows[-1] |= {"cpu_seconds": cpu_seconds, "extra_bytes": memory[implementation]}
     return rows
 
 
@@ -217,10 +221,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ops", nargs="+", default=["token_log_probs", "linear_token_log_probs"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--implementations", nargs="+", help="beside gspo_moe; default all")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute")
-    parser.add_argument("--memory-budget-mib", type=int, default=512, help="of linear_token_log_probs")
+    parser.add_argument(
+        "--memory-budget-mib",
+        type=int,
+        help="of linear_token_log_probs; default so that the peak is an eighth of eager's",
+    )
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
+    """Bytes for linear_token_log_probs: as asked, or so that its peak with backward is an eighth of eager's.
+
+    Eager has three times the logits (log-probs, their gradient, the logits'), four times in 16 bits, then the logits'
+    gradient and the weight's. The gradient of hidden comes on top of the budget, in float32 and in 16 bits.
+    """
+    if options.memory_budget_mib is not None:
+        return int(options.memory_budget_mib * 2**20)
+    logits, weight = (options.vocab * rows * itemsize for rows in (options.tokens, options.hidden))
+    narrow = itemsize == 2
+    eager = max((4 if narrow else 3) * logits, logits + weight)
+    return int(eager / 8.1) - options.tokens * options.hidden * (6 if narrow else 4)
 
 
 def join_group() -> None:
@@ -239,7 +262,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     def ours_linear(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        budget = options.memory_budget_mib * 2**20
+        budget = memory_budget(options, weight_VH.element_size())
         found = linear_token_log_probs(hidden_TH, weight_VH, targets_T, memory_budget=budget, into_main_grad=True)
         return found.log_probs
 
@@ -260,16 +283,19 @@ def main() -> None:
         for dtype in options.dtypes:
             case = case_type(options, DTYPES[dtype])
             chosen = {k: f for k, f in functions.items() if dtype != "float32" or not k.endswith("_fp32")}
+            if options.implementations:
+                chosen = {k: f for k, f in chosen.items() if k in ("gspo_moe", *options.implementations)}
             found = [{**row, "dtype": dtype} for row in measure(op, case, chosen, options.repeats)]
             del case
             rows += found
             for name in PASSES:
                 mine = {row["implementation"]: row for row in found if row["pass"] == name}
-                base = mine["gspo_moe"]["seconds"]
+                base = mine["gspo_moe"]
                 for implementation, row in mine.items():
                     print(
                         f"{op:<22} {dtype:<9} {name:<17} {implementation:<28} {row['seconds']:9.4f} s "
-                        f"{row['seconds'] / base:6.2f}x  {row['extra_bytes'] / 2**20:9.1f} MiB",
+                        f"{row['seconds'] / base['seconds']:6.2f}x  {row['cpu_seconds']:9.4f} CPU s "
+                        f"{row['cpu_seconds'] / base['cpu_seconds']:6.2f}x  {row['extra_bytes'] / 2**20:9.1f} MiB",
                         flush=True,
                     )
     if options.json is not None:

@@ -1,6 +1,6 @@
 """What recording routes costs: its share of a whole RL step's time, and bytes a token.
 
-    python tools/benchmark_recorder.py CONFIG.yaml [section.key=value ...] [--pairs 15]
+    python tools/benchmark_recorder.py CONFIG.yaml [section.key=value ...] [--pairs 40]
 
 The same step (prompts, samples, weights) runs with the recorder and without, in turn; every pair of them gives one
 ratio, which tells the whole cost where the machine is quiet. On a CPU, where nothing is queued, the time inside the
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gspo_moe.cli import LIBRARY_NOISE, USER_ERROR
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measures the route recorder's share of step time and its memory.")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--pairs", type=int, default=15, help="steps with and without, each")
+    parser.add_argument("--pairs", type=int, default=40, help="steps with and without, each")
     options = parser.parse_args()
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
@@ -114,13 +114,21 @@ def memory(architecture: Any) -> dict[str, int]:
     }
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Order statistics between which the median lies with 95% confidence (binomial, its normal approximation)."""
+    ordered = sorted(values)
+    rank = max(round((len(ordered) - 1.96 * len(ordered) ** 0.5) / 2), 1)
+    return ordered[rank - 1], ordered[-rank]
+
+
 def show(found: dict[bool, list[float]], bytes_per_token: dict[str, int]) -> None:
     ratios = [with_it / without - 1 for with_it, without in zip(found[True], found[False], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, high = median_interval(ratios)
     print(
         f"step without recorder: {statistics.median(found[False]):.3f} s, with: {statistics.median(found[True]):.3f} s"
     )
-    print(f"recorder's share: {middle:.2%} (median of {len(ratios)} pairs; quartiles {low:.2%} to {high:.2%})")
+    middle = statistics.median(ratios)
+    print(f"recorder's share: {middle:.2%} (median of {len(ratios)} pairs; 95% interval {low:.2%} to {high:.2%})")
     for what, count in bytes_per_token.items():
         print(f"{what}: {count} bytes a token")
 

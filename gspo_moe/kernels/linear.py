@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
-from gspo_moe.kernels.ops import token_backward_, token_stats, wide
+from gspo_moe.kernels.ops import accumulate_, token_backward_, token_stats, wide
 from gspo_moe.kernels.tokens import (
     TokenLogProbs,
     check,
@@ -30,19 +30,37 @@ from gspo_moe.kernels.tokens import (
 )
 
 MEMORY_BUDGET = 512 * 2**20
-BLOCKS = 4  # of the budget: one being computed, the others kept
+BLOCKS = 16  # of the budget: one being computed, the others kept
+WIDE = (
+    4096  # columns, which up to a quarter of the budget is spent on: each block costs a pass over the hidden gradient
+)
+EVEN = 64  # columns: products over odd numbers of them are up to a third slower
 
 
-def block_columns(columns: int, column_bytes: int, memory_budget: int) -> tuple[int, int]:
+def block_columns(
+    columns: int, logit_bytes: int, product_bytes: int, memory_budget: int, wide: int = 1
+) -> tuple[int, int]:
     """Columns of logits a block, and columns of the first blocks that are kept for the backward, within the budget.
 
-    At least one column a block, whatever the budget.
+    logit_bytes: of a column's logits; product_bytes: of its row of the block's weight gradient, 0 where that goes
+    straight to its place. wide: columns that a block should have. At least one, whatever the budget.
     """
-    if columns * column_bytes <= memory_budget:
-        return max(columns, 1), columns
-    block = max(memory_budget // (BLOCKS * column_bytes), 1)
-    kept = max(memory_budget // column_bytes - block, 0) // block * block
-    return block, min(kept, columns)
+    affordable = memory_budget // (logit_bytes + product_bytes)
+    block = max(min(max(affordable // BLOCKS, min(affordable // 4, wide)), columns), 1)
+    if block < columns:
+        block = block // EVEN * EVEN or block
+    for_logits = memory_budget - block * product_bytes
+    if columns * logit_bytes <= for_logits:
+        return block, columns
+    return block, max(for_logits // logit_bytes - block, 0) // block * block
+
+
+def _product_bytes(weight_VH: torch.Tensor, into_main_grad: bool) -> int:
+    """Bytes of a word's gradient before it is added to main_grad, see `_add_product`."""
+    if not into_main_grad or weight_VH.dtype == wide(weight_VH.dtype):
+        return 0
+    itemsize = wide(weight_VH.dtype).itemsize if weight_VH.is_cuda else weight_VH.element_size()
+    return weight_VH.shape[1] * itemsize
 
 
 class _Logits:
@@ -149,13 +167,15 @@ def _linear_token_backward_(
     grad_hidden = torch.zeros_like(whole, dtype=wide(whole.dtype))
     grad_weight = weight.new_empty((len(weight) if needs_weight and main_grad is None else 0, weight.shape[1]))
     logits = _Logits(hidden_TH, weight, kept_logits, block)
+    narrow = grad_hidden.dtype != whole.dtype and not whole.is_cuda
+    product = whole.new_empty(max(num_tokens, block if main_grad is not None else 0) * whole.shape[1] * narrow)
     for columns in logits.blocks:
         gradient_TB = logits.place(columns) if logits.kept(columns) else logits.compute(columns)
         numbers = (inverse_temperature, *logits.words(columns, vocab_start, vocab))
         token_backward_(gradient_TB, targets, log_z, grad_log_probs, None, None, *numbers)
-        _add_product(grad_hidden[:num_tokens], gradient_TB, weight[columns])
+        _add_product(grad_hidden[:num_tokens], gradient_TB, weight[columns], product)
         if main_grad is not None:
-            _add_product(main_grad[columns], gradient_TB.T, hidden_TH)
+            _add_product(main_grad[columns], gradient_TB.T, hidden_TH, product)
         elif needs_weight:
             torch.mm(gradient_TB.T, hidden_TH, out=grad_weight[columns])
     return _reduced(grad_hidden.to(whole.dtype), group, sequence_parallel), grad_weight
@@ -182,14 +202,14 @@ def _(
     return torch.empty_like(hidden), weight.new_empty((rows, weight.shape[1]))
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right; a float32 total also takes 16-bit factors."""
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory: torch.Tensor) -> None:
+    """total += left @ right; a float32 total also takes 16-bit factors, on the CPU with `memory` for their product."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
         total += torch.mm(left, right, out_dtype=total.dtype)
     else:  # torch's CPU product of 16-bit factors is summed in float32 and rounded, here once a block
-        total += torch.mm(left, right)
+        accumulate_(total, torch.mm(left, right, out=memory[: total.numel()].view(total.shape)))
 
 
 def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torch.Tensor:
@@ -209,6 +229,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     hidden, weight, targets, *ctx.numbers, ctx.block, _, into_main_grad = inputs
     _, log_z, first_choice, kept = output
     ctx.mark_non_differentiable(log_z, first_choice, kept)
+    ctx.set_materialize_grads(False)  # or backward would be handed zeros as large as the kept logits
     ctx.save_for_backward(hidden, weight, targets, log_z, kept)
     ctx.parameter = weight if into_main_grad else None
 
@@ -249,7 +270,10 @@ def linear_token_log_probs(
     memory_budget: int = MEMORY_BUDGET,
     into_main_grad: bool = False,
 ) -> TokenLogProbs:
-    """`token_log_probs` of the logits hidden @ weight^T, which need at most `memory_budget` bytes at a time.
+    """`token_log_probs` of the logits hidden @ weight^T, without all of them where they exceed `memory_budget` bytes.
+
+    The budget bounds the logits that exist at a time and a block's weight gradient on its way to main_grad; the
+    gradient of `hidden` comes on top.
 
     hidden: [P, H], the same on every rank of `group`, or, with `sequence_parallel`, this rank's equal part of the rows.
     weight: [V, H] of the same dtype, this rank's rows of the output layer. targets: int64 [T], of the first T of all
@@ -273,8 +297,14 @@ def linear_token_log_probs(
     if into_main_grad and not hasattr(weight, "main_grad"):
         raise KernelError("weight has no main_grad; wrap the model in megatron-core's DistributedDataParallel first")
     check(weight.new_empty((len(targets), 0)), targets, temperature)
-    block, kept = block_columns(len(weight), max(len(targets), 1) * weight.element_size(), memory_budget)
     differentiates = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    block, kept = block_columns(
+        len(weight),
+        max(len(targets), 1) * weight.element_size(),
+        _product_bytes(weight, into_main_grad) if differentiates else 0,
+        memory_budget,
+        WIDE if weight.is_cuda else 1,
+    )
     log_probs_T, _, first_choice_T, _ = _linear_token_log_probs(
         hidden,
         weight,

@@ -104,6 +104,20 @@ def token_backward_(
     )
 
 
+@custom_op("gspo_moe::accumulate_", mutates_args=("total",))
+def _accumulate_(total: torch.Tensor, part: torch.Tensor) -> None:
+    note_reference(total.device.type)
+    total += part
+
+
+def accumulate_(total: torch.Tensor, part: torch.Tensor) -> None:
+    """total += part of the same shape, without the copy of `part` in total's dtype that PyTorch makes on the CPU."""
+    if total.dtype == torch.float32 and total.is_contiguous() and not total.is_cuda:
+        _accumulate_(total, part.contiguous())
+    else:
+        total += part
+
+
 @custom_op("gspo_moe::sequence_sums", mutates_args=())
 def sequence_sums(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor

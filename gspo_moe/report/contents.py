@@ -199,7 +199,15 @@ def _bank_figure(kind: CurveFigure, arms: Sequence[Arm]) -> Figure | None:
         curves = bank_curve(arms, measure.metric, final=final, log=measure.log)
         if curves:
             panels.append(
-                LinePanel(measure.title, unit_of(measure.metric), curves, x_label="N", log=measure.log, markers=True)
+                LinePanel(
+                    measure.title,
+                    unit_of(measure.metric),
+                    curves,
+                    x_label="N",
+                    log=measure.log,
+                    markers=True,
+                    doublings=True,
+                )
             )
     shared = all(panel.log for panel in panels)
     return Figure(kind.key, kind.title, kind.caption, tuple(panels), shared_y=shared) if panels else None

@@ -29,7 +29,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class LinePanel:
-    """Curves over steps (or over another count, `x_label`). floors: noise floors, drawn dotted in the arm's colour."""
+    """Curves over steps (or over another count, `x_label`).
+
+    floors: noise floors, drawn dotted in the arm's colour. doublings: the few places of x double, and lie evenly apart.
+    """
 
     title: str
     unit: str
@@ -38,6 +41,7 @@ class LinePanel:
     x_label: str = "step"
     log: bool = False
     markers: bool = False
+    doublings: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How arms look: Okabe and Ito's colour-blind safe colours, and a line style each, so that colour is never alone."""
+"""How arms look: colour-blind safe colours, Okabe and Ito's but for one, and a line style each beside the colour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Look:
     marker: tuple[str, str]
 
 
-# Okabe-Ito's yellow is left out, which white swallows; its black turns grey on a dark ground.
+# Okabe-Ito's yellow, which white swallows, is Tol's wine here; their black turns grey on a dark ground.
 COLORS = (
     ("#0072B2", "#4BA3DE"),
     ("#D55E00", "#F0803C"),
@@ -26,6 +26,7 @@ COLORS = (
     ("#B37A00", "#E69F00"),
     ("#3A95CC", "#8CCBF0"),
     ("#333333", "#D0D0D0"),
+    ("#882255", "#C2608F"),
 )
 LINES: tuple[tuple[str, str | tuple[int, tuple[int, ...]]], ...] = (
     ("solid", "-"),
@@ -45,7 +46,7 @@ MARKERS = (
 
 
 def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """One look an arm; colour, line and marker go round in different periods, so 210 arms stay apart."""
+    """One look an arm; colour, line and marker go round in different periods, so 120 arms stay apart."""
     return {
         arm: Look(
             *COLORS[number % len(COLORS)],

@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
 }
 RAW_SHOWN = 3
 TITLE_WIDTH = 40
+NARROW_TITLE_WIDTH = 26  # where the rows' names take a part of the panel
 
 
 def write_figures(
@@ -70,7 +71,8 @@ def draw(figure: Figure, looks: Mapping[str, Look], seeds: str) -> Drawing:
     )
     grid = drawing.subplots(rows, columns, squeeze=False, sharey=figure.shared_y)
     for axes, panel in zip(grid.flat, figure.panels, strict=False):
-        axes.set_title(textwrap.fill(_text(panel.title), TITLE_WIDTH))
+        width = NARROW_TITLE_WIDTH if isinstance(panel, DotPanel) else TITLE_WIDTH
+        axes.set_title(textwrap.fill(_text(panel.title), width))
         if isinstance(panel, LinePanel):
             _lines(axes, panel, looks)
         elif isinstance(panel, DotPanel):
@@ -104,6 +106,9 @@ def _lines(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
         if curve.raw is not None and len(panel.curves) <= RAW_SHOWN:
             axes.plot(curve.x, curve.raw, color=look.light, linewidth=0.6, alpha=0.3)
         axes.fill_between(curve.x, curve.low, curve.high, color=look.light, alpha=0.16, linewidth=0)
+        drawn = np.isfinite(curve.low) & ((curve.mean > 0) | (not panel.log))
+        if drawn.sum() == 1:  # where a band has no width
+            axes.vlines(curve.x[drawn], curve.low[drawn], curve.high[drawn], color=look.light, linewidth=1.5)
         marker = look.marker[1] if panel.markers or len(curve.x) == 1 else None
         known = np.isfinite(curve.mean) if panel.markers else slice(None)
         axes.plot(
@@ -114,11 +119,20 @@ def _lines(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
         axes.plot(floor.x, floor.mean, color=looks[floor.arm].light, linestyle=":", linewidth=1.2)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if panel.doublings:
+        _ticks_at(axes, np.unique(np.concatenate([curve.x for curve in panel.curves])))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if panel.log:
         axes.set_yscale("log")
     elif axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
+
+
+def _ticks_at(axes: Axes, places: np.ndarray) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.set_xlim(places[0] / 1.2, places[-1] * 1.2)
 
 
 def _dots(axes: Axes, panel: DotPanel, looks: Mapping[str, Look]) -> None:

@@ -25,7 +25,7 @@ int64_t element_type(const Tensor& tensor) {
     case ScalarType::Float: return GSPO_FLOAT32;
     case ScalarType::BFloat16: return GSPO_BFLOAT16;
     case ScalarType::Half: return GSPO_FLOAT16;
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
   }
 }
 
@@ -147,6 +147,20 @@ void token_backward_(
   run(logits, args);
 }
 
+void accumulate_(Tensor total, const Tensor& part) {
+  STD_TORCH_CHECK(
+      total.is_contiguous() && part.is_contiguous() && total.numel() == part.numel() &&
+          total.scalar_type() == ScalarType::Float,
+      "total must be float32, and both be contiguous and of one size");
+  const auto add = cpu().accumulate;
+  const int64_t type = element_type(part);
+  float* const sums = total.mutable_data_ptr<float>();
+  const void* const parts = part.data_ptr();
+  torch::stable::parallel_for(0, total.numel(), 32768, [&](int64_t first, int64_t last) {
+    add(sums, parts, type, first, last);
+  });
+}
+
 GspoSequenceReduce sequences(const Tensor& log_probs, const Tensor& old_log_probs, const Tensor& mask, const Tensor& cu_seqlens) {
   const int64_t num_tokens = log_probs.size(0);
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens must be [N + 1]");
@@ -211,7 +225,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_reduce(
   library.impl("sequence_sums", TORCH_BOX(&sequence_sums));     \
   library.impl("sequence_reduce", TORCH_BOX(&sequence_reduce));
 
-STABLE_TORCH_LIBRARY_IMPL(gspo_moe, CPU, library) { GSPO_IMPLEMENT(library) }
+STABLE_TORCH_LIBRARY_IMPL(gspo_moe, CPU, library) {
+  GSPO_IMPLEMENT(library)
+  library.impl("accumulate_", TORCH_BOX(&accumulate_));
+}
 
 #if defined(GSPO_MOE_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(gspo_moe, CUDA, library) { GSPO_IMPLEMENT(library) }

@@ -32,12 +32,18 @@
     };
   }
 
+  function whiskers(curve, stroke) {
+    const above = curve.x.map((_, i) => (curve.low[i] === null ? 0 : curve.high[i] - curve.mean[i]));
+    const below = curve.x.map((_, i) => (curve.low[i] === null ? 0 : curve.mean[i] - curve.low[i]));
+    return { type: "data", symmetric: false, array: above, arrayminus: below, color: stroke, thickness: 1.6, width: 4 };
+  }
+
   function lineTraces(panel) {
     const traces = [];
     const shown = panel.curves.filter((entry) => !hidden.has(entry.arm));
     for (const curve of shown) {
       const stroke = color(curve.arm);
-      const inBand = curve.x.map((_, i) => i).filter((i) => curve.low[i] !== null && curve.mean[i] !== null);
+      const inBand = curve.x.map((_, i) => i).filter((i) => curve.low[i] !== null && curve.mean[i] !== null && (curve.mean[i] > 0 || !panel.log));
       if (inBand.length > 1) {
         const back = inBand.toReversed();
         traces.push({
@@ -54,6 +60,7 @@
         x: curve.x, y: curve.mean, mode: panel.markers || lone ? "lines+markers" : "lines", connectgaps: panel.markers,
         line: { width: 2.2, color: stroke, dash: data.looks[curve.arm].dash },
         marker: { size: 7, symbol: data.looks[curve.arm].marker, color: stroke },
+        ...(inBand.length === 1 ? { error_y: whiskers(curve, stroke) } : {}),
         customdata: curve.x.map((_, i) => [plain(curve.arm), interval(curve.low[i], curve.high[i]), seeds(curve.seeds[i])]),
         hovertemplate: "%{customdata[0]}: <b>%{y:.4~g}</b>%{customdata[1]}, %{customdata[2]}<extra></extra>",
         meta: { arm: curve.arm, spoken: true },
@@ -88,12 +95,14 @@
     const y = panel.log
       ? { ...logAxis(panel, figure.shared_y ? figure.panels : [panel]), hoverformat: format(panel.unit) }
       : { tickformat: format(panel.unit), rangemode: "tozero", nticks: 6 };
-    const places = panel.curves.flatMap((curve) => [curve.x[0], curve.x.at(-1)]);
+    const places = [...new Set(panel.curves.flatMap((curve) => (panel.doublings ? curve.x : [curve.x[0], curve.x.at(-1)])))];
     const first = Math.min(...places), last = Math.max(...places), edge = (last - first || 1) * 0.02;
+    const steps = { range: [first - edge, last + edge], ...(last - first < 8 ? { dtick: 1 } : {}) };
+    const doublings = { type: "log", tickvals: places, ticktext: places.map(String), range: [Math.log10(first) - 0.08, Math.log10(last) + 0.08] };
     const x = {
       title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 7, zeroline: false,
       unifiedhovertitle: { text: `${panel.x_label} %{x}` }, spikethickness: 1, spikedash: "dot", spikecolor: isDark() ? "#8b949e" : "#6b737c",
-      range: [first - edge, last + edge], ...(last - first < 8 ? { dtick: 1 } : {}),
+      ...(panel.doublings ? doublings : steps),
     };
     return [lineTraces(panel), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
   }

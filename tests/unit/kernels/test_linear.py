@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -69,14 +70,19 @@ def test_bf16_gradients_are_summed_in_float32() -> None:
 
 
 def test_blocks_fit_the_budget() -> None:
-    assert block_columns(100, 8, 800) == (100, 100)
-    assert block_columns(0, 8, 800) == (1, 0)
-    assert block_columns(100, 8, 1) == (1, 0)
-    for budget in range(8, 800, 24):
-        block, kept = block_columns(100, 8, budget)
-        assert kept % block == 0
-        assert (block + kept) * 8 <= budget
-    assert block_columns(100, 8, 400) == (12, 36)
+    assert block_columns(100, 8, 0, 800) == (6, 100)
+    assert block_columns(100, 8, 0, 10**6) == (100, 100)
+    assert block_columns(0, 8, 4, 800) == (1, 0)
+    assert block_columns(100, 8, 4, 1) == (1, 0)
+    for product_bytes, budget, wide in itertools.product((0, 4, 80), range(88, 1000, 24), (1, 10)):
+        block, kept = block_columns(100, 8, product_bytes, budget, wide)
+        buffered = 0 if kept == 100 else block
+        assert kept == 100 or kept % block == 0
+        assert (buffered + kept) * 8 + block * product_bytes <= budget
+    assert block_columns(100, 8, 0, 400, wide=10) == (10, 40)
+    assert block_columns(100, 8, 0, 400, wide=90) == (12, 36)
+    assert block_columns(100, 8, 8, 400) == (1, 48)
+    assert block_columns(200_000, 8, 0, 1_280_000, wide=4096) == (9984, 149_760)
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:

@@ -208,6 +208,20 @@ def test_the_ops_keep_torchs_rules(dtype: torch.dtype) -> None:
         opcheck(_token_log_probs, (logits.clone().requires_grad_(), targets, *numbers, entropy, True, ""))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_products_are_added_in_float32(instructions: str, dtype: torch.dtype) -> None:
+    for columns in COLUMNS:
+        part, _ = drawn(3, columns, dtype, seed=columns)
+        total = torch.randn(3, columns, generator=torch.Generator().manual_seed(1))
+        expected = total + part.float()
+        ops.accumulate_(total, part)
+        assert torch.equal(total, expected)
+    opcheck(ops._accumulate_, (total, part))
+    apart = torch.zeros(4, 6)[:, ::2]
+    ops.accumulate_(apart, part[:2, :6].reshape(4, 3))
+    assert torch.equal(apart, part[:2, :6].reshape(4, 3).float())
+
+
 def test_the_grid_of_the_cuda_kernels(instructions: str) -> None:
     for case in [*grid(), *fuzz(seed=0, count=40)]:
         if instructions == "generic" and case.kernel == "token_backward":

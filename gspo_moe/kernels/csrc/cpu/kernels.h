@@ -9,6 +9,8 @@ struct GspoCpuKernels {
   // Tokens first to last of args; a row's result depends on no other row and not on the range.
   void (*token_stats)(const GspoTokenStats* args, int64_t first, int64_t last);
   void (*token_backward)(const GspoTokenBackward* args, int64_t first, int64_t last);
+  // total += part over elements first to last; element_type is part's.
+  void (*accumulate)(float* total, const void* part, int64_t element_type, int64_t first, int64_t last);
 };
 
 extern const GspoCpuKernels gspo_cpu_generic;

@@ -317,6 +317,19 @@ void token_backward(const GspoTokenBackward* args, int64_t first, int64_t last) 
   return backward_of<Float16>(args, first, last);
 }
 
+template <typename Type>
+void add_to(float* total, const void* part, int64_t first, int64_t last) {
+  const auto* const from = (const typename Type::Element*)part;
+  for (; first + kLanes <= last; first += kLanes) Float32::put(total + first, load<Floats>(total + first) + Type::get(from + first));
+  for (; first < last; ++first) total[first] += one<Type>(from + first);
+}
+
+void accumulate(float* total, const void* part, int64_t element_type, int64_t first, int64_t last) {
+  if (element_type == GSPO_FLOAT32) return add_to<Float32>(total, part, first, last);
+  if (element_type == GSPO_BFLOAT16) return add_to<Bfloat16>(total, part, first, last);
+  return add_to<Float16>(total, part, first, last);
+}
+
 }  // namespace
 
-const GspoCpuKernels GSPO_KERNELS = {GSPO_NAME, token_stats, token_backward};
+const GspoCpuKernels GSPO_KERNELS = {GSPO_NAME, token_stats, token_backward, accumulate};
