@@ -8,7 +8,7 @@ measure them too; CPU seconds do not under OMP_WAIT_POLICY=passive, without whic
 
 Every implementation gets fresh logits that another operation made, hence may overwrite them. With
 `linear_token_log_probs` each one leaves the weight's gradient in a float32 main_grad, as training does; one that has it
-in the weight's dtype adds it with the same kernel, without a float32 copy.
+in the weight's own .grad adds it as megatron-core's DistributedDataParallel would.
 
 Shape letters: T tokens, V vocabulary, H hidden.
 """
@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import kernels, linear_token_log_probs, token_log_probs
-from gspo_moe.kernels.ops import accumulate_
 
 Function = Callable[..., torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -159,7 +158,7 @@ class LinearCase:
             if backward:
                 found.float().sum().backward()
                 if self.weight.grad is not None:
-                    accumulate_(self.weight.main_grad, self.weight.grad)  # type: ignore[attr-defined]
+                    self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
         return found.detach()
 
 
