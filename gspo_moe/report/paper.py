@@ -147,7 +147,7 @@ def _dots(axes: Axes, panel: DotPanel, looks: Mapping[str, Look]) -> None:
     axes.set_yticks(range(len(panel.dots)), [_text(dot.label) for dot in panel.dots])
     axes.set_ylim(len(panel.dots) - 0.5, -0.5)
     axes.set_xlabel(panel.unit)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(3))  # a panel has room for four labels
 
 
 def _heat(drawing: Drawing, axes: Axes, panel: HeatPanel) -> None:
