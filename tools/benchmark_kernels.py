@@ -273,6 +273,9 @@ def main() -> None:
         "token_log_probs": (TokenCase, token),
         "linear_token_log_probs": (LinearCase, linear),
     }
+    unknown = set(options.implementations or ()) - {name for op in options.ops for name in suites[op][1]}
+    if unknown:
+        raise SystemExit(f"--implementations: no {', '.join(sorted(unknown))} here; liger_chunked needs liger-kernel")
     print(
         f"kernels: {kernels().cpu or kernels().missing}; [{options.tokens}, {options.vocab}], {options.threads} threads"
     )
