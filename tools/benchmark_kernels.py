@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import kernels, linear_token_log_probs, token_log_probs
+from gspo_moe.kernels.linear import MAPPED
+from gspo_moe.kernels.products import ROWS
 
 Function = Callable[..., torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward_backward")
-M_MMAP_THRESHOLD = -3
 
 
 def log_softmax_gather(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
@@ -170,6 +171,7 @@ def resident(field: str) -> int:
 
 def extra_bytes(call: Callable[[], object]) -> int:
     """Peak resident memory during the call beyond that before it."""
+    ctypes.CDLL(None).malloc_trim(0)  # or the call would find memory that the one before had freed
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     call()
@@ -192,9 +194,7 @@ def measure(op: str, case: Any, functions: dict[str, Function], repeats: int) ->
         backward = name == "forward_backward"
         memory: dict[str, int] = {}
         for implementation, function in functions.items():
-            for _ in range(
-                2 if implementation.startswith("compile") else 1
-            ):  # the first one's memory is the compiler's
+            for _ in range(2):  # the first one's memory is also the compiler's and the libraries' own
                 case.prepare()
                 memory[implementation] = extra_bytes(partial(case.run, function, backward))
         times: dict[str, list[tuple[float, float]]] = {implementation: [] for implementation in functions}
@@ -235,14 +235,16 @@ def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
     """Bytes for linear_token_log_probs: as asked, or so that its peak with backward is an eighth of eager's.
 
     Eager has three times the logits (log-probs, their gradient, the logits'), four times in 16 bits, then the logits'
-    gradient and the weight's. The gradient of hidden comes on top of the budget, in float32 and in 16 bits.
+    gradient and the weight's. Beside the budget there is the gradient of hidden, in float32 and in 16 bits; in float32
+    also rows of a product to add to it, and the last block, which may be small enough to stay in glibc's heap.
     """
     if options.memory_budget_mib is not None:
         return int(options.memory_budget_mib * 2**20)
     logits, weight = (options.vocab * rows * itemsize for rows in (options.tokens, options.hidden))
     narrow = itemsize == 2
     eager = max((4 if narrow else 3) * logits, logits + weight)
-    return int(eager / 8.1) - options.tokens * options.hidden * (6 if narrow else 4)
+    beside = options.hidden * (options.tokens * 6 if narrow else (options.tokens + ROWS) * 4)
+    return int(eager / 8.1) - beside - (0 if narrow else MAPPED // 2)
 
 
 def join_group() -> None:
@@ -255,8 +257,6 @@ def join_group() -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # Large blocks go back to the system when freed, else one implementation's memory would be found used by the next.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     join_group()
     torch.set_num_threads(options.threads)
 

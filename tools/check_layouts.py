@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+# A layout a line: processes, keys of the config's `parallel` part, and with a dot in them overrides of other parts.
+LAYOUTS = Path(__file__).with_name("layouts.txt")
 VOCAB, TOPK = 61, 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -66,65 +68,13 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """The matrix; the first is the reference of all but those with tied embeddings."""
-    split = "schedule.micro_batch_tokens=48"
-    rows: list[tuple[int, str, tuple[str, ...]]] = [
-        (1, "", ()),
-        (1, "", (split,)),
-        (1, "recompute=selective", ()),
-        (1, "recompute=full", ()),
-        (1, "distributed_optimizer=true", ()),
-        (1, "dispatcher=allgather", ()),
-        (2, "", ()),
-        (2, "distributed_optimizer=true", ()),
-        (2, "expert=2", ()),
-        (2, "expert=2 distributed_optimizer=true", (split,)),
-        (2, "expert=2 dispatcher=allgather", ()),
-        (2, "expert=2 recompute=full", ()),
-        (2, "tensor=2", ()),
-        (2, "tensor=2 distributed_optimizer=true recompute=selective", ()),
-        (2, "tensor=2 expert=2 expert_tensor=1", ()),
-        (2, "tensor=2 expert=2 expert_tensor=1 dispatcher=allgather", (split,)),
-        (2, "pipeline=2", ()),
-        (2, "pipeline=2 recompute=full", (split,)),
-        (2, "pipeline=2 dispatcher=allgather", ()),
-        (2, "pipeline=2 virtual_pipeline=2", (split,)),
-        (2, "context=2", ()),
-        (2, "context=2 distributed_optimizer=true recompute=selective", (split,)),
-        (2, "context=2 expert=2 recompute=full", ()),
-        (4, "tensor=2", ()),
-        (4, "tensor=4", ()),
-        (4, "tensor=2 expert=2", ()),
-        (4, "tensor=2 expert=2 expert_tensor=1", ()),
-        (4, "tensor=2 expert=4 expert_tensor=1 distributed_optimizer=true", ()),
-        (4, "expert=4", ()),
-        (4, "expert=2 expert_tensor=2", ()),
-        (4, "tensor=2 pipeline=2", ()),
-        (4, "pipeline=4", ()),
-        (4, "pipeline=2 expert=2", ()),
-        (4, "pipeline=2 expert=2 distributed_optimizer=true recompute=selective", ()),
-        (4, "pipeline=2 virtual_pipeline=2 expert=2", (split,)),
-        (4, "tensor=2 pipeline=2 virtual_pipeline=2 recompute=full", (split,)),
-        (4, "context=4", (split,)),
-        (4, "context=2", ()),
-        (4, "context=2 tensor=2", ()),
-        (4, "context=2 expert=2 dispatcher=allgather", ()),
-        (4, "context=2 pipeline=2", ()),
-        (4, "context=2 pipeline=2 virtual_pipeline=2 expert=2", (split,)),
-        (8, "expert=8", ()),
-        (8, "tensor=2 pipeline=2 expert=2", ()),
-        (8, "tensor=2 pipeline=2 expert=2 expert_tensor=1 distributed_optimizer=true", ()),
-        (8, "tensor=2 pipeline=2 virtual_pipeline=2 expert=2 expert_tensor=1", (split,)),
-        (8, "tensor=4 expert=8 expert_tensor=1", ()),
-        (8, "tensor=2 expert=4 expert_tensor=1 dispatcher=allgather", ()),
-        (8, "pipeline=4 expert=2 recompute=selective", ()),
-        (8, "context=2 tensor=2 pipeline=2 expert=2", ()),
-        (8, "context=4 tensor=2 expert=4 expert_tensor=1 distributed_optimizer=true", (split,)),
-        (1, "", (TIED,)),
-        (2, "pipeline=2", (TIED,)),
-        (4, "tensor=2 pipeline=2", (TIED,)),
-    ]  # fmt: skip
-    return [Case(world, dict(pair.split("=") for pair in text.split()), more) for world, text, more in rows]
+    """The matrix: a line of LAYOUTS each. The first is the reference of all but those with tied embeddings."""
+    found = []
+    for line in LAYOUTS.read_text().splitlines():
+        world, *settings = line.split()
+        parallel = dict(setting.split("=") for setting in settings if "." not in setting)
+        found.append(Case(int(world), parallel, tuple(setting for setting in settings if "." in setting)))
+    return found
 
 
 WITHOUT_EXPERT_TENSOR = "expert_tensor=1 expert=1"

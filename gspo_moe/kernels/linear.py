@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
-from gspo_moe.kernels.ops import accumulate_, token_backward_, token_stats, wide
+from gspo_moe.kernels.ops import token_backward_, token_stats, wide
+from gspo_moe.kernels.products import add_product_, onednn_mm, suits_onednn
 from gspo_moe.kernels.tokens import (
     TokenLogProbs,
     check,
@@ -31,9 +32,10 @@ from gspo_moe.kernels.tokens import (
 
 MEMORY_BUDGET = 512 * 2**20
 BLOCKS = 16  # of the budget: one being computed, the others kept
-WIDE = (
-    4096  # columns, which up to a quarter of the budget is spent on: each block costs a pass over the hidden gradient
-)
+# What up to a quarter of the budget is spent on: on CUDA columns, as each block costs a pass over the hidden gradient;
+# on the CPU bytes from which on glibc maps a result's memory, where freed smaller ones may fragment its heap.
+WIDE = 4096
+MAPPED = 2**25
 EVEN = 64  # columns: products over odd numbers of them are up to a third slower
 
 
@@ -56,11 +58,18 @@ def block_columns(
 
 
 def _product_bytes(weight_VH: torch.Tensor, into_main_grad: bool) -> int:
-    """Bytes of a word's gradient before it is added to main_grad, see `_add_product`."""
+    """Bytes of a word's gradient before it is added to main_grad, see `add_product_`."""
     if not into_main_grad or weight_VH.dtype == wide(weight_VH.dtype):
         return 0
     itemsize = wide(weight_VH.dtype).itemsize if weight_VH.is_cuda else weight_VH.element_size()
     return weight_VH.shape[1] * itemsize
+
+
+def _wanted_columns(weight_VH: torch.Tensor, num_tokens: int) -> int:
+    """Columns a block should have, see `block_columns`."""
+    if weight_VH.is_cuda:
+        return WIDE
+    return MAPPED // (4 * max(num_tokens, 1)) + EVEN if weight_VH.dtype == torch.float32 else 1
 
 
 class _Logits:
@@ -70,7 +79,8 @@ class _Logits:
         self._hidden_TH, self._weight_VH, self._kept = hidden_TH, weight_VH, kept
         self._num_tokens, self._num_kept = len(hidden_TH), kept.numel() // max(len(hidden_TH), 1)
         self.blocks = [slice(start, min(start + block, len(weight_VH))) for start in range(0, len(weight_VH), block)]
-        buffered = block if self._num_kept < len(weight_VH) else 0
+        self._onednn = suits_onednn(hidden_TH, weight_VH[:block].T)
+        buffered = block if self._num_kept < len(weight_VH) and not self._onednn else 0
         self._buffer = kept.new_empty(self._num_tokens * buffered)
 
     def words(self, columns: slice, vocab_start: int, vocab: int) -> tuple[int, int]:
@@ -87,7 +97,11 @@ class _Logits:
         return memory[start : start + width * self._num_tokens].view(self._num_tokens, width)
 
     def compute(self, columns: slice) -> torch.Tensor:
-        return torch.mm(self._hidden_TH, self._weight_VH[columns].T, out=self.place(columns))
+        factors = self._hidden_TH, self._weight_VH[columns].T
+        if not self._onednn:
+            return torch.mm(*factors, out=self.place(columns))
+        found = onednn_mm(*factors)
+        return self.place(columns).copy_(found) if self.kept(columns) else found
 
 
 def _gathered(hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torch.Tensor:
@@ -117,11 +131,11 @@ def _linear_token_log_probs(
     whole = _gathered(hidden, group, sequence_parallel)
     kept_logits = whole.new_empty(kept * len(targets))
     logits = _Logits(whole[: len(targets)], weight, kept_logits, block)
-    parts = []
-    for columns in logits.blocks:
+    parts = whole.new_empty((len(logits.blocks), len(targets), 3), dtype=wide(whole.dtype))
+    for part, columns in zip(parts, logits.blocks, strict=True):
         start, words = logits.words(columns, vocab_start, vocab)
-        parts.append(token_stats(logits.compute(columns), targets, inverse_temperature, start, words, False))
-    log_probs, log_z, _, first_choice = combine(merge(torch.stack(parts)), group)
+        part.copy_(token_stats(logits.compute(columns), targets, inverse_temperature, start, words, False))
+    log_probs, log_z, _, first_choice = combine(merge(parts), group)
     return log_probs, log_z, first_choice, kept_logits
 
 
@@ -173,11 +187,12 @@ def _linear_token_backward_(
         gradient_TB = logits.place(columns) if logits.kept(columns) else logits.compute(columns)
         numbers = (inverse_temperature, *logits.words(columns, vocab_start, vocab))
         token_backward_(gradient_TB, targets, log_z, grad_log_probs, None, None, *numbers)
-        _add_product(grad_hidden[:num_tokens], gradient_TB, weight[columns], product)
+        add_product_(grad_hidden[:num_tokens], gradient_TB, weight[columns], product)
         if main_grad is not None:
-            _add_product(main_grad[columns], gradient_TB.T, hidden_TH, product)
+            add_product_(main_grad[columns], gradient_TB.T, hidden_TH, product)
         elif needs_weight:
             torch.mm(gradient_TB.T, hidden_TH, out=grad_weight[columns])
+        del gradient_TB  # or the next block would be made beside it
     return _reduced(grad_hidden.to(whole.dtype), group, sequence_parallel), grad_weight
 
 
@@ -200,16 +215,6 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = weight.shape[0] if needs_weight and main_grad is None else 0
     return torch.empty_like(hidden), weight.new_empty((rows, weight.shape[1]))
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, memory: torch.Tensor) -> None:
-    """total += left @ right; a float32 total also takes 16-bit factors, on the CPU with `memory` for their product."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:  # torch's CPU product of 16-bit factors is summed in float32 and rounded, here once a block
-        accumulate_(total, torch.mm(left, right, out=memory[: total.numel()].view(total.shape)))
 
 
 def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torch.Tensor:
@@ -303,7 +308,7 @@ def linear_token_log_probs(
         max(len(targets), 1) * weight.element_size(),
         _product_bytes(weight, into_main_grad) if differentiates else 0,
         memory_budget,
-        WIDE if weight.is_cuda else 1,
+        _wanted_columns(weight, len(targets)),
     )
     log_probs_T, _, first_choice_T, _ = _linear_token_log_probs(
         hidden,

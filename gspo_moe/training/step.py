@@ -7,7 +7,7 @@ token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,53 +70,78 @@ def train_minibatch(
     replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
-    clip_low, clip_high = algorithm.clips
-    log_probs: list[torch.Tensor] = []
-    split_over_ranks = model.groups.layout.context > 1
-    sum_over_context = sum_over(model.groups.context) if split_over_ranks else whole_sequences
-    fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
     shift_of: ShiftOf | None = None
     if algorithm.name == "rspo":
         assert recorder is not None
         shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
     elif recorder is not None and old_routes:
         recorder.against([recording.routes_TLK for recording in old_routes])
+    counts = (num_sequences, num_tokens, max_response_tokens)
+    head = _PolicyHead(
+        model, microbatches, old_log_probs, reference_log_probs, estimates, shift_of, algorithm, *counts, temperature
+    )
+    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
+    return MinibatchResult(statistics, update, head.log_probs, routes)
 
-    def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
-        pack = microbatches[index]
-        log_probs_C = token_log_probs(model, output_CX, split.local(pack.target_ids_T), temperature).log_probs
-        log_probs.append(split.whole(log_probs_C.detach()))
-        kl = None
-        if reference_log_probs:
-            kl = KLPenalty(split.local(reference_log_probs[index]), algorithm.kl.coeff, algorithm.kl.estimator)
+
+@dataclass(frozen=True)
+class _PolicyHead:
+    """The loss of a pack from what the last stage gives, arguments as in `train_minibatch`; keeps the log-probs."""
+
+    model: Model
+    microbatches: Sequence[Microbatch]
+    old_log_probs: Sequence[torch.Tensor]
+    reference_log_probs: Sequence[torch.Tensor]
+    estimates: Sequence[Estimates]
+    shift_of: ShiftOf | None
+    algorithm: AlgorithmConfig
+    num_sequences: int
+    num_tokens: int | None
+    max_response_tokens: int | None
+    temperature: float
+    log_probs: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(
+        self, index: int, output_CX: torch.Tensor, split: ContextSplit
+    ) -> tuple[torch.Tensor, PolicyStatistics]:
+        pack, algorithm = self.microbatches[index], self.algorithm
+        targets_C = split.local(pack.target_ids_T)
+        log_probs_C = token_log_probs(self.model, output_CX, targets_C, self.temperature).log_probs
+        self.log_probs.append(split.whole(log_probs_C.detach()))
+        clip_low, clip_high = algorithm.clips
+        split_over_ranks = self.model.groups.layout.context > 1
+        fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
         result = policy_loss(
             algorithm.name,
             log_probs_C,
-            split.local(old_log_probs[index]),
-            split.local(estimates[index].advantages_T) if estimates else pack.advantages_N,
+            split.local(self.old_log_probs[index]),
+            split.local(self.estimates[index].advantages_T) if self.estimates else pack.advantages_N,
             split.bounds,
             split.local(pack.response_mask_T),
             clip_low=clip_low,
             clip_high=clip_high,
             allow_wide_clip=algorithm.allow_wide_clip,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            max_response_tokens=max_response_tokens,
-            router_shift=None if shift_of is None else split.local(shift_of(index)),
-            correction=_local_correction(pack, old_log_probs[index], algorithm.mismatch, split),
-            kl=kl,
-            sum_over_context=sum_over_context,
+            num_sequences=self.num_sequences,
+            num_tokens=self.num_tokens,
+            max_response_tokens=self.max_response_tokens,
+            router_shift=None if self.shift_of is None else split.local(self.shift_of(index)),
+            correction=_local_correction(pack, self.old_log_probs[index], algorithm.mismatch, split),
+            kl=self._kl(index, split),
+            sum_over_context=sum_over(self.model.groups.context) if split_over_ranks else whole_sequences,
             objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
         )
-        if not estimates:
+        if not self.estimates:
             return result.loss, result.sums
-        assert num_tokens is not None
-        values_C = token_values(model, output_CX, len(log_probs_C))
-        value = _value_loss(values_C, estimates[index], pack, split, algorithm.ppo, num_tokens)
+        assert self.num_tokens is not None
+        values_C = token_values(self.model, output_CX, len(log_probs_C))
+        value = _value_loss(values_C, self.estimates[index], pack, split, algorithm.ppo, self.num_tokens)
         return result.loss + value.loss.float(), result.sums.with_values(value.sums)
 
-    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
-    return MinibatchResult(statistics, update, log_probs, routes)
+    def _kl(self, index: int, split: ContextSplit) -> KLPenalty | None:
+        if not self.reference_log_probs:
+            return None
+        kl = self.algorithm.kl
+        return KLPenalty(split.local(self.reference_log_probs[index]), kl.coeff, kl.estimator)
 
 
 def _value_loss(
