@@ -236,7 +236,7 @@ def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
 
     Eager has three times the logits (log-probs, their gradient, the logits'), four times in 16 bits, then the logits'
     gradient and the weight's. Beside the budget there is the gradient of hidden, in float32 and in 16 bits; in float32
-    also rows of a product to add to it, and the last block, which may be small enough to stay in glibc's heap.
+    also rows of a product to add to it; and what glibc's heap keeps of smaller blocks.
     """
     if options.memory_budget_mib is not None:
         return int(options.memory_budget_mib * 2**20)
@@ -244,7 +244,7 @@ def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
     narrow = itemsize == 2
     eager = max((4 if narrow else 3) * logits, logits + weight)
     beside = options.hidden * (options.tokens * 6 if narrow else (options.tokens + ROWS) * 4)
-    return int(eager / 8.1) - beside - (0 if narrow else MAPPED // 2)
+    return int(eager / 8.1) - beside - MAPPED // 2
 
 
 def join_group() -> None:

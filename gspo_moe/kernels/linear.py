@@ -278,7 +278,7 @@ def linear_token_log_probs(
     """`token_log_probs` of the logits hidden @ weight^T, without all of them where they exceed `memory_budget` bytes.
 
     The budget bounds the logits that exist at a time and a block's weight gradient on its way to main_grad; the
-    gradient of `hidden` comes on top.
+    gradient of `hidden` comes on top, in float32 on the CPU with 1024 rows of what is added to it.
 
     hidden: [P, H], the same on every rank of `group`, or, with `sequence_parallel`, this rank's equal part of the rows.
     weight: [V, H] of the same dtype, this rank's rows of the output layer. targets: int64 [T], of the first T of all

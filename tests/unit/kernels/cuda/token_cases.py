@@ -101,14 +101,22 @@ def combine(parts_RTS: Array) -> Array:
 def stats_tolerance(x_TV: Array, wanted_TS: Array) -> Array:
     """What float32 sums of up to hundreds of terms a thread may be off.
 
-    The second moment bounds what the rounding of exponents does to the first.
+    The second moment bounds what the rounding of exponents does to the first, to which subnormal weights may be 0.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         shifted_TV = np.where(x_TV == -np.inf, 0.0, x_TV - wanted_TS[:, :1])
-        second_T = (shifted_TV**2 * np.exp(shifted_TV)).sum(axis=1)
+        weights_TV = np.exp(shifted_TV)
+        second_T = (shifted_TV**2 * weights_TV).sum(axis=1)
+        flushed_T = np.where(weights_TV < SUBNORMAL, -shifted_TV * weights_TV, 0.0).sum(axis=1)
     max_T, sum_T, target_T, moment_T = np.abs(wanted_TS).T
     tolerance_TS = np.stack(
-        [2e-7 * max_T, 1e-5 * sum_T + 2e-7 * moment_T, 2e-7 * target_T, 1e-5 * moment_T + 3e-7 * second_T], axis=1
+        [
+            2e-7 * max_T,
+            1e-5 * sum_T + 2e-7 * moment_T,
+            2e-7 * target_T,
+            1e-5 * moment_T + 3e-7 * second_T + flushed_T,
+        ],
+        axis=1,
     )
     return tolerance_TS + SUBNORMAL
 
