@@ -73,7 +73,10 @@ def _wanted_columns(weight_VH: torch.Tensor, num_tokens: int) -> int:
 
 
 class _Logits:
-    """The logits [T, B] of one block after the other: the kept ones in their own memory, the others in one buffer."""
+    """The logits [T, B] of one block after the other: the kept ones in their own memory, the others in one buffer.
+
+    oneDNN's results come in new memory, which is the block where it is not kept.
+    """
 
     def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, kept: torch.Tensor, block: int) -> None:
         self._hidden_TH, self._weight_VH, self._kept = hidden_TH, weight_VH, kept
