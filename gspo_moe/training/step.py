@@ -76,9 +76,18 @@ def train_minibatch(
         shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
     elif recorder is not None and old_routes:
         recorder.against([recording.routes_TLK for recording in old_routes])
-    counts = (num_sequences, num_tokens, max_response_tokens)
     head = _PolicyHead(
-        model, microbatches, old_log_probs, reference_log_probs, estimates, shift_of, algorithm, *counts, temperature
+        model,
+        microbatches,
+        algorithm,
+        old_log_probs=old_log_probs,
+        reference_log_probs=reference_log_probs,
+        estimates=estimates,
+        shift_of=shift_of,
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        max_response_tokens=max_response_tokens,
+        temperature=temperature,
     )
     statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
     return MinibatchResult(statistics, update, head.log_probs, routes)
@@ -90,11 +99,11 @@ class _PolicyHead:
 
     model: Model
     microbatches: Sequence[Microbatch]
+    algorithm: AlgorithmConfig
     old_log_probs: Sequence[torch.Tensor]
     reference_log_probs: Sequence[torch.Tensor]
     estimates: Sequence[Estimates]
     shift_of: ShiftOf | None
-    algorithm: AlgorithmConfig
     num_sequences: int
     num_tokens: int | None
     max_response_tokens: int | None
