@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
-from gspo_moe.errors import ConfigError, GspoMoeError
+from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 
-USER_ERROR = 2
+USER_ERROR = GspoMoeError.exit_code
 INTERRUPTED = 130
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
@@ -37,7 +37,7 @@ LIBRARY_NOISE = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 2, with one message and no stack trace, for what the user can mend."""
+    """Runs one command; returns its exit code: the error's own, with one message and no stack trace, for ours."""
     options = _parser().parse_args(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if error is None:
         return 0
     _complain(error)
-    return USER_ERROR
+    return error.exit_code
 
 
 def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
@@ -149,7 +149,11 @@ def _train(options: argparse.Namespace) -> None:
     from gspo_moe.training.plan import check_continues, make_plan
 
     check_continues(config)
-    trained = train(make_plan(config))
+    try:
+        trained = train(make_plan(config))
+    except RunError:
+        shut_down()
+        raise
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         if not trained:

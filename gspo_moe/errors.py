@@ -5,7 +5,12 @@ Every class also subclasses the nearest built-in error, so code that catches the
 
 
 class GspoMoeError(Exception):
-    """Root of every error this project raises on purpose; the command line prints it without a stack trace."""
+    """Root of every error this project raises on purpose; the command line prints it without a stack trace.
+
+    exit_code: what the command line then ends with.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(GspoMoeError, ValueError):
@@ -16,12 +21,34 @@ class DataError(GspoMoeError, ValueError):
     """Input data (prompts, token files, HF checkpoints) that cannot be read or does not fit the model."""
 
 
-class RolloutError(GspoMoeError, RuntimeError):
+class RunError(GspoMoeError, RuntimeError):
+    """Ends a run that had begun. Raised on every rank at once, so that together they can save the last whole step."""
+
+
+class RolloutError(RunError):
     """Generation or scoring that cannot go on."""
 
+    exit_code = 3
 
-class RewardError(GspoMoeError, RuntimeError):
-    """A reward function that failed where the configuration says that a failure is fatal."""
+
+class RewardError(RunError):
+    """Rewards of which nothing can be learnt: all failed, or no two of them differ."""
+
+    exit_code = 4
+
+
+class TrainingError(RunError):
+    """Updates that cannot go on, or weights or moments that are not finite."""
+
+    exit_code = 5
+
+
+class Interrupted(RunError):
+    """A signal asked the run to end; the exit code is a shell's for that signal, 128 and its number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class CheckpointError(GspoMoeError, RuntimeError):

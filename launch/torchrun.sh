@@ -45,7 +45,10 @@ venv=$root/.venv
 if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/torchrun" ]; then
     venv=$root/$(bash "$root/launch/install.sh")
 fi
-environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
+# Slurm's warning reaches the ranks too, and they have time to finish the step that they are in and to save it.
+environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
+    "PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}")
 processes=gpu
 if ! nvidia-smi -L >/dev/null 2>&1; then
     processes=1
@@ -68,7 +71,7 @@ case $1 in
     *.py) program=("$@") ;;
     *) program=(-m gspo_moe "$@") ;;
 esac
-command=(env "${environment[@]}" "$venv/bin/torchrun" "${meeting[@]}"
+command=(env "${environment[@]}" "$venv/bin/python" "$root/launch/elastic.py" "${meeting[@]}"
     --nproc-per-node "${option[nproc-per-node]:-$processes}" "${program[@]}")
 if [ -n "$dry_run" ]; then
     printf '%q ' "${command[@]}"

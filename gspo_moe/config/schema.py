@@ -134,11 +134,15 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """Rewards run in worker processes; one that raises or hangs is counted and gets `failure_reward`."""
+    """Rewards run in worker processes; one that raises, hangs or exceeds 1e6 is counted and gets `failure_reward`.
+
+    allow_all_failed: goes on also where no answer of a step or an evaluation got a reward of its own.
+    """
 
     workers: PositiveInt = 1
     timeout_seconds: PositiveFloat = 10.0
-    failure_reward: float = 0.0
+    failure_reward: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
+    allow_all_failed: bool = False
 
 
 class TaskConfig(Section):
@@ -148,17 +152,21 @@ class TaskConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with linear warm-up, then constant, cosine or linear decay to `min_lr`."""
+    """AdamW with linear warm-up, then constant, cosine or linear decay to `min_lr`.
 
-    lr: PositiveFloat = 1e-4
+    max_skipped_updates: in a row, after which the run ends; an update is skipped where its gradient is not finite.
+    """
+
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-4
     min_lr: NonNegativeFloat = 0.0
     decay: Literal["constant", "cosine", "linear"] = "constant"
     warmup_updates: NonNegativeInt = 0
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
     clip_grad: NonNegativeFloat = 1.0
+    max_skipped_updates: PositiveInt = 10
 
     @model_validator(mode="after")
     def _decays(self) -> OptimizerConfig:

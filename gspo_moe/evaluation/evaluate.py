@@ -21,7 +21,10 @@ def held_out_prompts(config: Config, task: Task) -> list[Prompt]:
 def evaluate(
     config: Config, answerer: Answerer, prompts: Sequence[Prompt], stop_ids: frozenset[int], policy_version: int
 ) -> Answers:
-    """Answers held-out prompts, with the same randomness at every call. Collective."""
+    """Answers held-out prompts, with the same randomness at every call. Collective.
+
+    Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
+    """
     params = SamplingParams(
         temperature=config.evaluation.temperature,
         top_p=1.0,
@@ -30,7 +33,8 @@ def evaluate(
         stop_ids=stop_ids,
         seed=f"{config.seed}/eval",
     )
-    return answerer.score(answerer.generate(prompts, config.evaluation.samples, params, policy_version))
+    answers = answerer.score(answerer.generate(prompts, config.evaluation.samples, params, policy_version))
+    return answers.check(config.task.reward.allow_all_failed)
 
 
 def evaluation_metrics(answers: Answers) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import RewardError
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
@@ -31,6 +32,19 @@ class Answers:
     failures: int
     timeouts: int
     first_error: str | None
+
+    @property
+    def count(self) -> int:
+        return sum(len(group.rewards) for group in self.groups)
+
+    def check(self, allow_all_failed: bool) -> Answers:
+        """Itself; raises RewardError where not one answer got a reward of its own, unless that is allowed."""
+        if allow_all_failed or self.failures + self.timeouts < self.count:
+            return self
+        raise RewardError(
+            f"none of {self.count} answers could be scored; the first: {self.first_error}\nMend the reward, or set "
+            "task.reward.allow_all_failed=true to go on with task.reward.failure_reward for all of them"
+        )
 
 
 @dataclass(frozen=True)

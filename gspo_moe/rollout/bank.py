@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gspo_moe.errors import DataError
+from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
 
@@ -45,12 +45,12 @@ class Bank:
         return {group.group.prompt.uid: group for group in self.groups}
 
     def answers(self, prompts: Sequence[Prompt]) -> Answers:
-        """The frozen answers to these prompts; raises DataError where the bank has none or they answer another text."""
+        """The frozen answers to these prompts; raises RolloutError where it has none or they answer another text."""
         found = []
         for prompt in prompts:
             group = self._by_uid.get(prompt.uid)
             if group is None or group.group.prompt != prompt:
-                raise DataError(
+                raise RolloutError(
                     f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.text!r}; make one "
                     "with `gspo-moe bank` from this config, its seed, task and schedule.steps"
                 )

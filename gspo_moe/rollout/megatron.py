@@ -3,8 +3,8 @@
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
 each unfinished sequence. Finished sequences leave the batch at once; the cache is compacted when a quarter of its rows
 stand idle. Invariants: experts span data-parallel ranks, so every rank runs the same number of forward passes (a rank
-with nothing left feeds an empty pack); a sample depends on its request's uid, its
-index and the seed alone.
+with nothing left feeds an empty pack), also behind a fault of one of them, which all raise at the end; a sample depends
+on its request's uid, its index and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most, A MoE layers, K experts a
 token.
@@ -19,16 +19,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gspo_moe.errors import RolloutError
+from gspo_moe.errors import ConfigError, RolloutError
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import mask_padded_vocab, no_recording, run
 from gspo_moe.model.inputs import ModelInput
+from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.sampling import sample, uniforms
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.types import Rollout
+
+CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
 
 
 @dataclass
@@ -49,10 +52,15 @@ class _Sequence:
 
 
 class MegatronEngine:
-    """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack."""
+    """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack.
 
-    def __init__(self, model: Model, max_batch: int, prefill_tokens: int) -> None:
+    stop: ends generation at a signal.
+    """
+
+    def __init__(self, model: Model, max_batch: int, prefill_tokens: int, stop: StopSignals | None = None) -> None:
         self._model = model
+        self._stop = stop or StopSignals()
+        self._fault: RolloutError | None = None
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._device = device().torch_device
@@ -62,15 +70,19 @@ class MegatronEngine:
     def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
-        Raises RolloutError for an empty prompt, a prompt longer than the model or the prefill budget takes, and logits
-        that are not finite.
+        Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
+        takes, and logits that are not finite; Interrupted at a signal.
         """
-        self._check(requests, params)
+        self._stop.check()
+        raise_everywhere(self._misfit(requests, params))
+        self._fault = None
         if params.report_routes:
             model = self._model
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
         try:
-            return self._generate(requests, params, policy_version)
+            generated = self._generate(requests, params, policy_version)
+            raise_everywhere(self._fault)
+            return generated
         finally:
             if self._recorder is not None:
                 self._recorder.close()
@@ -87,22 +99,24 @@ class MegatronEngine:
                 done[index, sequence.sample_index] = _rollout(sequence, policy_version)
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
-    def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+    def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:
+        """What is wrong with the first of these requests that cannot be answered."""
         limit = self._model.architecture.max_position_embeddings
         for request in requests:
             length = len(request.prompt_ids)
             if not length:
-                raise RolloutError(f"prompt {request.uid} is empty; give at least one token")
+                return RolloutError(f"prompt {request.uid} is empty; give at least one token")
             if length + params.max_response_tokens > limit:
-                raise RolloutError(
+                return RolloutError(
                     f"prompt {request.uid} has {length} tokens and rollout.max_response_tokens is "
                     f"{params.max_response_tokens}, more than the model's {limit} positions; lower one of them"
                 )
             if length > self._prefill_tokens:
-                raise RolloutError(
+                return RolloutError(
                     f"prompt {request.uid} has {length} tokens, more than schedule.micro_batch_tokens="
                     f"{self._prefill_tokens}; raise it"
                 )
+        return None
 
     def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, Request, range]]]:
         """Requests in order, cut into batches of at most `max_batch` samples; a request may span batches."""
@@ -146,6 +160,8 @@ class MegatronEngine:
         logits = None if first_logits is None else first_logits[torch.tensor(owner, dtype=torch.long)]
         draw = dict(zip(map(id, active), uniforms_NR, strict=True))
         for step in range(params.max_response_tokens):
+            if step and step % CHECK_TOKENS == 0:
+                self._stop.check()
             self._append(active, logits, draw, step, params)
             active = [sequence for sequence in active if not sequence.finished]
             if step + 1 == params.max_response_tokens or not self._most(len(active)):
@@ -256,15 +272,16 @@ class MegatronEngine:
         groups = self._model.groups
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
-        if not picked[1].isfinite().all():
-            raise RolloutError(
+        broken = not bool(picked[1].isfinite().all())
+        if broken:
+            self._fault = RolloutError(
                 "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
                 "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
             )
         for sequence, token, log_prob in zip(active, *_columns(picked), strict=True):
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)
-            sequence.finished = int(token) in params.stop_ids
+            sequence.finished = broken or int(token) in params.stop_ids
 
     def _compact(self, cache: KVCache, active: list[_Sequence]) -> None:
         if len(active) > 0.75 * (cache.rows - 1):
@@ -293,11 +310,11 @@ def _rollout(sequence: _Sequence, policy_version: int) -> Rollout:
 
 
 def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """The tokenizer's end token and each stop string's token. Raises RolloutError for a string of several tokens."""
+    """The tokenizer's end token and each stop string's token. Raises ConfigError for a string of several tokens."""
     ids = {tokenizer.eos_id}
     for text in stop:
         encoded = tokenizer.encode(text)
         if len(encoded) != 1:
-            raise RolloutError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
+            raise ConfigError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
         ids.add(encoded[0])
     return frozenset(ids)

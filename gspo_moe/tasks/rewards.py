@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import math
 import multiprocessing
+import os
 import pickle
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,12 +23,14 @@ from pebble import ProcessPool
 
 from gspo_moe.config.schema import TaskConfig
 from gspo_moe.tasks import make_task
+from gspo_moe.tasks.orphans import end_with
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.types import Prompt
 
 GROUPS_PER_WORKER = 4
 MAX_GROUP = 64
 MAX_ROUNDS = 3
+LARGEST_REWARD = 1e6  # beyond it squares and sums of rewards leave float32, and advantages their precision
 POLL_SECONDS = 1.0  # a pool that breaks leaves what it had not handed out yet waiting for ever
 ORPHAN_GRACE_SECONDS = 30.0
 
@@ -39,8 +43,9 @@ Outcome = float | str  # a reward, or why there is none
 class RewardBatch:
     """The rewards of one batch, in its order.
 
-    failures: items whose score raised, killed its worker or was no finite number. timeouts: items over the time limit.
-    Both kinds have the configured failure reward. first_error: what went wrong with the first of them, for the log.
+    failures: items whose score raised, killed its worker or was no number of at most `LARGEST_REWARD` in size.
+    timeouts: items over the time limit. Both kinds have the configured failure reward.
+    first_error: what went wrong with the first of them, with the reward's stack trace where it raised.
     """
 
     rewards: tuple[float, ...]
@@ -119,8 +124,8 @@ class RewardPool:
         if self._pool is None:
             self._pool = ProcessPool(
                 max_workers=self._reward.workers,
-                initializer=_worker_task,
-                initargs=self._task,
+                initializer=_start_worker,
+                initargs=(os.getpid(), *self._task),
                 context=multiprocessing.get_context("spawn"),
             )
         return self._pool
@@ -142,6 +147,11 @@ class RewardPool:
         return RewardBatch(tuple(rewards), failures, timeouts, first_error)
 
 
+def _start_worker(trainer: int, make: MakeTask, config: bytes, seed: int) -> None:
+    end_with(trainer)
+    _worker_task(make, config, seed)
+
+
 @functools.cache
 def _worker_task(make: MakeTask, config: bytes, seed: int) -> Task:
     """The worker's task: built when the worker starts, outside any item's time limit, and kept."""
@@ -159,11 +169,12 @@ def _score_group(task: tuple[MakeTask, bytes, int], items: Sequence[Item], limit
 def _score_one(task: Task, prompt: Prompt, answer: str) -> Outcome:
     try:
         value = task.score(prompt, answer)
-        if isinstance(value, Real) and math.isfinite(value):
+        if isinstance(value, Real) and abs(value) <= LARGEST_REWARD:
             return float(value)
-        return f"score gave {value!r}, which is no finite number"
+        return f"score gave {value!r}, which is no number from {-LARGEST_REWARD:.0f} to {LARGEST_REWARD:.0f}"
     except Exception as error:  # a reward may be any code, and none of its errors may end the run
-        return _text(error)
+        trace = error.__traceback__.tb_next if error.__traceback__ else None  # without this function
+        return "".join(traceback.format_exception(type(error), error, trace)).strip()
 
 
 def _text(outcome: Outcome | BaseException) -> str:

@@ -39,11 +39,15 @@ _FIX = (
 
 @dataclass(frozen=True)
 class Progress:
-    """step: finished steps. prompt_position: prompts drawn so far. policy_version: optimizer updates so far."""
+    """step: finished steps. prompt_position: prompts drawn so far. policy_version: optimizer updates so far.
+
+    evaluation_due: the evaluation that follows this step is still to come.
+    """
 
     step: int = 0
     prompt_position: int = 0
     policy_version: int = 0
+    evaluation_due: bool = False
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -67,7 +67,10 @@ def _answer(trainer: Trainer, source: PromptSource) -> Answers:
 
 
 def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_version: int) -> Answers:
-    """Every rank's answers of the policy as it is, with rewards. step: steps taken so far, a seed. Collective."""
+    """Every rank's answers of the policy as it is, with rewards. step: steps taken so far, a seed. Collective.
+
+    Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
+    """
     config = session.config
     params = SamplingParams(
         temperature=config.rollout.temperature,
@@ -81,7 +84,7 @@ def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_versio
     with session.timers("rollout"):
         share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, policy_version)
     with session.timers("reward"):
-        return session.answerer.score(share)
+        return session.answerer.score(share).check(config.task.reward.allow_all_failed)
 
 
 def _joined(first: Answers, second: Answers) -> Answers:

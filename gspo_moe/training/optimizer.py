@@ -36,7 +36,7 @@ class UpdateResult:
 class Optimizer:
     """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step.
 
-    adam_steps: updates so far that were not skipped.
+    adam_steps: updates so far that were not skipped. skipped_in_a_row: the latest updates, all of which were.
     """
 
     def __init__(self, config: Config, model: Model, total_updates: int) -> None:
@@ -44,6 +44,7 @@ class Optimizer:
             freeze_routers(model.chunks)
         self._wrapped = _wrap(config, model)
         self.adam_steps = 0
+        self.skipped_in_a_row = 0
         settings = config.optimizer
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
@@ -91,6 +92,19 @@ class Optimizer:
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=updates + self._ahead)
 
+    @property
+    def updates(self) -> int:
+        """Updates so far, skipped ones too."""
+        return int(self.scheduler.num_steps) - self._ahead
+
+    def is_finite(self) -> bool:
+        """Whether this rank's part of Adam's state, with the weights that it steps, holds neither NaN nor infinity."""
+        optimizers = [each.optimizer for each in self.megatron.chained_optimizers]
+        weights = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
+        state = [value for each in optimizers for found in each.state.values() for value in found.values()]
+        tensors = [value for value in (*weights, *state) if isinstance(value, torch.Tensor)]
+        return not tensors or bool(torch.stack([value.isfinite().all() for value in tensors]).all())
+
     def zero_grad(self) -> None:
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
@@ -105,6 +119,7 @@ class Optimizer:
         if finite:
             self.megatron.step()
             self.adam_steps += 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, learning_rate, skipped=not finite)
 

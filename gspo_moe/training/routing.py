@@ -61,15 +61,18 @@ def merged(sums: Iterable[PairSums]) -> PairSums:
 
 
 def staleness(sums: Sequence[PairSums]) -> Figures:
-    """sums: of each mini-batch's training forward against the old policy. The first runs at equal weights."""
+    """sums: of each mini-batch's training forward against the old policy. The first runs at equal weights.
+
+    Empty where no token was compared, as in a step whose answers all have one token.
+    """
     figures = pair_figures("staleness", merged(sums), sums[0])
     for number, one in enumerate(sums, start=1):
         for name, value in one.to_metrics().items():
             if isinstance(value, float):
                 figures.metrics[f"routing/staleness/{name}/mini_batch_{number}"] = value
     for name in ("slot_change", "flip_rate"):
-        by_layer = figures.layers[f"routing/staleness/{name}"].tolist()
-        figures.metrics |= {f"routing/staleness/{name}/layer_{i:02d}": value for i, value in enumerate(by_layer)}
+        by_layer = figures.layers.get(f"routing/staleness/{name}", np.empty(0))
+        figures.metrics |= {f"routing/staleness/{name}/layer_{i:02d}": float(v) for i, v in enumerate(by_layer)}
     return figures
 
 

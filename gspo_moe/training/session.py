@@ -17,6 +17,7 @@ from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, draw_value_head, load_weights
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
+from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, Answers
 from gspo_moe.rollout.bank import Bank, read_bank
@@ -42,7 +43,7 @@ class Plan:
 
 @dataclass
 class Session:
-    """A policy with all it needs to answer prompts; training adds an optimizer to it."""
+    """A policy with all it needs to answer prompts; training adds an optimizer to it. stop: signals to end it."""
 
     plan: Plan
     groups: Groups
@@ -50,6 +51,7 @@ class Session:
     answerer: Answerer
     stop_ids: frozenset[int]
     timers: Timers
+    stop: StopSignals
 
     @property
     def config(self) -> Config:
@@ -83,7 +85,8 @@ def open_session(plan: Plan) -> Session:
     model = build_model(config, plan.architecture, groups, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
-    engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens)
+    stop = StopSignals()
+    engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens, stop)
     return Session(
         plan=plan,
         groups=groups,
@@ -91,6 +94,7 @@ def open_session(plan: Plan) -> Session:
         answerer=Answerer(engine, plan.tokenizer, RewardPool(config.task, config.seed), groups),
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
         timers=Timers(device().synchronize),
+        stop=stop,
     )
 
 

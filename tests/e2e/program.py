@@ -73,6 +73,10 @@ class Program:
                 env={**inherited, "OMP_NUM_THREADS": "1", **environment, MARK: self._mark},
             )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL to the program and all that it started, wherever they are by now."""
         while processes := self._processes():

@@ -46,7 +46,8 @@ def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
         asked.append((samples, params, policy_version))
         return "share"
 
-    answerer: Any = SimpleNamespace(generate=generate, score=lambda share: (share, len(asked)))
+    answered = Answers((scored("eval/0", (1.0, 0.0), (1, 1), (True, True)),), 1, 0, "eval/0 broke")
+    answerer: Any = SimpleNamespace(generate=generate, score=lambda share: answered)
     config = Config.model_validate(
         {
             "seed": 5,
@@ -55,7 +56,7 @@ def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
         }
     )
     for version in (0, 40):
-        assert evaluate(config, answerer, [], frozenset({7}), version) == ("share", len(asked))
+        assert evaluate(config, answerer, [], frozenset({7}), version) == answered
     (samples, params, first), (_, again, last) = asked
     assert (samples, first, last) == (2, 0, 40)
     assert params == again

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from gspo_moe.rollout.answers import Answerer
+from gspo_moe.errors import RewardError
+from gspo_moe.rollout.answers import Answerer, Answers, ScoredGroup
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.tasks.rewards import RewardBatch
-from gspo_moe.types import Prompt, Rollout
+from gspo_moe.types import Prompt, Rollout, RolloutGroup
 from tests.policy import sampling
 from tests.qwen3 import layout
 
@@ -54,6 +55,15 @@ class Lengths:
             timeouts=sum(len(text) == 4 for text in answers),
             first_error=next((f"{text} broke" for text in answers if len(text) in (3, 4)), None),
         )
+
+
+def test_rewards_that_all_failed_are_an_error_unless_allowed() -> None:
+    group = ScoredGroup(RolloutGroup(PROMPTS[0], ()), (0.0, 0.0))
+    some, all_failed = Answers((group,), 1, 0, "a broke"), Answers((group,), 1, 1, "a broke")
+    assert some.check(allow_all_failed=False) is some
+    assert all_failed.check(allow_all_failed=True) is all_failed
+    with pytest.raises(RewardError, match=r"none of 2 answers .*: a broke\nMend .* task.reward.allow_all_failed=true"):
+        all_failed.check(allow_all_failed=False)
 
 
 def answerer(rank: int = 0, ranks: int = 1) -> Answerer:

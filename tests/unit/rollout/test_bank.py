@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gspo_moe.errors import DataError
+from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.rollout.answers import ScoredGroup
 from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
@@ -60,7 +60,7 @@ def test_answers_come_by_prompt() -> None:
     prompts = [made.groups[2].group.prompt, made.groups[0].group.prompt]
     assert made.answers(prompts).groups == (made.groups[2], made.groups[0])
     for other in (replace(prompts[0], uid="train/9"), replace(prompts[0], text="count 2:")):
-        with pytest.raises(DataError, match=r"no answers to train/.*its seed, task"):
+        with pytest.raises(RolloutError, match=r"no answers to train/.*its seed, task"):
             made.answers([other])
 
 

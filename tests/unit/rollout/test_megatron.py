@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.errors import RolloutError
+from gspo_moe.errors import ConfigError, RolloutError
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
@@ -211,5 +211,5 @@ def test_stop_strings_are_single_tokens() -> None:
     tokenizer = SimpleNamespace(eos_id=2, encode=lambda text: [ord(letter) for letter in text])
     assert make_stop_ids(tokenizer, ()) == {2}
     assert make_stop_ids(tokenizer, ("\n", ";")) == {2, 10, 59}
-    with pytest.raises(RolloutError, match=r"rollout\.stop: 'ab' is 2 tokens; a stop string must be a single token"):
+    with pytest.raises(ConfigError, match=r"rollout\.stop: 'ab' is 2 tokens; a stop string must be a single token"):
         make_stop_ids(tokenizer, ("ab",))

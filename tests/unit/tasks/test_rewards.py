@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gspo_moe.config.schema import RewardConfig, TaskConfig
@@ -23,9 +27,28 @@ TROUBLE: dict[str, Any] = {
     "infinite": float("-inf"),
     "complex": 1j,
     "huge": 10**400,
+    "large": 1.1e6,
+    "largest": -1e6,
     "negative": -2,
     "true": True,
 }
+
+# Two workers, one of which is busy when their trainer goes.
+KILLED = """
+import multiprocessing, os, signal, threading, time
+from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.tasks.rewards import RewardPool
+from tests.unit.tasks.test_rewards import answers, make_trouble
+
+if __name__ == "__main__":
+    pool = RewardPool(TaskConfig(reward=RewardConfig(workers=2, timeout_seconds=600)), seed=1, make=make_trouble)
+    assert pool.score(answers("1", "2")).failures == 0
+    threading.Thread(target=pool.score, args=(answers("hang"),), daemon=True).start()
+    time.sleep(0.5)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 class Trouble:
@@ -90,9 +113,25 @@ def test_an_empty_batch_is_empty(pool: RewardPool) -> None:
 
 def test_each_kind_of_nonsense_is_counted_and_its_neighbours_keep_their_rewards(pool: RewardPool) -> None:
     batch = pool.score(answers("0.5", "raise", *TROUBLE))
-    assert batch.rewards == (0.5, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -2.0, 1.0)
-    assert (batch.failures, batch.timeouts) == (7, 0)
-    assert batch.first_error == "train/1: ValueError: no such luck"
+    assert batch.rewards == (0.5, *(-1.0,) * 8, -1e6, -2.0, 1.0)
+    assert (batch.failures, batch.timeouts) == (8, 0)
+    error = str(batch.first_error)
+    assert error.startswith("train/1: Traceback (most recent call last):\n")
+    assert error.count('  File "') == 1
+    assert error.endswith('raise ValueError("no such luck")\nValueError: no such luck')
+
+
+def test_a_reward_beyond_the_largest_says_so(pool: RewardPool) -> None:
+    assert "1100000.0, which is no number from -1000000 to 1000000" in str(pool.score(answers("large")).first_error)
+
+
+def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED)
+    trainer = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert trainer.returncode == -signal.SIGKILL
+    workers = [psutil.Process(int(pid)) for pid in trainer.stdout.split() if psutil.pid_exists(int(pid))]
+    assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
 def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: RewardPool) -> None:

@@ -1,0 +1,82 @@
+"""Ends a run at the same place on every rank: what one rank found, or a signal that one of them got.
+
+Invariant: ranks that wait for each other in collectives must leave them together, so an error of one rank alone is kept
+until the next place where all of them ask.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gspo_moe.errors import Interrupted, RunError
+from gspo_moe.platform import device
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def raise_everywhere(error: RunError | None) -> None:
+    """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
+    if not _largest(error is not None):
+        return
+    found: list[RunError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, error)
+    raise next(each for each in found if each is not None)
+
+
+def _largest(value: int) -> int:
+    """The largest of all ranks' values. Collective."""
+    if dist.get_world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device().torch_device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+class StopSignals:
+    """While entered, keeps SIGTERM, SIGINT and SIGUSR1 until `check`; a second one ends the process at once.
+
+    SIGUSR1 is Slurm's usual warning. Signals reach the main thread alone: entered in another, it keeps none.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._entered = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._received, self._entered = 0, True
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._keep) for each in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered = False
+        for each, before in self._before.items():
+            signal.signal(each, before)
+
+    def check(self) -> None:
+        """Raises Interrupted on every rank where any of them got a signal. Collective, but for outside of `with`."""
+        received = _largest(self._received) if self._entered else 0
+        if received:
+            raise Interrupted(f"ended by {signal.Signals(received).name}", received)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._received = number
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            name = signal.Signals(number).name
+            print(f"gspo-moe: {name}: the last whole step is saved, then it ends; {name} again ends it at once",
+                  file=sys.stderr, flush=True)  # fmt: skip

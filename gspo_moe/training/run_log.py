@@ -1,0 +1,80 @@
+"""What a run writes about itself: config, metrics, layers, samples, and the first reward that failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from gspo_moe.config.loading import save_config
+from gspo_moe.observability.layers import LayerWriter
+from gspo_moe.observability.metrics import MetricsWriter
+from gspo_moe.observability.samples import SampleWriter
+from gspo_moe.rollout.answers import Answers
+from gspo_moe.training.rl import StepResult
+from gspo_moe.training.session import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The run's files, written by the main process alone; the others' calls do nothing."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        config, step = trainer.session.config, trainer.progress.step
+        self._samples_per_step = config.logging.samples_per_step
+        self._main = trainer.session.groups.is_main
+        self._told = False
+        if self._main:
+            path = trainer.session.run_path
+            path.mkdir(parents=True, exist_ok=True)
+            save_config(config, path / "config.yaml")
+            self._metrics = MetricsWriter(
+                path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
+            )
+            self._samples = SampleWriter(path, resume_step=step)
+            self._layers = LayerWriter(path, resume_step=step)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._main:
+            self._metrics.write(step, metrics)
+
+    def layers(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
+        if self._main:
+            self._layers.append(step, figures)
+
+    def flush(self) -> None:
+        """Brings everything written so far to disk, for a checkpoint that the run may continue from."""
+        if self._main:
+            self._layers.flush()
+
+    def samples(self, step: int, result: StepResult) -> None:
+        """Keeps the first rollout of each of the step's first groups."""
+        if not self._main:
+            return
+        size = len(result.answers.groups[0].rewards)
+        for index, scored in enumerate(result.answers.groups[: self._samples_per_step]):
+            rollout = scored.group.rollouts[0]
+            self._samples.write(
+                step=step,
+                uid=scored.group.prompt.uid,
+                prompt=scored.group.prompt.text,
+                response=rollout.text,
+                reward=scored.rewards[0],
+                advantage=result.advantages[index * size],
+                finished=rollout.finished,
+            )
+
+    def rewards(self, answers: Answers) -> None:
+        """Shows the run's first reward that failed."""
+        if self._main and not self._told and answers.first_error is not None:
+            failed = answers.failures + answers.timeouts
+            _log.warning("%d of %d rewards failed; the first: %s", failed, answers.count, answers.first_error)
+            self._told = True
+
+    def close(self) -> None:
+        if self._main:
+            self._metrics.close()
+            self._layers.flush()
+            self._samples.close()

@@ -1,0 +1,52 @@
+"""When a run may be saved: never with broken weights over good ones, and at its end whatever ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gspo_moe.errors import TrainingError
+from gspo_moe.parallel.stop import raise_everywhere
+from gspo_moe.training.checkpoint import newest_checkpoint, save_checkpoint
+from gspo_moe.training.run_log import RunLog
+from gspo_moe.training.session import Trainer
+
+
+def save_whole_step(trainer: Trainer, log: RunLog) -> str:
+    """Saves what the last whole step left, if that is not saved yet; what came of it, in words. Collective."""
+    step, newest = trainer.progress.step, newest_checkpoint(trainer.checkpoints)
+    where = f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
+    if trainer.optimizer.updates != trainer.progress.policy_version:
+        return f"{where}: the step that it was in had changed the weights"
+    if step and (newest is None or int(newest.name.removeprefix("step_")) < step):
+        try:
+            where = f"{save(trainer, log)} holds its last whole step"
+        except TrainingError as error:
+            return str(error)
+    return f"{where}; the same command goes on from there" if step else f"{where}: no step was whole"
+
+
+def save(trainer: Trainer, log: RunLog) -> Path:
+    """Raises TrainingError, on every rank, where weights or the optimizer's state are not finite."""
+    session = trainer.session
+    raise_everywhere(_broken(trainer))
+    log.flush()
+    with session.timers("checkpoint"):
+        saved = save_checkpoint(
+            trainer.checkpoints, session.model, trainer.optimizer, trainer.progress, session.config.checkpoint.keep
+        )
+    log.metrics(trainer.progress.step, session.timers.take())
+    return saved
+
+
+def _broken(trainer: Trainer) -> TrainingError | None:
+    """What this rank finds broken. One wait for the device where nothing is."""
+    if trainer.optimizer.is_finite():
+        return None
+    chunks = trainer.session.model.gpt_chunks
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    broken = [name for name, parameter in named if not parameter.isfinite().all()]
+    what = f"{', '.join(broken[:3])} and {len(broken)} weights in all" if broken else "Adam's moments"
+    return TrainingError(
+        f"not finite after step {trainer.progress.step}, which is therefore not saved: {what}; go on from the "
+        "checkpoint before, if there is one, with a lower optimizer.lr"
+    )

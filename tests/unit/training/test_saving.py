@@ -1,0 +1,126 @@
+"""What ends a run leaves its last whole step behind, and never broken weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_moe.cli import main
+from gspo_moe.errors import RewardError
+from gspo_moe.rollout.answers import Answers
+from gspo_moe.training import loop
+from gspo_moe.training.checkpoint import newest_checkpoint
+from gspo_moe.training.rl import StepResult, rl_step
+from gspo_moe.training.run_log import RunLog
+from gspo_moe.training.saving import save_whole_step
+from gspo_moe.training.session import Session, Trainer
+from tests.unit.training.test_rl import SMALL, opened
+
+QUIET = ("logging.progress=false", "checkpoint.export_hf=false", "evaluation.prompts=2", "schedule.steps=3")
+
+
+def newest(trainer: Trainer) -> str | None:
+    found = newest_checkpoint(trainer.checkpoints)
+    return None if found is None else found.name
+
+
+def test_the_last_whole_step_is_saved_once_and_unbroken(tmp_path: Path) -> None:
+    with opened(tmp_path) as trainer:
+        log = RunLog(trainer)
+        assert save_whole_step(trainer, log) == "Nothing is saved: no step was whole"
+        rl_step(trainer)
+        told = f"{trainer.checkpoints}/step_00000001 holds its last whole step; the same command goes on from there"
+        assert save_whole_step(trainer, log) == told
+        written = trainer.checkpoints.joinpath("step_00000001").stat().st_mtime_ns
+        assert "step_00000001 holds its last checkpoint; the same command" in save_whole_step(trainer, log)
+        assert trainer.checkpoints.joinpath("step_00000001").stat().st_mtime_ns == written
+
+        rl_step(trainer)
+        weight = trainer.session.model.gpt_chunks[0].decoder.final_layernorm.weight
+        with torch.no_grad():
+            weight[3] = float("inf")
+        told = save_whole_step(trainer, log)
+        assert told.startswith("not finite after step 2, which is therefore not saved: decoder.final_layernorm.weight")
+        assert newest(trainer) == "step_00000001"
+        with torch.no_grad():
+            weight[3] = 1.0
+        trainer.optimizer.zero_grad()
+        trainer.optimizer.update()
+        assert "step_00000001 holds its last checkpoint: the step that it was in" in save_whole_step(trainer, log)
+        assert newest(trainer) == "step_00000001"
+        log.close()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    config = tmp_path / "config.yaml"
+    config.write_text("seed: 1\n")
+    return ["train", str(config), *SMALL, *QUIET, f"logging.run_dir={tmp_path / 'run'}"]
+
+
+def test_a_foreseen_error_and_a_signal_save_the_last_whole_step(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks_at_2(trainer: Trainer) -> StepResult:
+        if trainer.progress.step == 1:
+            raise RewardError("no reward")
+        return rl_step(trainer)
+
+    def is_signalled_in_3(trainer: Trainer) -> StepResult:
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rl_step(trainer)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "rl_step", breaks_at_2)
+    assert main(command) == RewardError.exit_code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (
+        f"gspo-moe: RewardError: no reward. {run}/checkpoints/step_00000001 holds its last whole step; the same "
+        "command goes on from there"
+    )
+    monkeypatch.setattr(loop, "rl_step", is_signalled_in_3)
+    assert main(command) == 128 + signal.SIGTERM
+    saved = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    # The signal ends the third step before it samples.
+    assert saved == ["step_00000001", "step_00000002"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.undo()
+    assert main(command) == 0
+    text = (run / "metrics.jsonl").read_text()
+    assert [text.count(f'"step": {step}, ') > 0 for step in range(4)] == [True] * 4
+    assert text.count("eval/accuracy") == 2
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*command, "schedule.steps=1"]
+    evaluate = Session.evaluate
+
+    def is_signalled_at_the_end(session: Session, policy_version: int) -> Answers:
+        if policy_version:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(session, policy_version)
+
+    monkeypatch.setattr(Session, "evaluate", is_signalled_at_the_end)
+    assert main(command) == 128 + signal.SIGINT
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert metrics.read_text().count("eval/accuracy") == 1
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert metrics.read_text().count("eval/accuracy") == 2
+
+
+def test_updates_that_are_all_skipped_end_the_run(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    huge = ["rollout.temperature=1e300", "optimizer.max_skipped_updates=7", "schedule.steps=9"]
+    assert main([*command, *huge]) == 5
+    error = capsys.readouterr().err
+    assert "optimizer.max_skipped_updates=7 ends the run: lower optimizer.lr" in error
+    assert sum("updates were skipped" in record.message for record in caplog.records) == 1
