@@ -57,12 +57,16 @@ def packs_of(samples: Sequence[TrainingSample], per_pack: int) -> list[Microbatc
 
 @contextlib.contextmanager
 def trained(
-    config: Config, layout: Layout, architecture: Architecture = SIZES, source: TensorSource | None = None
+    config: Config,
+    layout: Layout,
+    architecture: Architecture = SIZES,
+    source: TensorSource | None = None,
+    vocab: int | None = None,
 ) -> Iterator[tuple[Model, Optimizer]]:
     """The policy under an optimizer, in its process groups, which go down at the end; random weights by default."""
     groups = initialize(layout, seed=1)
     try:
-        model = build_model(config, architecture, groups, value_head=config.has_value_head)
+        model = build_model(config, architecture, groups, vocab=vocab, value_head=config.has_value_head)
         draw_value_head(model, seed=2)
         load_weights(model, source or RandomSource(architecture, seed=2))
         yield model, Optimizer(config, model, total_updates=10)

@@ -145,6 +145,11 @@ def _save(trainer: Trainer, log: RunLog) -> None:
     log.flush()
     with session.timers("checkpoint"):
         save_checkpoint(
-            trainer.checkpoints, session.model, trainer.optimizer, trainer.progress, session.config.checkpoint.keep
+            trainer.checkpoints,
+            session.model,
+            trainer.optimizer,
+            trainer.progress,
+            session.config.checkpoint.keep,
+            session.plan.tokenizer,
         )
     log.metrics(trainer.progress.step, session.timers.take())

@@ -16,6 +16,7 @@ from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.names import LM_HEAD
 from gspo_moe.model.weights import RandomSource, load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
@@ -32,13 +33,15 @@ from tests.launch import launch, renew_port
 from tests.policy import as_sample, requests, sampling, trained
 from tests.qwen3 import architecture, layout
 
-# Four layers for an interleaved pipeline; 61 tokens pad the last tensor rank's vocabulary.
-SIZES = architecture(num_hidden_layers=4, initializer_range=0.2)
+# Four layers for an interleaved pipeline. Of 131 rows 61 are tokens: all of the second tensor rank's are padding.
+SIZES = architecture(num_hidden_layers=4, initializer_range=0.2, vocab_size=131)
+VOCAB = 61
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         {"expert": 2},
         {"expert": 2, "distributed_optimizer": True},
         {"tensor": 2, "recompute": "selective"},
+        {"tensor": 2, "fused_log_probs": False},
         {"pipeline": 2, "recompute": "full"},
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2, "distributed_optimizer": True},
@@ -63,7 +66,17 @@ Named = dict[tuple[str, int], Any]
 
 def config(**parallel: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient; with a small one it is the gradient's sign."""
-    return Config.model_validate({"optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
+    fused = parallel.pop("fused_log_probs", True)
+    model = {"preset": "tiny", "fused_log_probs": fused}
+    return Config.model_validate({"model": model, "optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
+
+
+class Loud(RandomSource):
+    """Random weights, those of rows without a token so large that any use of them would show."""
+
+    def get(self, name: str) -> torch.Tensor:
+        value = super().get(name)
+        return torch.cat([value[:VOCAB], 50 * value[VOCAB:]]) if name == LM_HEAD else value
 
 
 def share(groups: Groups, values: Sequence[Any]) -> list[Any]:
@@ -103,8 +116,8 @@ def by_sample(values: Sequence[torch.Tensor], mine: Sequence[Microbatch]) -> dic
 
 
 def reference_model(groups: Groups, parallel: dict[str, Any]) -> Model:
-    model = build_model(config(**parallel), SIZES, groups)
-    load_weights(model, RandomSource(SIZES, seed=5))
+    model = build_model(config(**parallel), SIZES, groups, vocab=VOCAB)
+    load_weights(model, Loud(SIZES, seed=5))
     return model
 
 
@@ -165,7 +178,7 @@ def foreign_routes(index: int, samples: Sequence[TrainingSample]) -> torch.Tenso
 
 def one_process() -> dict[str, Any]:
     """What every layout must find."""
-    with trained(config(), layout(), SIZES) as (model, optimizer):
+    with trained(config(), layout(), SIZES, Loud(SIZES, seed=2), VOCAB) as (model, optimizer):
         rollouts = generate(model)
         samples = [
             as_sample(rollout, advantage=(-1.0) ** number * (1 + number / 9))
@@ -180,14 +193,14 @@ def one_process() -> dict[str, Any]:
 def check_layouts(world_size: int, folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=False)
     for number, parallel in enumerate(LAYOUTS[world_size]):
-        with trained(config(**parallel), layout(world_size, **parallel), SIZES) as (model, optimizer):
+        policy = config(**parallel), layout(world_size, **parallel), SIZES
+        with trained(*policy, Loud(SIZES, seed=2), VOCAB) as (model, optimizer):
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
             found = observe(model, optimizer, expected["samples"], expected["old"], parallel)
             same_numbers(model.groups, found, expected, parallel)
             save_checkpoint(folder / str(number), model, optimizer, DONE, keep=1)
             second = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
-        other = RandomSource(SIZES, seed=9)
-        with trained(config(**parallel), layout(world_size, **parallel), SIZES, other) as (model, optimizer):
+        with trained(*policy, Loud(SIZES, seed=9), VOCAB) as (model, optimizer):
             assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
             assert observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"] == second, (
                 parallel
