@@ -64,8 +64,8 @@ def check_layouts(world_size: int, folder: Path) -> None:
                     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
                 chosen = logits_at(model, packs(sizes), ENDS)
                 assert len(chosen) == len(found)
-                for logits_NV, sequences, ends in zip(chosen, found, ENDS, strict=False):
-                    torch.testing.assert_close(logits_NV, torch.cat(sequences)[list(ends)], atol=1e-5, rtol=0)
+                for logits_NV, every, ends in zip(chosen, found, ENDS, strict=False):
+                    torch.testing.assert_close(logits_NV, torch.cat(every)[list(ends)], atol=1e-5, rtol=0)
                 cached = cached_logits(model, packs(sizes)[0], PROMPTS)
                 if model.groups.is_last_stage:
                     whole = [torch.stack(logits) for logits in cached]
