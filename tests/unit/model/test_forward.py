@@ -49,7 +49,7 @@ def test_rows_without_a_token_are_never_sampled_and_have_no_probability(fused: b
 
 def test_chosen_positions_have_the_logits_of_a_whole_pack(model: Model) -> None:
     packs = [random_sequences(SIZES, lengths) for lengths in ((11, 4), (3,))]
-    chosen = ([14, 10, 0], [])
+    chosen: tuple[list[int], ...] = ([14, 10, 0], [])
     for found_NV, whole, positions in zip(
         logits_at(model, packs, chosen), forward_logits(model, packs), chosen, strict=True
     ):
