@@ -40,12 +40,11 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"expert": 2},
         {"expert": 2, "distributed_optimizer": True},
         {"tensor": 2, "recompute": "selective"},
-        {"tensor": 2, "fused_log_probs": False},
         {"pipeline": 2, "recompute": "full"},
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2, "distributed_optimizer": True},
     ],
-    4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
+    4: [{"tensor": 2, "expert": 2, "expert_tensor": 1, "fused_log_probs": False}],
 }
 SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": dataclasses.replace(sampling(), report_routes=True)}
 CHECKPOINT = "step_00000001"
