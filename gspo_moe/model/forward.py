@@ -77,8 +77,7 @@ def run(
         def finish(output_1PX: torch.Tensor, non_loss_data: bool = False) -> Any:
             if filler:
                 return None
-            output_X = output_1PX[0] if hidden or positions else output_1PX[0, : item.num_tokens]
-            loss, kept = head(index, output_X)
+            loss, kept = head(index, output_1PX[0] if hidden or positions else output_1PX[0, : item.num_tokens])
             if non_loss_data:
                 return kept
             assert loss is not None, "a backward pass needs a loss"

@@ -3,11 +3,9 @@
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
 each unfinished sequence. Finished sequences leave the batch at once; the cache is compacted when a quarter of its rows
 stand idle. Invariants: experts span data-parallel ranks, so every rank runs the same number of forward passes (a rank
-with nothing left feeds an empty pack); a sample depends on its request's uid, its
-index and the seed alone.
+with nothing left feeds an empty pack); a sample depends on its request's uid, its index and the seed alone.
 
-Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a
-token.
+Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
 
 from __future__ import annotations
