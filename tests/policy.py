@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.names import LM_HEAD
 from gspo_moe.model.weights import RandomSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.engine import Request, SamplingParams
@@ -23,6 +26,18 @@ SIZES = architecture(initializer_range=0.25)
 PROMPTS = ((3,), (7, 1, 9, 4), (5, 5, 5, 5, 5, 5, 5), (60, 2), (11, 12, 13, 14, 15))
 STOP = frozenset({0, 8, 17, 25, 40, 56})
 LONGEST = 12
+
+
+class LoudRows(RandomSource):
+    """Random weights, those of the rows behind `vocab` so large that any use of their logits shows."""
+
+    def __init__(self, architecture: Architecture, seed: int, vocab: int) -> None:
+        super().__init__(architecture, seed)
+        self._vocab = vocab
+
+    def get(self, name: str) -> torch.Tensor:
+        value = super().get(name)
+        return torch.cat([value[: self._vocab], 50 * value[self._vocab :]]) if name == LM_HEAD else value
 
 
 def requests(samples: int = 4, prompts: Sequence[tuple[int, ...]] = PROMPTS) -> list[Request]:
@@ -57,12 +72,16 @@ def packs_of(samples: Sequence[TrainingSample], per_pack: int) -> list[Microbatc
 
 @contextlib.contextmanager
 def trained(
-    config: Config, layout: Layout, architecture: Architecture = SIZES, source: TensorSource | None = None
+    config: Config,
+    layout: Layout,
+    architecture: Architecture = SIZES,
+    source: TensorSource | None = None,
+    vocab: int | None = None,
 ) -> Iterator[tuple[Model, Optimizer]]:
     """The policy under an optimizer, in its process groups, which go down at the end; random weights by default."""
     groups = initialize(layout, seed=1)
     try:
-        model = build_model(config, architecture, groups, value_head=config.has_value_head)
+        model = build_model(config, architecture, groups, vocab=vocab, value_head=config.has_value_head)
         draw_value_head(model, seed=2)
         load_weights(model, source or RandomSource(architecture, seed=2))
         yield model, Optimizer(config, model, total_updates=10)

@@ -121,6 +121,16 @@ def forward_logits(model: Model, packs: Sequence[Sequence[torch.Tensor]]) -> lis
     ]
 
 
+def logits_at(
+    model: Model, packs: Sequence[Sequence[torch.Tensor]], positions: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Logits [N, vocabulary] at these positions of each pack; empty but on the last pipeline stage."""
+    chosen = [torch.tensor(one, dtype=torch.int64) for one in positions]
+    inputs = [packed(sequences) for sequences in packs]
+    outputs = run(model, inputs, lambda _, logits_NV: (None, logits_NV), backward=False, positions=chosen)
+    return [whole_vocabulary(model, logits_NV) for logits_NV in outputs]
+
+
 def cached_logits(
     model: Model, sequences: Sequence[torch.Tensor], prompt_lengths: Sequence[int]
 ) -> list[list[torch.Tensor]]:

@@ -37,6 +37,15 @@ def check_reference(config: Config, architecture: Architecture) -> None:
         raise ConfigError(f"algorithm.kl.reference={folder} holds no *.safetensors; convert its weights")
 
 
+def check_vocabulary(tokens: int, architecture: Architecture) -> None:
+    """Raises ConfigError where the model has fewer rows than the tokenizer has `tokens`."""
+    if tokens > architecture.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokens} tokens and the model's vocab_size is {architecture.vocab_size}; give the "
+            "tokenizer that the model was trained with (tokenizer.path)"
+        )
+
+
 def _model(config: Config) -> Iterator[str]:
     architecture: Architecture | None = None
     try:

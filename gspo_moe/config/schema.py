@@ -119,6 +119,7 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
 
+    stop: strings of one token each, which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -15,12 +14,15 @@ import sentencepiece
 import tokenizers
 
 from gspo_moe.config.schema import TokenizerConfig
+from gspo_moe.data.end_tokens import GENERATION_FILE, NO_END_TOKENS, EndTokens, read_end_tokens, read_json
 from gspo_moe.errors import ConfigError, DataError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
-HF_EOS_FILES = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
-HF_COPIED = (*HF_EOS_FILES, "added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
+HF_EOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # in order
+HF_COPIED = (*HF_EOS_FILES, GENERATION_FILE, "added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
+
+MOST_NAMED = 5
 
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space; a text may hold the character itself
 SMALLEST_VOCABULARY = 260  # unknown, end, space, 256 bytes and one character
@@ -44,10 +46,16 @@ TRAINING: dict[str, Any] = {
 
 
 class Tokenizer(Protocol):
-    """Token ids are 0 to `vocab_size` - 1. `pad_id` fills unused places and may be any token: mask by length."""
+    """Token ids are 0 to `vocab_size` - 1. `pad_id` fills unused places and may be any token: mask by length.
+
+    eos_id: what a demonstration ends with. eos_ids: every id that ends a rollout, `eos_id` first.
+    """
 
     @property
     def eos_id(self) -> int: ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
 
     @property
     def pad_id(self) -> int: ...
@@ -69,9 +77,12 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. With one that `train` made, `decode(encode(text)) == text` for any text."""
+    """A SentencePiece model. With one that `train` made, `decode(encode(text)) == text` for any text.
 
-    def __init__(self, model: bytes) -> None:
+    Raises DataError where it has no end-of-text piece, or `ends` one that it does not know.
+    """
+
+    def __init__(self, model: bytes, ends: EndTokens = NO_END_TOKENS) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.eos_id = self._processor.eos_id()
@@ -80,6 +91,7 @@ class SentencePieceTokenizer:
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         self.vocab_size = self._processor.vocab_size()
+        self.eos_ids = ends.with_own(self.eos_id, self.vocab_size)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
@@ -103,10 +115,14 @@ class SentencePieceTokenizer:
         return cls(written.getvalue())
 
     @classmethod
-    def load(cls, path: str | Path) -> SentencePieceTokenizer:
-        """Reads a model file. Raises DataError where it is missing or no SentencePiece model."""
+    def load(cls, path: str | Path, model_folder: Path | None = None) -> SentencePieceTokenizer:
+        """Reads a model file, and end tokens beside it or else in `model_folder`.
+
+        Raises DataError where the file is missing or no SentencePiece model, and for end tokens that it does not have.
+        """
+        ends = read_end_tokens(Path(path).parent, model_folder)
         try:
-            return cls(Path(path).read_bytes())
+            return cls(Path(path).read_bytes(), ends)
         except (OSError, RuntimeError) as error:
             raise DataError(f"{path} is no readable SentencePiece model ({error}); give another file") from error
 
@@ -128,11 +144,13 @@ class SentencePieceTokenizer:
 class HFTokenizer:
     """A Hugging Face `tokenizer.json`, read with the `tokenizers` library.
 
-    Special tokens in a text become their ids, and decode to their own text, so that a reward sees them. Raises
-    DataError where the file cannot be read or no end-of-text token is named.
+    Special tokens in a text become their ids, and decode to their own text, so that a reward sees them.
+    model_folder: where end tokens are looked for if `folder` names none.
+    Raises DataError where the file cannot be read, ids below the largest have no token, no end-of-text token is named,
+    or one that it does not have.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, model_folder: Path | None = None) -> None:
         self._folder = Path(folder)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / HF_FILE))
@@ -140,10 +158,12 @@ class HFTokenizer:
             raise DataError(f"{self._folder / HF_FILE} is no readable tokenizer ({error}); export it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        settings = {name: _read_json(self._folder / name) for name in HF_EOS_FILES}
-        self.eos_id = self._find_eos(settings)
-        pad_id = self._token_id(settings["tokenizer_config.json"].get("pad_token"))
+        self.vocab_size = self._count_tokens()
+        settings = [read_json(self._folder / name) for name in HF_EOS_FILES]
+        ends = read_end_tokens(self._folder, model_folder)
+        self.eos_id = self._find_eos(settings, ends)
+        self.eos_ids = ends.with_own(self.eos_id, self.vocab_size)
+        pad_id = self._token_id(settings[0].get("pad_token"))
         self.pad_id = self.eos_id if pad_id is None else pad_id
 
     def encode(self, text: str) -> list[int]:
@@ -158,15 +178,21 @@ class HFTokenizer:
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, Path(folder) / name)
 
-    def _find_eos(self, settings: dict[str, dict[str, Any]]) -> int:
-        generation = settings["generation_config.json"].get("eos_token_id")
-        found = (
-            self._token_id(settings["tokenizer_config.json"].get("eos_token")),
-            generation[0] if isinstance(generation, list) and generation else generation,
-            self._token_id(settings["special_tokens_map.json"].get("eos_token")),
-        )
-        for eos_id in found:
-            if isinstance(eos_id, int):
+    def _count_tokens(self) -> int:
+        ids = set(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        missing = sorted(set(range(max(ids, default=0))) - ids)
+        if missing:
+            first = ", ".join(map(str, missing[:MOST_NAMED])) + ("" if len(missing) <= MOST_NAMED else ", ...")
+            raise DataError(
+                f"{self._folder / HF_FILE} has tokens up to id {max(ids)} and none for {len(missing)} ids below it "
+                f"({first}), which a policy could sample; add tokens for them (added_tokens)"
+            )
+        return len(ids)
+
+    def _find_eos(self, settings: list[dict[str, Any]], ends: EndTokens) -> int:
+        named = [self._token_id(one.get("eos_token")) for one in settings]
+        for eos_id in (*named, *ends.ids):
+            if eos_id is not None:
                 return eos_id
         raise DataError(
             f"{self._folder} names no end-of-text token; set eos_token in its tokenizer_config.json "
@@ -192,15 +218,7 @@ def load_tokenizer(
     Every process may call this at once: training is deterministic and files appear whole.
     Raises ConfigError where what the config asks for is not there, DataError for files that cannot be read.
     """
-    if config.path is not None:
-        tokenizer = find_tokenizer(config.kind, Path(config.path))
-        if tokenizer is None:
-            raise ConfigError(
-                f"tokenizer.path={config.path} with tokenizer.kind={config.kind} holds no such tokenizer; "
-                f"give a folder with {HF_FILE} (hf) or {SENTENCEPIECE_FILE} (sentencepiece), or a SentencePiece file"
-            )
-        return tokenizer
-    found = find_tokenizer(config.kind, Path(model_folder)) if model_folder is not None else None
+    found = own_tokenizer(config, model_folder)
     if found is not None:
         return found
     if config.kind == "hf" or (config.kind == "auto" and model_folder is not None):
@@ -213,24 +231,32 @@ def load_tokenizer(
     return trained
 
 
-def find_tokenizer(kind: str, path: Path) -> Tokenizer | None:
+def own_tokenizer(config: TokenizerConfig, model_folder: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of `config.path`, else the one in the model's folder, None where there is none.
+
+    Raises ConfigError where `config.path` holds none, DataError for files that cannot be read.
+    """
+    model_folder = None if model_folder is None else Path(model_folder)
+    if config.path is None:
+        return None if model_folder is None else _find(config.kind, model_folder, None)
+    tokenizer = _find(config.kind, Path(config.path), model_folder)
+    if tokenizer is None:
+        raise ConfigError(
+            f"tokenizer.path={config.path} with tokenizer.kind={config.kind} holds no such tokenizer; "
+            f"give a folder with {HF_FILE} (hf) or {SENTENCEPIECE_FILE} (sentencepiece), or a SentencePiece file"
+        )
+    return tokenizer
+
+
+def _find(kind: str, path: Path, model_folder: Path | None) -> Tokenizer | None:
     """The tokenizer of that kind in a folder (or a SentencePiece file itself), None where there is none."""
     if kind != "sentencepiece" and (path / HF_FILE).is_file():
-        return HFTokenizer(path)
+        return HFTokenizer(path, model_folder)
     if kind != "hf":
         for file in (path, path / SENTENCEPIECE_FILE):
             if file.is_file():
-                return SentencePieceTokenizer.load(file)
+                return SentencePieceTokenizer.load(file, model_folder)
     return None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file} is no JSON object ({error}); export the tokenizer again") from error
 
 
 def _write_at_once(file: Path, content: bytes) -> None:

@@ -32,6 +32,7 @@ class Model:
 
     chunks: GPTModels, or what training wrapped around them; more than one only under virtual pipelining.
     padded_vocab: rows of the embedding over all tensor ranks, a multiple of their number.
+    vocab: how many of them, from the first, are tokens: the others are never sampled and have no part in any log-prob.
     fused_log_probs, log_prob_memory: as `model.fused_log_probs` and, in bytes, `model.log_prob_memory_mib`.
     """
 
@@ -40,6 +41,7 @@ class Model:
     groups: Groups
     chunks: list[torch.nn.Module]
     padded_vocab: int
+    vocab: int
     fused_log_probs: bool
     log_prob_memory: int
 
@@ -57,10 +59,17 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def build_model(
-    config: Config, architecture: Architecture, groups: Groups, *, on_meta: bool = False, value_head: bool = False
+    config: Config,
+    architecture: Architecture,
+    groups: Groups,
+    *,
+    vocab: int | None = None,
+    on_meta: bool = False,
+    value_head: bool = False,
 ) -> Model:
     """Builds the chunks with uninitialised weights, on this process's device; `model.weights` fills them in.
 
+    vocab: the tokenizer's vocabulary, None for every row of the architecture's.
     on_meta: builds shapes alone, which take no memory. value_head: the last chunk gets one, for PPO.
     Raises ConfigError where `model.backend` asks for layers that cannot run here.
     """
@@ -102,6 +111,7 @@ def build_model(
         groups,
         chunks,
         padded_vocab,
+        architecture.vocab_size if vocab is None else vocab,
         config.model.fused_log_probs,
         config.model.log_prob_memory_mib * 2**20,
     )

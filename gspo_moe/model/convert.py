@@ -28,10 +28,10 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checks import check_files
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config, ModelConfig
-from gspo_moe.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.model.build import build_model
-from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index
+from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index, write_tokenizer
 from gspo_moe.model.names import Entry, hf_shapes
 from gspo_moe.model.sharded import (
     MISFIT,
@@ -92,16 +92,12 @@ def convert(config: Config, target: Path) -> int:
         raise CheckpointError(f"{target} exists; name a folder that does not, or remove it")
     assert config.model.folder is not None
     source = Path(config.model.folder)
-    if config.tokenizer.path is not None:
-        tokenizer: Tokenizer | None = load_tokenizer(config.tokenizer, None, list, target)
-    else:
-        tokenizer = find_tokenizer(config.tokenizer.kind, source)
     conversion = Conversion(
         source=source,
         target=target,
         architecture=config.model.architecture(),
         dtype=config.model.dtype if "dtype" in config.model.model_fields_set else None,
-        tokenizer=tokenizer,
+        tokenizer=own_tokenizer(config.tokenizer, source),
         timeout_minutes=config.parallel.timeout_minutes,
         show_progress=config.logging.progress,
     )
@@ -185,8 +181,7 @@ def _staged(conversion: Conversion, items: Sequence[_Item]) -> Iterator[Path]:
         raise
     if is_main:
         write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
-        if conversion.tokenizer is not None:
-            conversion.tokenizer.save(partial)
+        write_tokenizer(partial, conversion.tokenizer)
         partial.replace(target)
     dist.barrier()
 

@@ -1,8 +1,8 @@
 """Runs packs through megatron-core's pipeline schedule: the one way in which every forward and backward happens.
 
 Training, scoring, evaluation and generation all come through `run`, so they share packing, padding and vocabulary
-handling. Shape letters: T tokens of a pack, P tokens with padding, V this rank's slice of the vocabulary, X what the
-last stage gives of each token.
+handling. Shape letters: T tokens of a pack, P tokens with padding, N chosen positions of them, H hidden, V this rank's
+slice of the vocabulary, X what the last stage gives of each token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_
 class Head(Protocol):
     """What the last stage makes of a pack's logits [T, V]: a loss to differentiate (or None) and anything to keep.
 
-    Under context parallelism T is this rank's part of the pack.
+    Under context parallelism T is this rank's part of the pack; under `run(positions=...)` it is those positions.
     Under `run(for_log_probs=True)` it gets, instead of logits, what `token_log_probs` takes, and nothing else can read.
     """
 
@@ -47,6 +47,7 @@ def run(
     backward: bool,
     record: RecordScope = no_recording,
     for_log_probs: bool = False,
+    positions: Sequence[torch.Tensor] | None = None,
 ) -> list[Any]:
     """Runs every pack forward (and backward) through the pipeline; what `head` kept, in order, on the last stage.
 
@@ -55,6 +56,7 @@ def run(
     its finalize function is set. Every data-parallel rank calls it with equally many packs; a pack may be empty.
     Context-parallel ranks call it with the same packs, each for its own tokens (`ModelInput.split`).
     Virtual pipelining takes a multiple of the pipeline size: a pass without backward is filled up with the last pack.
+    positions: int64 [N] a pack: their logits [N, V] alone are made, in a pass without backward. Default: all tokens'.
     """
     fillers = -len(inputs) % model.groups.pipeline.size() if len(model.chunks) > 1 else 0
     assert not (backward and fillers), "the router's auxiliary loss would count the fillers"
@@ -62,24 +64,20 @@ def run(
     packs = [*padded, *[padded[-1]] * fillers]
     count = len(packs)
     hidden = for_log_probs and model.fused_log_probs
+    assert positions is None or not (backward or for_log_probs), "chosen positions are for generation"
 
     def step(data: Iterator[tuple[int, PaddedInput]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         index, item = next(data)
         filler = index >= len(inputs)
         recording = contextlib.nullcontext() if filler else record(index, chunk, item.split)
-        with recording, _no_output_layer(chunk) if hidden else contextlib.nullcontext():
-            output = chunk(
-                item.input_ids_1P,
-                item.position_ids_1P,
-                None,
-                packed_seq_params=item.attention,
-                padding_mask=_stage_mask(model, chunk, item.padding_mask),
-            )
+        chosen = None if positions is None else positions[min(index, len(inputs) - 1)]
+        with recording, _no_output_layer(chunk) if hidden else _only_positions(chunk, chosen):
+            output = _output(model, chunk, item)
 
         def finish(output_1PX: torch.Tensor, non_loss_data: bool = False) -> Any:
             if filler:
                 return None
-            loss, kept = head(index, output_1PX[0] if hidden else output_1PX[0, : item.num_tokens])
+            loss, kept = head(index, output_1PX[0] if hidden or positions else output_1PX[0, : item.num_tokens])
             if non_loss_data:
                 return kept
             assert loss is not None, "a backward pass needs a loss"
@@ -103,6 +101,13 @@ def run(
     return kept[: len(inputs)]
 
 
+def _output(model: Model, chunk: torch.nn.Module, item: PaddedInput) -> torch.Tensor:
+    mask = _stage_mask(model, chunk, item.padding_mask)
+    ids, positions = item.input_ids_1P, item.position_ids_1P
+    output: torch.Tensor = chunk(ids, positions, None, packed_seq_params=item.attention, padding_mask=mask)
+    return output
+
+
 def _stage_mask(model: Model, chunk: torch.nn.Module, mask_1P: torch.Tensor | None) -> torch.Tensor | None:
     """The padding mask as GPTModel wants it: it scatters the mask along the sequence on the first stage alone."""
     if mask_1P is None or not model.config.sequence_parallel or unwrap(chunk).pre_process:
@@ -113,17 +118,7 @@ def _stage_mask(model: Model, chunk: torch.nn.Module, mask_1P: torch.Tensor | No
 def _words(model: Model, width: int) -> tuple[int, int]:
     """The first token of this tensor rank's `width` columns, and how many of them are tokens, the rest padding."""
     start = model.groups.tensor.rank() * width
-    return start, min(max(model.architecture.vocab_size - start, 0), width)
-
-
-def mask_padded_vocab(model: Model, logits_TV: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Logits with the padding columns of this rank's slice at the dtype's minimum, and the slice's first token."""
-    width = logits_TV.shape[-1]
-    start, valid = _words(model, width)
-    if valid < width:
-        column = torch.arange(width, device=logits_TV.device)
-        logits_TV = logits_TV.masked_fill(column >= valid, torch.finfo(logits_TV.dtype).min)
-    return logits_TV, start
+    return start, min(max(model.vocab - start, 0), width)
 
 
 @contextlib.contextmanager
@@ -140,20 +135,44 @@ def _no_output_layer(chunk: torch.nn.Module) -> Iterator[None]:
         del gpt.output_layer.forward
 
 
+@contextlib.contextmanager
+def _only_positions(chunk: torch.nn.Module, positions_N: torch.Tensor | None) -> Iterator[None]:
+    """Has the last stage make the logits [1, N, V] of these positions alone, None for all. Forward only."""
+    gpt = unwrap(chunk)
+    if positions_N is None or not gpt.post_process:
+        yield
+        return
+    layer = gpt.output_layer
+    sequence_parallel = layer.sequence_parallel
+
+    def forward(hidden_P1H: torch.Tensor, **more: Any) -> Any:
+        if sequence_parallel:
+            hidden_P1H = gather_from_sequence_parallel_region(hidden_P1H, group=layer.tp_group)
+        return type(layer).forward(layer, hidden_P1H[positions_N], **more)
+
+    layer.forward, layer.sequence_parallel = forward, False  # or it would gather the chosen ones once more
+    try:
+        yield
+    finally:
+        del layer.forward
+        layer.sequence_parallel = sequence_parallel
+
+
 def token_log_probs(
     model: Model, output_TX: torch.Tensor, targets_T: torch.Tensor, temperature: float = 1.0
 ) -> TokenLogProbs:
-    """Log-probs [T] (nats, fp32) of the targets at `temperature`, over the whole vocabulary; differentiable.
+    """Log-probs [T] (nats, fp32) of the targets at `temperature`, over the `vocab` of the model; differentiable.
 
     output_TX: what `run(for_log_probs=True)` gave the head.
     """
     tensor = model.groups.tensor
     if not model.fused_log_probs:
-        logits_TV, start = mask_padded_vocab(model, output_TX)
+        start, vocab = _words(model, output_TX.shape[1])
+        words_TV = output_TX[:, :vocab]
         log_probs_T = vocab_parallel_log_probs(
-            logits_TV, targets_T, temperature=temperature, vocab_start=start, group=tensor
+            words_TV, targets_T, temperature=temperature, vocab_start=start, group=tensor
         )
-        first_choice_T = vocab_parallel_first_choice(logits_TV, targets_T, vocab_start=start, group=tensor)
+        first_choice_T = vocab_parallel_first_choice(words_TV, targets_T, vocab_start=start, group=tensor)
         return TokenLogProbs(log_probs_T, None, first_choice_T)
     gpt = model.gpt_chunks[-1]
     shared = gpt.share_embeddings_and_output_weights

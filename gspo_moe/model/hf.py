@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.data.end_tokens import GENERATION_FILE
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
@@ -52,8 +53,7 @@ def export_hf(
         partial.mkdir(parents=True)
         _write_weights(whole_tensors(model), partial, max_shard_bytes)
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
-        if tokenizer is not None:
-            tokenizer.save(partial)
+        write_tokenizer(partial, tokenizer)
         _replace(partial, folder)
     else:
         for _ in whole_tensors(model):
@@ -164,8 +164,22 @@ def write_config(
         EXPORTED_BY: importlib.metadata.version("gspo_moe"),
     }
     if tokenizer is not None:
-        config["eos_token_id"] = tokenizer.eos_id
+        config["eos_token_id"] = _eos_token_id(tokenizer)
     _write_json(folder / "config.json", config)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes the tokenizer's files, and all its end tokens into `generation_config.json`, whose other keys stay."""
+    if tokenizer is None:
+        return
+    tokenizer.save(folder)
+    file = folder / GENERATION_FILE
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    _write_json(file, {**settings, "eos_token_id": _eos_token_id(tokenizer)})
+
+
+def _eos_token_id(tokenizer: Tokenizer) -> int | list[int]:
+    return tokenizer.eos_id if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
 
 
 def _write_json(file: Path, value: object) -> None:

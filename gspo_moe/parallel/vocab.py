@@ -22,12 +22,10 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         ctx: Any, logits_TV: torch.Tensor, targets_T: torch.Tensor, vocab_start: int, group: dist.ProcessGroup | None
     ) -> torch.Tensor:
         wide_TV = logits_TV.double() if logits_TV.dtype == torch.float64 else logits_TV.float()
-        local_T = targets_T - vocab_start
-        here_T = (local_T >= 0) & (local_T < wide_TV.shape[1])
-        index_T = local_T.clamp(0, wide_TV.shape[1] - 1)
-        max_T = wide_TV.amax(dim=1)
+        here_T, index_T = _places(wide_TV, targets_T - vocab_start)
+        max_T = _largest(wide_TV)
         sum_T = torch.exp(wide_TV - max_T[:, None]).sum(dim=1)
-        target_T = wide_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~here_T, 0.0)
+        target_T = _picked(wide_TV, here_T, index_T, 0.0)
         statistics = torch.stack([max_T, sum_T, target_T])
         if group is not None and group.size() > 1:
             gathered = statistics.new_empty((group.size() * len(statistics), len(target_T)))
@@ -45,7 +43,8 @@ class _VocabParallelLogProbs(torch.autograd.Function):
         (grad_T,) = grads
         logits_TV, log_normalizer_T, index_T, here_T = ctx.saved_tensors
         grad_TV = torch.exp(logits_TV.to(log_normalizer_T.dtype) - log_normalizer_T[:, None]).mul_(-grad_T[:, None])
-        grad_TV.scatter_add_(1, index_T[:, None], (grad_T * here_T)[:, None])
+        if grad_TV.shape[1]:
+            grad_TV.scatter_add_(1, index_T[:, None], (grad_T * here_T)[:, None])
         return grad_TV.to(logits_TV.dtype), None, None, None
 
 
@@ -59,7 +58,8 @@ def vocab_parallel_log_probs(
 ) -> torch.Tensor:
     """Log-probs [T] (nats) of `targets_T` under softmax(logits / temperature) over all ranks' slices.
 
-    logits_TV: [T, V] float, this rank's slice, whose first column is token `vocab_start`; differentiable.
+    logits_TV: [T, V] float, this rank's slice, whose first column is token `vocab_start`; differentiable. A slice may
+    have no column, where all rows of a rank are padding.
     The result is fp32, or fp64 for fp64 logits, and the same on every rank of `group`.
     """
     if temperature != 1.0:
@@ -73,10 +73,27 @@ def vocab_parallel_first_choice(
     logits_TV: torch.Tensor, targets_T: torch.Tensor, *, vocab_start: int = 0, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
     """Whether no token's logit exceeds the target's, bool [T]; arguments as in `vocab_parallel_log_probs`."""
-    local_T = targets_T - vocab_start
-    here_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
-    picked_T = logits_TV.gather(1, local_T.clamp(0, logits_TV.shape[1] - 1)[:, None])[:, 0]
-    both = torch.stack([logits_TV.amax(dim=1), picked_T.masked_fill(~here_T, -torch.inf)])
+    places = _places(logits_TV, targets_T - vocab_start)
+    both = torch.stack([_largest(logits_TV), _picked(logits_TV, *places, -torch.inf)])
     if group is not None and group.size() > 1:
         dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
     return both[1] >= both[0]
+
+
+def _places(logits_TV: torch.Tensor, column_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the targets' columns are here, and columns that are."""
+    width = logits_TV.shape[1]
+    return (column_T >= 0) & (column_T < width), column_T.clamp(0, max(width - 1, 0))
+
+
+def _largest(logits_TV: torch.Tensor) -> torch.Tensor:
+    """The largest logit of each token; finite where there is none, so that a difference of two is no NaN."""
+    if logits_TV.shape[1] == 0:
+        return logits_TV.new_full(logits_TV.shape[:1], torch.finfo(logits_TV.dtype).min)
+    return logits_TV.amax(dim=1)
+
+
+def _picked(logits_TV: torch.Tensor, here_T: torch.Tensor, index_T: torch.Tensor, otherwise: float) -> torch.Tensor:
+    if logits_TV.shape[1] == 0:
+        return logits_TV.new_full(logits_TV.shape[:1], otherwise)
+    return logits_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~here_T, otherwise)

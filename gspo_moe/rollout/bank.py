@@ -98,11 +98,17 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
 
 
 def read_bank(path: str | Path) -> Bank:
-    """Reads what `write_bank` wrote; raises DataError for any other file."""
+    """Reads what `write_bank` wrote; raises DataError for any other file and for ids that no token has."""
     described = describe_bank(path)
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
+    largest, vocab_size = int(tensors["token_ids"].max()), described["sampling"]["vocab_size"]
+    if largest >= vocab_size:
+        raise DataError(
+            f"{path} holds token {largest}, which its tokenizer of {vocab_size} tokens does not have and no policy can "
+            "sample; make another one with `gspo-moe bank`"
+        )
     rollouts = _rollouts(tensors, described["rollouts"])
     rewards = iter(tensors["rewards"].tolist())
     groups = []

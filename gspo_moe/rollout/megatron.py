@@ -6,8 +6,7 @@ stand idle. Invariants: experts span data-parallel ranks, so every rank runs the
 with nothing left feeds an empty pack), also behind a fault of one of them, which all raise at the end; a sample depends
 on its request's uid, its index and the seed alone.
 
-Shape letters: N sequences in the batch, V vocabulary (whole), R response tokens at most, A MoE layers, K experts a
-token.
+Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from gspo_moe.errors import ConfigError, RolloutError
 from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import mask_padded_vocab, no_recording, run
+from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
@@ -235,14 +234,13 @@ class MegatronEngine:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _logits(self, inputs: list[ModelInput], positions: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Whole-vocabulary logits at the given positions of each pack, on every rank of the last stage."""
+        """Every token's logits at the given positions of each pack, on every rank of the last stage."""
 
-        def head(index: int, logits_TV: torch.Tensor) -> tuple[None, torch.Tensor]:
-            picked, _ = mask_padded_vocab(self._model, logits_TV[positions[index]])
-            return None, self._gather_vocab(picked)
+        def head(index: int, logits_NV: torch.Tensor) -> tuple[None, torch.Tensor]:
+            return None, self._gather_vocab(logits_NV)[:, : self._model.vocab]
 
         record = no_recording if self._recorder is None else self._recorder.scope
-        kept = run(self._model, inputs, head, backward=False, record=record)
+        kept = run(self._model, inputs, head, backward=False, record=record, positions=positions)
         return kept if self._model.groups.is_last_stage else None
 
     def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -310,8 +308,8 @@ def _rollout(sequence: _Sequence, policy_version: int) -> Rollout:
 
 
 def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """The tokenizer's end token and each stop string's token. Raises ConfigError for a string of several tokens."""
-    ids = {tokenizer.eos_id}
+    """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
+    ids = set(tokenizer.eos_ids)
     for text in stop:
         encoded = tokenizer.encode(text)
         if len(encoded) != 1:

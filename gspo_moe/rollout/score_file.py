@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo_moe.config.checks import check_files
+from gspo_moe.config.checks import check_files, check_vocabulary
 from gspo_moe.config.layout import check_layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches
+from gspo_moe.data.tokenizers import own_tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
@@ -28,7 +29,8 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     """Writes for each line `{"token_ids": [...]}` of `data` a line `{"log_probs": [...]}` to `output`, in order.
 
     log_probs: one value (nats, temperature 1) for each token after the first. With routes, `routes` has one entry a
-    log-prob: the experts [layer][slot] that the position which predicted that token picked.
+    log-prob: the experts [layer][slot] that the position which predicted that token picked. Rows of the model that
+    the tokenizer has no token for, `tokenizer.path`'s or the model's own, have no probability; without one, every row.
     Raises DataError, naming the line, for what is no such line or does not fit the model, and for an `output` that
     cannot be written.
     """
@@ -36,12 +38,15 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     if output.is_dir() or not output.parent.is_dir():
         raise DataError(f"{output} cannot be written; give a file in a folder that exists")
     architecture = config.model.architecture()
-    sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_position_embeddings))
+    tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
+    vocab = architecture.vocab_size if tokenizer is None else tokenizer.vocab_size
+    check_vocabulary(vocab, architecture)
+    sequences = list(read_sequences(data, vocab, architecture.max_position_embeddings))
     world_size = world_size_from_environment()
     layout = check_layout(config, architecture, world_size, megatron_version())
     choose_backend(config.model.backend, config.model.dtype)
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
-    model = build_model(config, architecture, groups)
+    model = build_model(config, architecture, groups, vocab=vocab)
     assert config.model.hf is not None
     load_weights(model, SafetensorsSource(Path(config.model.hf)))
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
@@ -67,7 +72,7 @@ def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[
         if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
             raise DataError(f"{data}, line {number}: token_ids must be a list of one integer or more")
         if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise DataError(f"{data}, line {number}: token ids must lie in [0, {vocab_size}), the model's vocabulary")
+            raise DataError(f"{data}, line {number}: token ids must lie in [0, {vocab_size}), the vocabulary")
         if len(ids) > longest + 1:
             raise DataError(f"{data}, line {number}: {len(ids)} tokens exceed the model's {longest} positions")
         yield tuple(ids)

@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
+from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import write_config
@@ -56,8 +57,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def save_checkpoint(folder: Path, model: Model, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks."""
+def save_checkpoint(
+    folder: Path,
+    model: Model,
+    optimizer: Optimizer,
+    progress: Progress,
+    keep: int,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks.
+
+    tokenizer: whose end tokens its config.json names.
+    """
     target = folder / f"step_{progress.step:08d}"
     partial = target.with_name(target.name + ".partial")
     if model.groups.is_main:
@@ -73,7 +84,7 @@ def save_checkpoint(folder: Path, model: Model, optimizer: Optimizer, progress: 
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if model.groups.is_main:
-        write_config(partial, model.architecture, model.config.params_dtype)
+        write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)

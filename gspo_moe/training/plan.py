@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gspo_moe.config.checks import check_files, check_reference
+from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
 from gspo_moe.config.layout import check_layout
 from gspo_moe.config.loading import read_yaml
 from gspo_moe.config.schema import Config
@@ -36,11 +36,7 @@ def make_plan(config: Config) -> Plan:
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size is "
-            f"{architecture.vocab_size}; give the tokenizer that the model was trained with (tokenizer.path)"
-        )
+    check_vocabulary(tokenizer.vocab_size, architecture)
     check_reference(config, architecture)
     if config.stage == "sft":
         task.demonstration(task.prompt("sft", 0))

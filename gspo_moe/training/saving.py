@@ -32,7 +32,12 @@ def save(trainer: Trainer, log: RunLog) -> Path:
     log.flush()
     with session.timers("checkpoint"):
         saved = save_checkpoint(
-            trainer.checkpoints, session.model, trainer.optimizer, trainer.progress, session.config.checkpoint.keep
+            trainer.checkpoints,
+            session.model,
+            trainer.optimizer,
+            trainer.progress,
+            session.config.checkpoint.keep,
+            session.plan.tokenizer,
         )
     log.metrics(trainer.progress.step, session.timers.take())
     return saved

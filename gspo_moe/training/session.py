@@ -82,7 +82,8 @@ def open_session(plan: Plan) -> Session:
     """Joins the process group, builds the model and fills in its first weights. Collective."""
     config = plan.config
     groups = initialize(plan.layout, config.seed, config.parallel.timeout_minutes)
-    model = build_model(config, plan.architecture, groups, value_head=config.has_value_head)
+    vocab = plan.tokenizer.vocab_size
+    model = build_model(config, plan.architecture, groups, vocab=vocab, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
     stop = StopSignals()
@@ -137,7 +138,8 @@ def open_reference(session: Session) -> Model:
     # No routing options: they count or steer the policy's routers.
     routing = RoutingConfig(record=False, router_dtype=session.config.routing.router_dtype)
     config = session.config.model_copy(update={"routing": routing})
-    model = build_model(config, session.plan.architecture, session.groups)
+    plan = session.plan
+    model = build_model(config, plan.architecture, session.groups, vocab=plan.tokenizer.vocab_size)
     folder = config.algorithm.kl.reference
     if folder is not None:
         load_weights(model, SafetensorsSource(Path(folder)))

@@ -18,6 +18,7 @@ from tests.qwen3 import (
     cached_logits,
     forward_logits,
     layout,
+    logits_at,
     random_sequences,
     reference_logits,
     reference_model,
@@ -32,6 +33,7 @@ SIZES = {
 }
 LENGTHS = ((1, 9, 5), (12,), (3, 4))
 PROMPTS = (1, 4, 2)
+ENDS = ((0, 9, 14), (), (6, 2))  # of the sequences, then of none, then in another order
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [
         {"expert": 2},
@@ -60,6 +62,10 @@ def check_layouts(world_size: int, folder: Path) -> None:
                 found = forward_logits(model, packs(sizes))
                 if model.groups.is_last_stage:
                     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+                chosen = logits_at(model, packs(sizes), ENDS)
+                assert len(chosen) == len(found)
+                for logits_NV, every, ends in zip(chosen, found, ENDS, strict=False):
+                    torch.testing.assert_close(logits_NV, torch.cat(every)[list(ends)], atol=1e-5, rtol=0)
                 cached = cached_logits(model, packs(sizes)[0], PROMPTS)
                 if model.groups.is_last_stage:
                     whole = [torch.stack(logits) for logits in cached]

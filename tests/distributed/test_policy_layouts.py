@@ -16,7 +16,7 @@ from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.weights import RandomSource, load_weights
+from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
 from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
@@ -29,11 +29,12 @@ from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
-from tests.policy import as_sample, requests, sampling, trained
+from tests.policy import LoudRows, as_sample, requests, sampling, trained
 from tests.qwen3 import architecture, layout
 
-# Four layers for an interleaved pipeline; 61 tokens pad the last tensor rank's vocabulary.
-SIZES = architecture(num_hidden_layers=4, initializer_range=0.2)
+# Four layers for an interleaved pipeline. Of 131 rows 61 are tokens: all of the second tensor rank's are padding.
+SIZES = architecture(num_hidden_layers=4, initializer_range=0.2, vocab_size=131)
+VOCAB = 61
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         {"expert": 2},
@@ -43,7 +44,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 2, "virtual_pipeline": 2},
         {"context": 2, "distributed_optimizer": True},
     ],
-    4: [{"tensor": 2, "expert": 2, "expert_tensor": 1}],
+    4: [{"tensor": 2, "expert": 2, "expert_tensor": 1, "fused_log_probs": False}],
 }
 SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": dataclasses.replace(sampling(), report_routes=True)}
 CHECKPOINT = "step_00000001"
@@ -63,7 +64,9 @@ Named = dict[tuple[str, int], Any]
 
 def config(**parallel: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient; with a small one it is the gradient's sign."""
-    return Config.model_validate({"optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
+    fused = parallel.pop("fused_log_probs", True)
+    model = {"preset": "tiny", "fused_log_probs": fused}
+    return Config.model_validate({"model": model, "optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
 
 
 def share(groups: Groups, values: Sequence[Any]) -> list[Any]:
@@ -103,8 +106,8 @@ def by_sample(values: Sequence[torch.Tensor], mine: Sequence[Microbatch]) -> dic
 
 
 def reference_model(groups: Groups, parallel: dict[str, Any]) -> Model:
-    model = build_model(config(**parallel), SIZES, groups)
-    load_weights(model, RandomSource(SIZES, seed=5))
+    model = build_model(config(**parallel), SIZES, groups, vocab=VOCAB)
+    load_weights(model, LoudRows(SIZES, 5, VOCAB))
     return model
 
 
@@ -165,7 +168,7 @@ def foreign_routes(index: int, samples: Sequence[TrainingSample]) -> torch.Tenso
 
 def one_process() -> dict[str, Any]:
     """What every layout must find."""
-    with trained(config(), layout(), SIZES) as (model, optimizer):
+    with trained(config(), layout(), SIZES, LoudRows(SIZES, 2, VOCAB), VOCAB) as (model, optimizer):
         rollouts = generate(model)
         samples = [
             as_sample(rollout, advantage=(-1.0) ** number * (1 + number / 9))
@@ -180,14 +183,14 @@ def one_process() -> dict[str, Any]:
 def check_layouts(world_size: int, folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=False)
     for number, parallel in enumerate(LAYOUTS[world_size]):
-        with trained(config(**parallel), layout(world_size, **parallel), SIZES) as (model, optimizer):
+        policy = config(**parallel), layout(world_size, **parallel), SIZES
+        with trained(*policy, LoudRows(SIZES, 2, VOCAB), VOCAB) as (model, optimizer):
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
             found = observe(model, optimizer, expected["samples"], expected["old"], parallel)
             same_numbers(model.groups, found, expected, parallel)
             save_checkpoint(folder / str(number), model, optimizer, DONE, keep=1)
             second = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
-        other = RandomSource(SIZES, seed=9)
-        with trained(config(**parallel), layout(world_size, **parallel), SIZES, other) as (model, optimizer):
+        with trained(*policy, LoudRows(SIZES, 9, VOCAB), VOCAB) as (model, optimizer):
             assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
             assert observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"] == second, (
                 parallel
@@ -226,6 +229,10 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     expected = one_process()
     lengths = {len(rollout.response_ids) for rollout in expected["rollouts"]["sampled"].values()}
     assert len(lengths) > 3
+    assert (
+        max(token for named in expected["rollouts"].values() for r in named.values() for token in r.response_ids)
+        < VOCAB
+    )
     assert 0 < expected["metrics"]["clip_fraction/sequence"] < 1
     assert 0 < expected["metrics"]["rspo router_shift/floored"] < 1
     torch.save(expected, tmp_path / "expected.pt")

@@ -25,8 +25,7 @@ def test_a_signal_loses_no_whole_step(quickstart: FinishedRun, tmp_path: Path) -
     *_, first, last = outcome.stderr.splitlines()
     assert first == "gspo-moe: SIGUSR1: the last whole step is saved, then it ends; SIGUSR1 again ends it at once"
     (saved,) = (run / "checkpoints").iterdir()
-    assert last == (
-        f"gspo-moe: Interrupted: ended by SIGUSR1. {saved} holds its last whole step; the same command goes on from there"
-    )
+    told = f"ended by SIGUSR1. {saved} holds its last whole step; the same command goes on from there"
+    assert last == f"gspo-moe: Interrupted: {told}"
     succeed(command, tmp_path)
     assert metrics_by_step(run) == metrics_by_step(quickstart.path)

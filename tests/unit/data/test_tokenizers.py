@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gspo_moe.config.schema import TokenizerConfig
-from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer, load_tokenizer
+from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer, load_tokenizer, own_tokenizer
 from gspo_moe.errors import ConfigError, DataError
 
 LETTERS = ["".join(Random(seed).choices(string.ascii_lowercase, k=12)) + ">" for seed in range(50)]
@@ -137,23 +137,25 @@ def test_an_hf_tokenizer_neither_cuts_nor_pads_nor_hides_special_tokens(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("files", "eos_id"),
+    ("files", "eos_ids"),
     [
-        ({"tokenizer_config.json": {"eos_token": "<end>"}, "generation_config.json": {"eos_token_id": 2}}, 0),
-        ({"tokenizer_config.json": {"eos_token": {"content": "<turn>", "lstrip": False}}}, 2),
-        ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": [2, 0]}}, 2),
-        ({"generation_config.json": {"eos_token_id": 2}}, 2),
-        ({"special_tokens_map.json": {"eos_token": {"content": "<turn>"}}}, 2),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}, "generation_config.json": {"eos_token_id": 2}}, (0, 2)),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}, "generation_config.json": {"eos_token_id": [2, 0]}}, (0, 2)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<turn>", "lstrip": False}}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": None}, "generation_config.json": {"eos_token_id": [2, 0]}}, (2, 0)),
+        ({"generation_config.json": {"eos_token_id": 2}, "config.json": {"eos_token_id": 1}}, (2,)),
+        ({"special_tokens_map.json": {"eos_token": {"content": "<turn>"}}}, (2,)),
     ],
 )
-def test_the_end_token_is_found_where_hf_writes_it_and_survives_saving(
-    files: dict[str, Any], eos_id: int, tmp_path: Path
+def test_the_end_tokens_are_found_where_hf_writes_them_and_survive_saving(
+    files: dict[str, Any], eos_ids: tuple[int, ...], tmp_path: Path
 ) -> None:
     tokenizer = HFTokenizer(hf_folder(tmp_path / "one", files))
-    assert tokenizer.eos_id == tokenizer.pad_id == eos_id
+    assert tokenizer.eos_id == tokenizer.pad_id == eos_ids[0]
+    assert tokenizer.eos_ids == eos_ids
     tokenizer.save(tmp_path / "two")
     saved = HFTokenizer(tmp_path / "two")
-    assert saved.eos_id == eos_id
+    assert saved.eos_ids == eos_ids
     assert saved.encode("some more text") == tokenizer.encode("some more text")
 
 
@@ -163,11 +165,51 @@ def test_the_end_token_is_found_where_hf_writes_it_and_survives_saving(
         ({}, "names no end-of-text token; set eos_token in its tokenizer_config.json"),
         ({"tokenizer_config.json": {"eos_token": "<absent>"}}, "names no end-of-text token"),
         ({"tokenizer_config.json": ["eos_token"]}, "is no JSON object"),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": "<end>"},
+                "generation_config.json": {"eos_token_id": [0, 300, 7000]},
+            },
+            r"generation_config\.json: eos_token_id=\[300, 7000\] is outside the tokenizer's 2\d\d tokens; correct it",
+        ),
+        ({"config.json": {"eos_token_id": -1}}, r"/config\.json: eos_token_id=\[-1\] is outside the tokenizer"),
+        ({"config.json": {"eos_token_id": ["<end>"]}}, "eos_token_id=.*is neither an id nor a list of ids; correct it"),
+        ({"generation_config.json": {"eos_token_id": True}}, "eos_token_id=True is neither an id"),
     ],
 )
 def test_an_hf_tokenizer_without_an_end_says_what_to_set(files: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         HFTokenizer(hf_folder(tmp_path, files))
+
+
+def test_an_hf_tokenizer_with_ids_that_no_token_has_is_refused(tmp_path: Path) -> None:
+    vocab = {"a": 0, "b": 1, "<end>": 9}
+    tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"up to id 9 and none for 7 ids below it \(2, 3, 4, 5, 6, \.\.\.\)"):
+        HFTokenizer(tmp_path)
+
+
+def test_end_tokens_come_from_the_tokenizers_folder_and_else_from_the_models(
+    letters: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    letters.save(model)
+    (model / "config.json").write_text('{"eos_token_id": [4, 3]}')
+    found = own_tokenizer(TokenizerConfig(), model)
+    assert found is not None
+    assert (found.eos_id, found.eos_ids) == (letters.eos_id, (letters.eos_id, 4, 3))
+    letters.save(other)
+    for path in (other, other / "tokenizer.model"):
+        found = own_tokenizer(TokenizerConfig(path=str(path)), model)
+        assert found is not None
+        assert found.eos_ids == (letters.eos_id, 4, 3)
+    (other / "generation_config.json").write_text('{"eos_token_id": 5}')
+    found = own_tokenizer(TokenizerConfig(path=str(other)), model)
+    assert found is not None
+    assert found.eos_ids == (letters.eos_id, 5)
+    (other / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    with pytest.raises(DataError, match=r"eos_token_id=\[5000\] is outside the tokenizer's"):
+        own_tokenizer(TokenizerConfig(path=str(other)), model)
 
 
 def test_a_broken_hf_file_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.config.schema import Config
+from gspo_moe.config.loading import load_config
+from gspo_moe.config.schema import Config, TokenizerConfig
+from gspo_moe.data.tokenizers import SentencePieceTokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.model import convert
 from gspo_moe.model.convert import Conversion, hf_to_megatron, megatron_to_hf
@@ -157,6 +159,25 @@ def test_a_checkpoint_of_another_model_names_the_tensor(message: str, tmp_path: 
     with built(given, layout()) as model, pytest.raises(CheckpointError) as caught:
         load_stored_weights(model, tmp_path / "megatron")
     assert message in str(caught.value)
+
+
+def test_end_tokens_go_through_a_runs_checkpoint_and_a_conversion(tmp_path: Path) -> None:
+    sizes = architecture(vocab_size=300)
+    SentencePieceTokenizer.train(["abc"], vocab_size=300).save(tmp_path / "start")
+    (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    tokenizer = own_tokenizer(TokenizerConfig(), tmp_path / "start")
+    with trained(Config(), layout(), sizes) as (model, optimizer):
+        step = save_checkpoint(tmp_path, model, optimizer, Progress(), keep=1, tokenizer=tokenizer)
+    (tmp_path / "start" / "generation_config.json").unlink()
+    config = load_config(None, [f"model={{checkpoint: {step}}}", f"tokenizer.path={tmp_path / 'start'}"])
+    convert.convert(config, tmp_path / "hf")
+    shut_down()
+    for source, key, target in (("hf", "hf", "megatron"), ("megatron", "checkpoint", "again")):
+        convert.convert(load_config(None, [f"model={{{key}: {tmp_path / source}}}"]), tmp_path / target)
+        shut_down()
+    for folder in (step, tmp_path / "hf", tmp_path / "megatron", tmp_path / "again"):
+        assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [1, 9]
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [1, 9]
 
 
 def test_a_runs_checkpoint_with_broken_weights_names_them(tmp_path: Path) -> None:

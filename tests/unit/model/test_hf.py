@@ -1,15 +1,17 @@
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gspo_moe.config.schema import Config, ModelConfig
-from gspo_moe.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from gspo_moe.config.schema import Config, ModelConfig, TokenizerConfig
+from gspo_moe.data.tokenizers import SentencePieceTokenizer, Tokenizer, own_tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model import hf
 from gspo_moe.model.build import build_model
-from gspo_moe.model.hf import export_hf
+from gspo_moe.model.hf import export_hf, write_config, write_tokenizer
 from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.weights import RandomSource, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
@@ -72,7 +74,32 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == tokenizer.eos_id
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": tokenizer.eos_id}
     assert SentencePieceTokenizer.load(tmp_path / "out" / "tokenizer.model").encode("cab") == tokenizer.encode("cab")
+
+
+def test_every_end_token_comes_along_and_generation_settings_stay(tmp_path: Path) -> None:
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = tmp_path / "in"
+    SentencePieceTokenizer.train(["abc"], vocab_size=300).save(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 1], "top_k": 20}')
+    tokenizer = own_tokenizer(TokenizerConfig(), folder)
+    assert tokenizer is not None
+    # A SentencePiece file has no other files of its own, a tokenizer.json brings its generation_config.json.
+    for number, kept in enumerate(({}, {"top_k": 20})):
+        out = tmp_path / str(number)
+        out.mkdir()
+        if kept:
+            shutil.copy(folder / "generation_config.json", out)
+        write_config(out, architecture(), torch.float32, tokenizer)
+        write_tokenizer(out, tokenizer)
+        assert AutoConfig.from_pretrained(out).eos_token_id == [1, 7]
+        assert json.loads((out / "generation_config.json").read_text()) == kept | {"eos_token_id": [1, 7]}
+        assert GenerationConfig.from_pretrained(out).eos_token_id == [1, 7]
+        again = own_tokenizer(TokenizerConfig(), out)
+        assert again is not None
+        assert again.eos_ids == (1, 7)
 
 
 def test_an_earlier_export_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

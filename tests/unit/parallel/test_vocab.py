@@ -76,6 +76,14 @@ def test_masked_columns_take_no_probability_and_no_gradient(temperature: float) 
     assert masked.grad[:, :20].abs().min() > 0
 
 
+def test_a_slice_without_a_token_adds_nothing() -> None:
+    nothing = torch.empty(3, 0, requires_grad=True)
+    found = vocab_parallel_log_probs(nothing, torch.tensor([1, 2, 3]), temperature=0.5, vocab_start=30)
+    assert found.tolist() == [torch.inf] * 3  # 0 - log 0, until other ranks' slices have a part in it
+    found.sum().backward()
+    assert not vocab_parallel_first_choice(nothing.detach(), torch.tensor([1, 2, 3]), vocab_start=30).any()
+
+
 def test_first_choice_is_the_largest_logit_and_ties_count() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 2.0, 1.0], [2.0, 2.0, 1.0], [5.0, 4.0, 4.9]])
     assert vocab_parallel_first_choice(logits, torch.tensor([1, 0, 1, 2])).tolist() == [True, True, True, False]

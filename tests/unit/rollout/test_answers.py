@@ -87,6 +87,17 @@ def test_answers_are_decoded_without_the_stop_token() -> None:
         assert {rollout.policy_version for rollout in group.rollouts} == {4}
 
 
+def test_each_of_several_stop_tokens_is_kept_out_of_the_text() -> None:
+    letter = ord("c")  # which ends the answer to the third prompt and no other
+    groups = answerer().generate(PROMPTS[:4], 2, sampling(stop_ids=frozenset({STOP, letter})), policy_version=4)
+    assert [[rollout.text for rollout in group.rollouts] for group in groups] == [
+        ["a", "a"],
+        ["ab", "ab"],
+        ["abc", "ab"],
+        ["abcd", "abcd"],
+    ]
+
+
 def test_a_token_that_only_looks_like_an_end_stays_in_the_text() -> None:
     (group,) = answerer().generate(PROMPTS[:1], 1, sampling(stop_ids=frozenset({7})), policy_version=0)
     assert group.rollouts[0].text == "a;"

@@ -64,6 +64,12 @@ def test_answers_come_by_prompt() -> None:
             made.answers([other])
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path) -> None:
+    write_bank(tmp_path / "bank", replace(bank(routes=False), sampling={"vocab_size": 300}))
+    with pytest.raises(DataError, match=r"holds token 300, which its tokenizer of 300 tokens does not have"):
+        read_bank(tmp_path / "bank")
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "bank.safetensors"
     with pytest.raises(DataError, match="gspo-moe bank"):

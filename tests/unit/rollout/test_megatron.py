@@ -208,8 +208,8 @@ def test_broken_weights_are_no_rollouts(model: Model) -> None:
 
 
 def test_stop_strings_are_single_tokens() -> None:
-    tokenizer = SimpleNamespace(eos_id=2, encode=lambda text: [ord(letter) for letter in text])
-    assert make_stop_ids(tokenizer, ()) == {2}
-    assert make_stop_ids(tokenizer, ("\n", ";")) == {2, 10, 59}
+    tokenizer = SimpleNamespace(eos_ids=(2, 3), encode=lambda text: [ord(letter) for letter in text])
+    assert make_stop_ids(tokenizer, ()) == {2, 3}
+    assert make_stop_ids(tokenizer, ("\n", ";")) == {2, 3, 10, 59}
     with pytest.raises(ConfigError, match=r"rollout\.stop: 'ab' is 2 tokens; a stop string must be a single token"):
         make_stop_ids(tokenizer, ("ab",))

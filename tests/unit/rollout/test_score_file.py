@@ -1,6 +1,7 @@
 """`score_file` in one process, against `score` and the recorder on the same weights."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from gspo_moe.config.schema import Config
-from gspo_moe.errors import DataError
+from gspo_moe.data.tokenizers import SentencePieceTokenizer
+from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.score import score
 from gspo_moe.rollout.score_file import read_sequences, score_file
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import TrainingSample
-from tests.policy import SIZES, packs_of
+from tests.policy import SIZES, LoudRows, packs_of
 from tests.qwen3 import built, layout, random_sequences
 
 # Ragged, out of order of length, with sequences of one token between them.
@@ -70,6 +72,32 @@ def test_values_and_routes_are_those_of_scoring_each_sequence_alone(
         torch.testing.assert_close(torch.tensor(record["log_probs"]), next(log_probs), atol=1e-5, rtol=0)
         expected = next(routes).routes_TLK.sort(dim=-1).values.int()
         assert torch.equal(torch.tensor(record["routes"], dtype=torch.int32).sort(dim=-1).values, expected)
+
+
+def test_rows_that_the_tokenizer_does_not_have_are_left_out(weights: Path, tmp_path: Path) -> None:
+    tokenizer = SentencePieceTokenizer.train(["abc"], vocab_size=270)
+    sizes = SIZES.model_copy(update={"vocab_size": tokenizer.vocab_size + 30})
+    source = LoudRows(sizes, 4, tokenizer.vocab_size)
+    folder, run = tmp_path / "hf", tmp_path / "run"
+    folder.mkdir()
+    run.mkdir()
+    save_file({name: source.get(name) for name in source.shapes()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(sizes.to_hf()))
+    last = tokenizer.vocab_size - 1
+    text = lines([[5, token] for token in range(last + 1)])
+
+    def total() -> float:
+        return sum(math.exp(record["log_probs"][0]) for record in scored(run, folder, text, with_routes=False))
+
+    assert total() < 0.5  # every row counts where no tokenizer says otherwise
+    tokenizer.save(folder)
+    (run / "out.jsonl").unlink()
+    assert total() == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(DataError, match=rf"in\.jsonl, line 2: token ids must lie in \[0, {last + 1}\)"):
+        scored(run, folder, lines([[last], [last + 1]]), with_routes=False)
+    (folder / "config.json").write_text(json.dumps(sizes.to_hf() | {"vocab_size": last}))
+    with pytest.raises(ConfigError, match=f"the tokenizer has {last + 1} tokens and the model's vocab_size is {last}"):
+        scored(run, folder, text, with_routes=False)
 
 
 def test_without_routes_there_are_only_log_probs(weights: Path, tmp_path: Path) -> None:
