@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gspo_moe.config.loading import save_config
+from gspo_moe.config.continuing import record_run
 from gspo_moe.evaluation.evaluate import evaluation_metrics
 from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.layers import LayerWriter
@@ -29,8 +29,7 @@ class RunLog:
         self._main = trainer.session.groups.is_main
         if self._main:
             path = trainer.session.run_path
-            path.mkdir(parents=True, exist_ok=True)
-            save_config(config, path / "config.yaml")
+            record_run(config)
             self._metrics = MetricsWriter(
                 path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
             )
