@@ -45,7 +45,7 @@ def output_fault(path: Path, *, folder: bool = False) -> str | None:
 def hold(folder: Path, key: str) -> None:
     """Makes `folder` and takes it for this process until it ends, however it ends; a second call changes nothing.
 
-    The kernel drops the lock with the process, and NFS passes it on to other hosts. The file stays and blocks nobody.
+    The kernel drops the lock with the process (or the last child forked from it); the file stays and blocks nobody.
     key: what to call the folder, such as `logging.run_dir`. Raises ConfigError while another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gspo_moe.cli import USER_ERROR, main
 from gspo_moe.parallel.groups import shut_down
-from tests.e2e.program import TASK
+from tests.e2e.program import SMALL_MODEL, TASK
 from tests.qwen3 import architecture, reference_model
 from tests.runs import write_run
 
@@ -77,7 +77,7 @@ def test_a_read_only_place(
 
 def test_a_bank_is_never_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ("rollout.prompts_per_step=2", "algorithm.mini_batches=1", "schedule.steps=1", "logging.progress=false")
-    command = " ".join(("bank config.yaml out/bank", *TASK, *short))
+    command = " ".join(("bank config.yaml out/bank model.hf=null model.preset=tiny", *SMALL_MODEL, *TASK, *short))
     assert main(command.split()) == 0
     shut_down()
     assert capsys.readouterr().out == "out/bank: answers to 2 prompts\n"

@@ -195,9 +195,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(one_process
     hold(tmp_path / "run", "logging.run_dir")
     outcome = Program(one_process.command, tmp_path).finish()
     assert (outcome.code, outcome.stdout, outcome.left_behind) == (USER_ERROR, "", ())
-    assert outcome.stderr.startswith(
-        f"gspo-moe: ConfigError: logging.run_dir=run is in use by process {os.getpid()} on"
-    )
+    assert f"ConfigError: logging.run_dir=run is in use by process {os.getpid()} on" in outcome.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
 
 
