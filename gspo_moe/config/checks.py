@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
+from gspo_moe.config.outputs import output_fault
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 
 WANDB_MISSING = "logging.wandb is set, but wandb is not installed; run `pip install wandb` or set logging.wandb=null"
 
 
-def check_files(config: Config) -> None:
-    """Raises ConfigError with one line, naming key, value and fix, for each thing named but not there."""
-    found = [*_model(config), *_tokenizer(config), *_logging(config)]
+def check_files(config: Config, *, run_folder: bool = True) -> None:
+    """Raises ConfigError with one line, naming key, value and fix, for each thing named but not there.
+
+    run_folder: `logging` counts too.
+    """
+    found = [*_model(config), *_tokenizer(config), *(_logging(config) if run_folder else ())]
     if found:
         raise ConfigError("\n".join(found))
 
@@ -86,11 +89,8 @@ def _tokenizer(config: Config) -> Iterator[str]:
 
 def _logging(config: Config) -> Iterator[str]:
     run = config.run_path
-    there = next(path for path in (run, *run.absolute().parents) if path.exists())
-    below = "" if there == run else f" lies below {there}, which"
-    if not there.is_dir():
-        yield f"logging.run_dir={run}{below} is a file; name a folder, which is made where it is missing"
-    elif not os.access(there, os.W_OK):
-        yield f"logging.run_dir={run}{below} is not writable; name another folder"
+    fault = output_fault(run, folder=True) or output_fault(run / "checkpoints", folder=True)
+    if fault is not None:
+        yield f"logging.run_dir={fault}"
     if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
         yield WANDB_MISSING

@@ -58,9 +58,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """The config in the file `path` (None: all defaults) with `section.key=value` overrides, values in YAML.
 
     `model=NAME` stands for `model.preset=NAME`; a section given whole (`parallel={tensor: 2}`) replaces the file's.
-    Raises ConfigError, one line for each thing that is wrong.
+    Raises ConfigError, one line for each thing that is wrong, and for an empty file.
     """
-    return validated(Config, read_values(path, overrides))
+    values = read_values(path)
+    if path is not None and not values:
+        raise ConfigError(
+            f"the config {path} is empty; name a model and a task in it, as examples/quickstart.yaml does"
+        )
+    for override in overrides:
+        _apply(values, override)
+    return validated(Config, values)
 
 
 def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checks import check_files
 from gspo_moe.config.layout import Layout
+from gspo_moe.config.outputs import output_fault
 from gspo_moe.config.schema import Config, ModelConfig
 from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
@@ -84,12 +85,16 @@ def convert(config: Config, target: Path) -> int:
 
     Of the config, `model.dtype` counts where it is given, `tokenizer`, `parallel.timeout_minutes` and
     `logging.progress`. Without `tokenizer.path` the source's own tokenizer, if it has one, goes into the result.
-    Raises ConfigError, DataError and CheckpointError for what cannot be converted and for a target that exists.
+    Raises ConfigError, DataError and CheckpointError for what cannot be converted and for a target that exists
+    or cannot be written.
     Collective.
     """
-    check_files(config)
+    check_files(config, run_folder=False)
     if target.exists():
         raise CheckpointError(f"{target} exists; name a folder that does not, or remove it")
+    fault = output_fault(target, folder=True)
+    if fault is not None:
+        raise CheckpointError(fault)
     assert config.model.folder is not None
     source = Path(config.model.folder)
     conversion = Conversion(

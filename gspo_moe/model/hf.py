@@ -61,6 +61,13 @@ def export_hf(
     dist.barrier()
 
 
+def check_export(folder: Path) -> None:
+    """Raises DataError where `export_hf` would refuse the folder."""
+    refusal = _refusal(folder)
+    if refusal is not None:
+        raise DataError(refusal)
+
+
 def _refusal(folder: Path) -> str | None:
     if not folder.exists():
         return None

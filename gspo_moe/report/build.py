@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from gspo_moe.config.outputs import output_fault
+from gspo_moe.errors import ConfigError
 from gspo_moe.report.collect import collect
 from gspo_moe.report.contents import contents
 from gspo_moe.report.long_form import write_csv
@@ -19,8 +21,13 @@ def build_report(
 ) -> list[str]:
     """Writes what is asked for; returns, in words, what was written and what could not be read.
 
-    Raises DataError when no run under `paths` can be read.
+    Raises ConfigError for what cannot be written, DataError when no run under `paths` can be read.
     """
+    files = [output_fault(path) for path in (output, csv) if path is not None]
+    folders = [output_fault(path, folder=True) for path in (figures,) if path is not None]
+    faults = [fault for fault in (*files, *folders) if fault is not None]
+    if faults:
+        raise ConfigError("\n".join(faults))
     collection = collect(paths)
     lines = [f"not read: {problem}" for problem in collection.problems]
     if output is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gspo_moe.config.checks import check_files, check_vocabulary
 from gspo_moe.config.layout import check_layout
+from gspo_moe.config.outputs import output_fault
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches
@@ -34,9 +35,12 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     Raises DataError, naming the line, for what is no such line or does not fit the model, and for an `output` that
     cannot be written.
     """
-    check_files(config)
-    if output.is_dir() or not output.parent.is_dir():
+    check_files(config, run_folder=False)
+    if not output.parent.is_dir():
         raise DataError(f"{output} cannot be written; give a file in a folder that exists")
+    fault = output_fault(output)
+    if fault is not None:
+        raise DataError(fault)
     architecture = config.model.architecture()
     tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
     vocab = architecture.vocab_size if tokenizer is None else tokenizer.vocab_size

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gspo_moe.config.loading import load_config, read_yaml
+from gspo_moe.config.checkpoints import checkpoint_name
+from gspo_moe.config.continuing import WORK, changes
+from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.study.spec import BANKS, COLD_START, Settings, Study, settings_as_overrides
 
 ONLINE, BANK = "online", "bank"
-OWN_KEYS = ("logging",)  # may differ between two starts of one cell
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _cell(study: Study, here: Path, arm: Arm, seed: int) -> Cell:
         needs = (*needs, _bank(study, seed))
     overrides = settings_as_overrides(study.set, arm.settings, own, _start(study))
     config = load_config(here / study.base, overrides)
-    product = folder / "checkpoints" / f"step_{config.schedule.steps:08d}"
+    product = folder / "checkpoints" / checkpoint_name(config.schedule.steps)
     _check_same(folder, config)
     arguments = ("train", str(here / study.base), *overrides)
     return Cell(arm, seed, Job(f"{arm.name} seed{seed}", arguments, folder, product, needs), config)
@@ -138,23 +138,9 @@ def _bank(study: Study, seed: int) -> Path:
 
 
 def _check_same(folder: Path, config: Config) -> None:
-    written = folder / "config.yaml"
-    if not written.is_file():
-        return
-    before, now = read_yaml(written), config.model_dump(mode="json")
-    changed = list(_differences({k: v for k, v in before.items() if k not in OWN_KEYS}, now))
+    changed = changes(folder, config, WORK)
     if changed:
         raise ConfigError(
             f"{folder} holds a run of other settings ({'; '.join(changed)}); give the study another name, restore "
             "these, or remove the folder"
         )
-
-
-def _differences(before: dict[str, object], now: dict[str, object], prefix: str = "") -> Iterator[str]:
-    """Keys that both know and that differ: a newer version's further keys are no difference."""
-    for key, old in before.items():
-        new = now.get(key, old)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key} was {old} and is {new}"

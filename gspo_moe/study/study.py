@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gspo_moe.errors import StudyError
+from gspo_moe.config.outputs import hold, output_fault
+from gspo_moe.errors import ConfigError, StudyError
 from gspo_moe.study.cells import Cell, Job, arms, bank_jobs, cells, cold_start_job
 from gspo_moe.study.runner import Outcome, last_words, run_jobs
 from gspo_moe.study.spec import Study, load_study
@@ -50,7 +51,7 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console 
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDTH)
-    plan.study.folder.mkdir(parents=True, exist_ok=True)
+    _take_folder(plan.study.folder)
     with live_table(plan.cells, plan.others, console) as show:
         outcome = run_jobs(plan.jobs, plan.study.processes, plan.study.cells_at_once, show)
     summary = summarise(plan.study, plan.cells)
@@ -59,6 +60,13 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console 
         console.print(shown)
     _raise_failures(outcome)
     return written
+
+
+def _take_folder(folder: Path) -> None:
+    fault = output_fault(folder, folder=True)
+    if fault is not None:
+        raise ConfigError(f"study folder {fault}")
+    hold(folder, "study folder")
 
 
 def summary_tables(plan: Plan, summary: dict[str, Any]) -> list[Table]:

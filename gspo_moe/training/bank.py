@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gspo_moe.config.outputs import output_fault
 from gspo_moe.data.prompts import PromptSource
+from gspo_moe.errors import ConfigError
 from gspo_moe.observability.progress import Progress
 from gspo_moe.rollout.answers import ScoredGroup
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
@@ -13,7 +15,15 @@ from gspo_moe.training.session import Plan, open_session
 
 
 def make_bank(plan: Plan, path: Path) -> int:
-    """Answers the prompts of `schedule.steps` steps into the file `path`; how many prompts. Collective."""
+    """Answers the prompts of `schedule.steps` steps into the file `path`; how many prompts. Collective.
+
+    Raises ConfigError for a file that exists or cannot be written.
+    """
+    if path.is_file():
+        raise ConfigError(f"{path} exists, and runs may rest on its rollouts; name another file, or remove it")
+    fault = output_fault(path)
+    if fault is not None:
+        raise ConfigError(fault)
     config, session = plan.config, open_session(plan)
     source = PromptSource(plan.task, "train")
     groups: list[ScoredGroup] = []

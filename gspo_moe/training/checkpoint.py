@@ -2,15 +2,14 @@
 
 Any layout reads what any other wrote; only the generators' state is left out where the layouts differ.
 
-Invariant: a folder named `step_<number>` is complete. It is written as `step_<number>.partial` and renamed when every
-rank is done, so a run killed at any moment leaves the newest complete one as it was.
+Invariant: a folder named `step_<8 digits>` is complete. It is written as `step_<8 digits>.partial` and renamed when
+every rank is done, so a run killed at any moment leaves the newest complete one as it was.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
+from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, unfinished_checkpoints
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
@@ -31,7 +31,6 @@ from gspo_moe.parallel.groups import Groups
 from gspo_moe.training.optimizer import Optimizer
 
 _log = logging.getLogger(__name__)
-_COMPLETE = re.compile(r"step_(\d+)")
 _FIX = (
     "start from its weights alone with model.checkpoint, or, if its files are damaged, delete it to go on from the one "
     "before"
@@ -51,12 +50,6 @@ class Progress:
     evaluation_due: bool = False
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, if there is one."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _COMPLETE.fullmatch(path.name))]
-    return max(found)[1] if found else None
-
-
 def save_checkpoint(
     folder: Path,
     model: Model,
@@ -68,11 +61,12 @@ def save_checkpoint(
     """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks.
 
     tokenizer: whose end tokens its config.json names.
+    Nothing but what `config/checkpoints.py` names is counted or removed.
     """
-    target = folder / f"step_{progress.step:08d}"
+    target = folder / checkpoint_name(progress.step)
     partial = target.with_name(target.name + ".partial")
     if model.groups.is_main:
-        for stale in folder.glob("*.partial"):
+        for stale in unfinished_checkpoints(folder):
             shutil.rmtree(stale)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -88,7 +82,7 @@ def save_checkpoint(
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)
-        for _, old in sorted((path.name, path) for path in folder.glob("step_*"))[:-keep]:
+        for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return target

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
 from gspo_moe.config.layout import check_layout
-from gspo_moe.config.loading import read_yaml
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
@@ -16,11 +12,9 @@ from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
 from gspo_moe.rollout.megatron import make_stop_ids
 from gspo_moe.tasks import make_task
-from gspo_moe.training.checkpoint import newest_checkpoint
 from gspo_moe.training.session import Plan
 
 TOKENIZER_TEXTS = 1000
-IDENTITY = ("stage", "seed", "task")  # with another of these a run would go on as neither the old one nor a new one
 
 
 def make_plan(config: Config) -> Plan:
@@ -72,38 +66,3 @@ def check_bank(config: Config, vocab_size: int) -> None:
             f"rollout.bank={rollout.bank} holds no routes of the rollout engine, which routing.replay=r3 and "
             "routing.engine_routes need; make it with routing.engine_routes=true"
         )
-
-
-def check_continues(config: Config) -> None:
-    """Raises ConfigError where the run that `logging.run_dir` holds checkpoints of cannot go on with this config.
-
-    It had another stage, seed or task, or did not train parameters that are to be trained now, for which its
-    checkpoints hold no state of the optimizer. To train fewer than before is fine.
-    """
-    written, newest = config.run_path / "config.yaml", newest_checkpoint(config.run_path / "checkpoints")
-    if newest is None or not written.is_file():
-        return
-    before, now = read_yaml(written), config.model_dump(mode="json")
-    changed = [
-        f"{key} was {before[key]} and is {now[key]}" for key in IDENTITY if before.get(key, now[key]) != now[key]
-    ]
-    if changed:
-        raise ConfigError(
-            f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); name another folder, or "
-            "restore these to go on with it"
-        )
-    added = list(_added_parameters(before, config))
-    if added:
-        raise ConfigError(
-            f"logging.run_dir={config.run_path} cannot be gone on with: {'; '.join(added)}. Restore what was, or start "
-            f"another run from its weights, in another folder, with model={{checkpoint: {newest}}}"
-        )
-
-
-def _added_parameters(before: Mapping[str, Any], config: Config) -> Iterator[str]:
-    """What the optimizer is to hold now and did not under the config `before`, as YAML has it."""
-    algorithm, frozen = before.get("algorithm", {}).get("name"), before.get("routing", {}).get("frozen_router", False)
-    if frozen and not config.routing.frozen_router:
-        yield "routing.frozen_router was true and is false, and its checkpoints hold no Adam state of the routers"
-    if config.has_value_head and algorithm != "ppo":
-        yield f"algorithm.name was {algorithm} and is ppo, and its checkpoints hold no value head"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gspo_moe.config.loading import save_config
+from gspo_moe.config.continuing import record_run
 from gspo_moe.observability.layers import LayerWriter
 from gspo_moe.observability.metrics import MetricsWriter
 from gspo_moe.observability.samples import SampleWriter
@@ -28,8 +28,7 @@ class RunLog:
         self._told = False
         if self._main:
             path = trainer.session.run_path
-            path.mkdir(parents=True, exist_ok=True)
-            save_config(config, path / "config.yaml")
+            record_run(config)
             self._metrics = MetricsWriter(
                 path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
             )

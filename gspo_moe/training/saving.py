@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.stop import raise_everywhere
-from gspo_moe.training.checkpoint import newest_checkpoint, save_checkpoint
+from gspo_moe.training.checkpoint import save_checkpoint
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.session import Trainer
 

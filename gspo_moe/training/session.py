@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
@@ -25,7 +27,7 @@ from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import RewardPool
-from gspo_moe.training.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.types import Microbatch, Prompt
 
@@ -163,4 +165,6 @@ def open_trainer(session: Session) -> Trainer:
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:
         trainer.progress = load_checkpoint(newest, session.model, optimizer)
+        if session.groups.is_main and trainer.progress.step < config.schedule.steps:
+            print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
     return trainer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gspo_moe.cli import USER_ERROR
 from gspo_moe.config.loading import load_config
+from gspo_moe.config.outputs import LOCK_FILE, hold
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.observability import load_run
 from tests.e2e.conftest import FinishedRun
@@ -177,14 +178,25 @@ def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> 
     assert (one_process.path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("other", ["seed=7", f"stage=sft {NO_ROUTING}", "task.options.min_length=5"])
+@pytest.mark.parametrize("other", ["seed=7", f"stage=sft {NO_ROUTING}", "task.options.min_length=5", "model.hf=other"])
 def test_a_run_folder_of_another_run_is_refused(other: str, one_process: FinishedRun) -> None:
+    shutil.copytree(one_process.path / "hf", one_process.path.parent / "other", dirs_exist_ok=True)
     before = (one_process.path / "metrics.jsonl").read_bytes()
     outcome = Program([*one_process.command, *other.split()], one_process.path.parent).finish()
     assert outcome.code == USER_ERROR
-    key, *_ = re.split("[.=]", other)
+    key, *_ = other.split("=")
     assert f"logging.run_dir=run holds another run ({key} was" in outcome.stderr
     assert (one_process.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(one_process: FinishedRun, tmp_path: Path) -> None:
+    shutil.copytree(one_process.path.parent / "model", tmp_path / "model")
+    shutil.copy(one_process.path.parent / "config.yaml", tmp_path)
+    hold(tmp_path / "run", "logging.run_dir")
+    outcome = Program(one_process.command, tmp_path).finish()
+    assert (outcome.code, outcome.stdout, outcome.left_behind) == (USER_ERROR, "", ())
+    assert f"ConfigError: logging.run_dir=run is in use by process {os.getpid()} on" in outcome.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(quickstart: FinishedRun, tmp_path: Path) -> None:
@@ -204,7 +216,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(quickstart: FinishedRun, tmp
 
     outcome = succeed(quickstart.command, tmp_path, RUN_DIR=str(run))
     assert "cold start" not in outcome.stdout
-    assert outcome.stderr.splitlines()[0].startswith("step 4/8")
+    continuing, first, *_ = outcome.stderr.splitlines()
+    assert continuing == f"continuing from step 3 of {run}"
+    assert first.startswith("step 4/8")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000008"]
     assert metrics_by_step(run) == metrics_by_step(quickstart.path)
     assert json_lines(run / "samples.jsonl") == json_lines(quickstart.path / "samples.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,11 @@ def _message(path: Path | None, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_no_file_and_an_empty_file_are_the_defaults(tmp_path: Path) -> None:
-    assert load_config(None) == Config() == load_config(_file(tmp_path, "# nothing\n"))
+def test_no_file_is_the_defaults_and_an_empty_one_a_mistake(tmp_path: Path) -> None:
+    assert load_config(None) == Config()
+    for path in (_file(tmp_path, "# nothing\n"), Path(os.devnull)):
+        with pytest.raises(ConfigError, match=f"{path} is empty; .*examples/quickstart.yaml"):
+            load_config(path, ["seed=2"])
 
 
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:

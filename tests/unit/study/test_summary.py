@@ -101,6 +101,14 @@ def test_a_cell_of_other_settings_is_refused(plan: Plan) -> None:
         plan_study("study.yaml", ["set.optimizer.lr=0.5"])
 
 
+def test_a_cell_may_be_worked_at_otherwise_but_not_measured_otherwise(plan: Plan) -> None:
+    cell = plan.cells[0]
+    save_config(cell.config, cell.job.folder / "config.yaml")
+    plan_study("study.yaml", ["set.task.reward.workers=2", "set.parallel.expert=2"])
+    with pytest.raises(ConfigError, match=r"\(evaluation.samples was 1 and is 3\)"):
+        plan_study("study.yaml", ["set.evaluation.samples=3"])
+
+
 def test_another_cold_start_is_refused(plan: Plan) -> None:
     cold_start = plan.others[0]
     save_config(load_config(cold_start.arguments[1], cold_start.arguments[2:]), cold_start.folder / "config.yaml")

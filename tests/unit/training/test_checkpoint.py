@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
@@ -18,7 +19,6 @@ from gspo_moe.training.checkpoint import (
     Progress,
     dist_checkpointing,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     tensor_parallel,
 )
@@ -162,11 +162,16 @@ def test_only_the_newest_checkpoints_stay(policy: tuple[Model, Optimizer], tmp_p
     assert load_checkpoint(newest, *policy).step == 100
 
 
-def test_there_may_be_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "missing") is None
-    for name in ("step_00000003.partial", "step_x", "hf"):
+def test_what_no_run_wrote_neither_counts_nor_goes(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
+    for name in ("step_00000001_best", "mine.partial", "step_00000002.partial"):
         (tmp_path / name).mkdir()
-    assert newest_checkpoint(tmp_path) is None
+    for name in ("step_notes.txt", "step_0.log"):
+        (tmp_path / name).write_text("good one")
+    for step in (2, 3):
+        written = save_checkpoint(tmp_path, *policy, replace(DONE, step=step), keep=1)
+    kept = {"mine.partial", "step_00000001_best", "step_00000003", "step_0.log", "step_notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert newest_checkpoint(tmp_path) == written
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before(

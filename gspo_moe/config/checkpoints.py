@@ -1,0 +1,34 @@
+"""How a run names its checkpoints, which alone tells them from what else lies in that folder. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_COMPLETE = re.compile(r"step_\d{8}")
+_PARTIAL = re.compile(r"step_\d{8}\.partial")
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first: folders named `step_` and eight digits, and nothing else."""
+    return _folders(folder, _COMPLETE)
+
+
+def unfinished_checkpoints(folder: Path) -> list[Path]:
+    """What killed runs left half written in `folder`: folders named `step_`, eight digits and `.partial`."""
+    return _folders(folder, _PARTIAL)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, if there is one."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def _folders(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if name.fullmatch(path.name) and path.is_dir())

@@ -1,0 +1,170 @@
+"""Whether a config goes on with the run that a folder holds: which keys make a run what it is. Torch-free.
+
+A run that went on with another objective or model would mix two runs in one file of metrics, under the last one's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.loading import read_yaml, save_config
+from gspo_moe.config.schema import Config
+from gspo_moe.config.section import Section
+from gspo_moe.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+INPUTS_FILE = "inputs.json"
+# A name stands for all below it; every key that none of these holds is part of the run's identity.
+# How and where the work is done.
+WORK = (
+    "parallel",
+    "model.backend",
+    "model.fused_log_probs",
+    "model.log_prob_memory_mib",
+    "rollout.max_batch",
+    "schedule.micro_batch_tokens",
+    "task.reward.workers",
+    "task.reward.timeout_seconds",
+    "task.reward.allow_all_failed",
+    "optimizer.max_skipped_updates",
+    "checkpoint",
+    "logging",
+)
+# How long the run is and what is measured of it.
+EXTENT = (
+    "schedule.steps",
+    "evaluation",
+    "routing.record",
+    "routing.engine_routes",
+    "routing.probe_interval",
+    "routing.probe_sequences",
+    "routing.attribution",
+    "routing.attribution_interval",
+    "routing.attribution_sequences",
+    "routing.attribution_by_depth",
+    "algorithm.allow_wide_clip",
+)
+# Paths, of which what lies there counts.
+DATA = ("model.hf", "model.checkpoint", "tokenizer.path", "rollout.bank", "algorithm.kl.reference")
+# The files of a folder that are data; config.json is not: every checkpoint has its own, which a run compares.
+READ = ("tokenizer.json", "tokenizer.model", "*.safetensors", "*.distcp")
+BLOCKS, BLOCK_BYTES = 16, 1 << 20
+
+
+def check_continues(config: Config) -> None:
+    """Raises ConfigError, naming the keys, where `logging.run_dir` has checkpoints of a run that was another one."""
+    newest = newest_checkpoint(config.run_path / "checkpoints")
+    changed = [] if newest is None else changes(config.run_path, config, WORK + EXTENT)
+    if changed:
+        raise ConfigError(
+            f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); restore these to go on with "
+            f"it, name another folder, or start from its weights in another folder with model={{checkpoint: {newest}}}"
+        )
+
+
+def record_run(config: Config) -> None:
+    """Writes what later starts are held against: the config, and digests of the data that it names."""
+    save_config(config, config.run_path / CONFIG_FILE)
+    values = _leaves(config.model_dump(mode="json"))
+    digests = {key: digest(Path(values[key])) for key in DATA if values[key] is not None}
+    partial = config.run_path / f"{INPUTS_FILE}.partial"
+    partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, config.run_path / INPUTS_FILE)
+
+
+def changes(folder: Path, config: Config, free: Sequence[str]) -> list[str]:
+    """`KEY was A and is B` for each key outside `free` in which the run in `folder` was another; none without a run.
+
+    Keys that an older version did not write had their defaults; those that this version does not know are left out.
+    """
+    written = folder / CONFIG_FILE
+    if not written.is_file():
+        return []
+    before = _leaves(Config().model_dump(mode="json")) | _leaves(read_yaml(written))
+    now, digests = _leaves(config.model_dump(mode="json")), _read_digests(folder / INPUTS_FILE)
+    open_ended = list(_mappings(config))
+    gone = [key for key in before if key not in now and covers(open_ended, key)]
+    return [
+        f"{key} was {_shown(before.get(key))} and is {_shown(now.get(key))}{found}"
+        for key in (*now, *gone)
+        if not covers(free, key)
+        and (found := _difference(key, before.get(key), now.get(key), digests.get(key))) is not None
+    ]
+
+
+def covers(names: Sequence[str], key: str) -> bool:
+    """Whether `key` is one of the names or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _mappings(section: Section, prefix: str = "") -> Iterator[str]:
+    """The keys that take any keys below them, such as task.options."""
+    for name, value in section:
+        if isinstance(value, Section):
+            yield from _mappings(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            yield prefix + name
+
+
+def _read_digests(file: Path) -> dict[str, str]:
+    """By key of `DATA`; empty where a version that kept none wrote the run."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}); delete it, and paths are compared instead") from None
+
+
+def _difference(key: str, before: Any, now: Any, digest_before: str | None) -> str | None:
+    """None where the key's values mean the same, else what to say beside the two."""
+    if key not in DATA or before is None or now is None:
+        return None if before == now else ""
+    path = Path(now)
+    if digest_before is None:  # written by a version that kept none
+        return None if before == now or (Path(before).exists() and digest(Path(before)) == digest(path)) else ""
+    if not path.exists():  # said by what checks files
+        return None if before == now else ""
+    return None if digest(path) == digest_before else " with other content"
+
+
+def digest(path: Path) -> str:
+    """Of a file, or of a folder's weights and tokenizer: names, sizes and `BLOCKS` evenly spaced blocks of each.
+
+    A file of up to 16 MiB is read whole; of a larger one, 16 MiB.
+    """
+    files = [path] if path.is_file() else sorted({file for pattern in READ for file in path.glob(pattern)})
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{'' if file == path else file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in _starts(size):
+                opened.seek(start)
+                found.update(opened.read(BLOCK_BYTES))
+    return found.hexdigest()
+
+
+def _starts(size: int) -> Sequence[int]:
+    """Where the blocks to read begin in a file of that many bytes."""
+    if size <= BLOCKS * BLOCK_BYTES:
+        return range(0, size, BLOCK_BYTES)
+    return [(size - BLOCK_BYTES) * number // (BLOCKS - 1) for number in range(BLOCKS)]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)

@@ -1,0 +1,77 @@
+"""Where results go: found to be writable, and by one process alone, before the work starts. Torch-free."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from gspo_moe.errors import ConfigError
+
+LOCK_FILE = "run.lock"
+_log = logging.getLogger(__name__)
+_held: dict[Path, IO[str]] = {}
+
+
+def output_fault(path: Path, *, folder: bool = False) -> str | None:
+    """Why the file `path` (or files in the folder `path`) cannot be written, with the fix; None where it can.
+
+    Missing folders count as ones that will be made. Tries it with an empty file that goes away again, because
+    permissions do not tell of read-only mounts, nor root's of anything.
+    """
+    if not folder and path.is_dir():
+        return f"{path} is a folder; name a file"
+    if not folder and path.exists() and not path.is_file():
+        return None  # /dev/stdout and the like
+    start = path if folder else path.parent
+    there = next(one for one in (start, *start.absolute().parents) if one.exists())
+    below = "" if there == path else f" lies below {there}, which"
+    if not there.is_dir():
+        return f"{path}{below} is a file; name a folder, which is made where it is missing"
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".gspo_moe_"):
+            return None
+    except OSError as error:
+        return f"{path}{below} is not writable ({error.strerror}); name another {'folder' if folder else 'place'}"
+
+
+def hold(folder: Path, key: str) -> None:
+    """Makes `folder` and takes it for this process until it ends, however it ends; a second call changes nothing.
+
+    The kernel drops the lock with the process (or the last child forked from it); the file stays and blocks nobody.
+    key: what to call the folder, such as `logging.run_dir`. Raises ConfigError while another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / LOCK_FILE).resolve()
+    if path in _held:
+        return
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(
+                f"{key}={folder} is in use by {_holder(file)}; wait for its end, end it, or name another folder"
+            ) from None
+        _log.warning("%s=%s: no locks here (%s); see that no second run writes there", key, folder, error.strerror)
+    file.truncate(0)
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
+    file.flush()
+    _held[path] = file
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        found = json.loads(file.read())
+        return f"process {found['pid']} on {found['host']} since {found['since']}"
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not yet written
+        return "another process"
