@@ -88,7 +88,7 @@ class MegatronEngine:
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        limit = self._model.architecture.max_position_embeddings
+        limit = self._model.architecture.max_positions
         for request in requests:
             length = len(request.prompt_ids)
             if not length:

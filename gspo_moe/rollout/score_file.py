@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from gspo_moe.config.layout import check_layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches
-from gspo_moe.errors import DataError
+from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
@@ -30,13 +31,13 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     log_probs: one value (nats, temperature 1) for each token after the first. With routes, `routes` has one entry a
     log-prob: the experts [layer][slot] that the position which predicted that token picked.
     Raises DataError, naming the line, for what is no such line or does not fit the model, and for an `output` that
-    cannot be written.
+    cannot be written; RolloutError, naming the line, where a log-prob is not finite, and leaves `output` as it was.
     """
     check_files(config)
     if output.is_dir() or not output.parent.is_dir():
         raise DataError(f"{output} cannot be written; give a file in a folder that exists")
     architecture = config.model.architecture()
-    sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_position_embeddings))
+    sequences = list(read_sequences(data, architecture.vocab_size, architecture.max_positions))
     world_size = world_size_from_environment()
     layout = check_layout(config, architecture, world_size, megatron_version())
     choose_backend(config.model.backend, config.model.dtype)
@@ -45,9 +46,10 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     assert config.model.hf is not None
     load_weights(model, SafetensorsSource(Path(config.model.hf)))
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
+    _check_finite(records, data)
     if groups.is_main:
         partial = output.with_name(output.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+        partial.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
         os.replace(partial, output)
 
 
@@ -71,6 +73,16 @@ def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[
         if len(ids) > longest + 1:
             raise DataError(f"{data}, line {number}: {len(ids)} tokens exceed the model's {longest} positions")
         yield tuple(ids)
+
+
+def _check_finite(records: Sequence[dict[str, Any]], data: Path) -> None:
+    for number, record in enumerate(records, start=1):
+        for position, log_prob in enumerate(record["log_probs"], start=1):
+            if not math.isfinite(log_prob):
+                raise RolloutError(
+                    f"{data}, line {number}: the log-prob of token {position} (from 0) is {log_prob}; the model's "
+                    "weights are too large for model.dtype, or broken; give others"
+                )
 
 
 def _score(
