@@ -50,11 +50,13 @@ def layout(world_size: int = 1, **parallel: int) -> Layout:
 
 
 @contextlib.contextmanager
-def built(architecture: Architecture, layout: Layout, source: TensorSource | None = None) -> Iterator[Model]:
+def built(
+    architecture: Architecture, layout: Layout, source: TensorSource | None = None, config: Config | None = None
+) -> Iterator[Model]:
     """A model in its process groups, which go down at the end; filled from `source` where one is given."""
     groups = initialize(layout, seed=1)
     try:
-        model = build_model(Config(), architecture, groups)
+        model = build_model(config or Config(), architecture, groups)
         if source is not None:
             load_weights(model, source)
         yield model

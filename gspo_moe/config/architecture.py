@@ -8,22 +8,24 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
+from gspo_moe.config.hf_keys import HF_ARCHITECTURE, check_keys
+from gspo_moe.config.rope import Yarn, read_rope
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
 
-HF_ARCHITECTURE = "Qwen3MoeForCausalLM"
 # What transformers takes for keys that a config.json leaves out.
-HF_DEFAULTS = {"norm_topk_prob": False, "rope_theta": 10_000.0, "max_position_embeddings": 32_768}
+HF_DEFAULTS = {"norm_topk_prob": False, "max_position_embeddings": 32_768}
 
 
 class Architecture(BaseModel):
     """One Qwen3 MoE decoder: GQA with q/k RMSNorm, RoPE, SwiGLU experts, top-k softmax routing, no shared expert.
 
     Names are HF's where HF has one; `head_dim` is free of `hidden_size / num_attention_heads`.
+    rope_scaling: YaRN, or None for RoPE as it is.
     Built from user input by `validated`, which turns sizes that do not divide into a ConfigError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
@@ -36,6 +38,7 @@ class Architecture(BaseModel):
     num_experts_per_tok: PositiveInt
     norm_topk_prob: bool = True
     rope_theta: PositiveFloat = 1_000_000.0
+    rope_scaling: Yarn | None = None
     rms_norm_eps: PositiveFloat = 1e-6
     max_position_embeddings: PositiveInt = 40_960
     tie_word_embeddings: bool = False
@@ -59,7 +62,20 @@ class Architecture(BaseModel):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.rope_scaling is not None and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must exceed 1 for YaRN; give the model's own")
         return self
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens of a sequence: `max_position_embeddings`, or what YaRN extends the original ones to.
+
+        Qwen documents YaRN as a change of `rope_scaling` alone, which leaves `max_position_embeddings` as it is.
+        """
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
 
     @property
     def num_parameters(self) -> int:
@@ -101,6 +117,7 @@ class Architecture(BaseModel):
             "intermediate_size": self.moe_intermediate_size * self.num_experts_per_tok,
             "use_sliding_window": False,
             **self.model_dump(),
+            "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling is not None else None,
         }
 
 
@@ -136,8 +153,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def architecture_from_hf(path: str | Path) -> Architecture:
     """Reads an HF `config.json` (or the folder that holds it).
 
-    Raises ConfigError for a missing file, another architecture, or a feature that this model code does not have
-    (dense layers among the MoE layers, scaled RoPE, sliding windows, attention bias).
+    Raises ConfigError for a missing file, another architecture, a feature that this model code does not have (dense
+    layers among the MoE layers, RoPE scaled otherwise than by YaRN, sliding windows, attention bias), and a key that is
+    not known.
     """
     file = Path(path)
     if file.is_dir():
@@ -145,35 +163,26 @@ def architecture_from_hf(path: str | Path) -> Architecture:
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; give the folder of an HF checkpoint of {HF_ARCHITECTURE}")
     try:
-        hf = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        hf = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{file} is not JSON ({error}); export the model again") from error
-    _refuse_unsupported(hf, file)
-    rope = hf.get("rope_parameters") or {}
-    if "num_local_experts" in hf:  # what transformers 5 writes
-        hf.setdefault("num_experts", hf["num_local_experts"])
+    if not isinstance(hf, dict):
+        raise ConfigError(f"{file} holds no keys with values; export the model again")
+    check_keys(hf, Architecture.model_fields, file)
+    _take_num_experts(hf, file)
     values = HF_DEFAULTS | {name: hf[name] for name in Architecture.model_fields if name in hf}
-    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-    values.setdefault("head_dim", hf.get("hidden_size", 0) // max(hf.get("num_attention_heads", 1), 1))
+    values["rope_theta"], values["rope_scaling"] = read_rope(hf, file)
+    hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
+    if values.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        values["head_dim"] = hidden // heads
     missing = [name for name, info in Architecture.model_fields.items() if info.is_required() and name not in values]
     if missing:
         raise ConfigError(f"{file} lacks {', '.join(missing)}; it is no complete config of {HF_ARCHITECTURE}")
     return validated(Architecture, values, prefix=f"{file}: ")
 
 
-def _refuse_unsupported(hf: dict[str, Any], file: Path) -> None:
-    names = hf.get("architectures") or []
-    if HF_ARCHITECTURE not in names and hf.get("model_type") != "qwen3_moe":
-        raise ConfigError(f"{file} describes {names or hf.get('model_type')}; only {HF_ARCHITECTURE} is supported")
-    rope_type = (hf.get("rope_parameters") or hf.get("rope_scaling") or {}).get("rope_type", "default")
-    refused = {
-        "mlp_only_layers": (hf.get("mlp_only_layers"), "every layer must be MoE: []"),
-        "decoder_sparse_step": (hf.get("decoder_sparse_step", 1) != 1, "every layer must be MoE: 1"),
-        "rope_type": (rope_type != "default", "only unscaled RoPE is supported: default"),
-        "use_sliding_window": (hf.get("use_sliding_window"), "only full attention is supported: false"),
-        "attention_bias": (hf.get("attention_bias"), "only bias-free attention is supported: false"),
-        "hidden_act": (hf.get("hidden_act", "silu") != "silu", "only SwiGLU is supported: silu"),
-    }
-    for key, (bad, fix) in refused.items():
-        if bad:
-            raise ConfigError(f"{file}: {key}={hf.get(key)!r} is not supported; {fix}")
+def _take_num_experts(hf: dict[str, Any], file: Path) -> None:
+    """`num_local_experts` is what transformers 5 writes."""
+    theirs = hf.get("num_local_experts")
+    if theirs is not None and hf.setdefault("num_experts", theirs) != theirs:
+        raise ConfigError(f"{file}: num_experts={hf['num_experts']!r} and num_local_experts={theirs!r}; keep one")

@@ -67,11 +67,13 @@ def _model(config: Config) -> Iterator[str]:
         )
     if architecture is None:
         return
-    longest = architecture.max_position_embeddings
+    longest = architecture.max_positions
     if config.rollout.max_response_tokens >= longest:
+        plain = architecture.max_position_embeddings
+        extended = f", which YaRN extends to {longest}" if longest != plain else ""
         yield (
             f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt in the "
-            f"model's max_position_embeddings={longest}; lower it below {longest}"
+            f"model's max_position_embeddings={plain}{extended}; lower it below {longest}"
         )
     trains_tokenizer = config.model.folder is None and config.tokenizer.kind != "hf" and config.tokenizer.path is None
     if trains_tokenizer and config.tokenizer.vocab_size > architecture.vocab_size:

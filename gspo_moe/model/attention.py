@@ -27,6 +27,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.model.rope import rotary_factors
 from gspo_moe.parallel.context import ContextSplit
 
 
@@ -102,7 +103,7 @@ def attention_params(
 
     position_ids_T: int64 [T]. cu_seqlens: int64 [N + 1]. rows_T: int64 [T], each token's row of `cache`.
     """
-    angle_TD = _angles(position_ids_T, architecture)
+    cos_TD, sin_TD = rotary_factors(position_ids_T, architecture)
     lengths_N = cu_seqlens.diff()
     bounds = cu_seqlens.to(torch.int32)  # what Transformer Engine takes
     longest = int(lengths_N.max())
@@ -114,8 +115,8 @@ def attention_params(
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        cos_TD=angle_TD.cos(),
-        sin_TD=angle_TD.sin(),
+        cos_TD=cos_TD,
+        sin_TD=sin_TD,
         slot_T=row_T * longest + offset_T,
         num_sequences=lengths_N.numel(),
         longest=longest,
@@ -132,7 +133,7 @@ def split_attention_params(
 ) -> AttentionParams:
     """Prepares the attention of this rank's part of a pack. position_ids_T: int64, of its tokens and the padding."""
     queries, keys, keys_K = split.visible_keys(position_ids_T.numel())
-    angle_TD = _angles(position_ids_T, architecture)
+    cos_TD, sin_TD = rotary_factors(position_ids_T, architecture)
     stretches = tuple(queries.diff().tolist()), tuple(keys.diff().tolist())
     return AttentionParams(
         qkv_format="thd",
@@ -140,18 +141,12 @@ def split_attention_params(
         cu_seqlens_kv=keys.to(torch.int32),
         max_seqlen_q=max(stretches[0]),
         max_seqlen_kv=max(stretches[1]),
-        cos_TD=angle_TD.cos(),
-        sin_TD=angle_TD.sin(),
+        cos_TD=cos_TD,
+        sin_TD=sin_TD,
         context=split.group,
         keys_K=keys_K,
         stretches=stretches,
     )
-
-
-def _angles(position_ids_T: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    half = torch.arange(0, architecture.head_dim, 2, device=position_ids_T.device, dtype=torch.float32)
-    inverse_frequency = 1.0 / architecture.rope_theta ** (half / architecture.head_dim)
-    return torch.outer(position_ids_T.float(), inverse_frequency).repeat(1, 2)
 
 
 def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

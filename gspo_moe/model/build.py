@@ -92,7 +92,7 @@ def build_model(
                 config=megatron_config,
                 transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
                 vocab_size=padded_vocab,
-                max_sequence_length=architecture.max_position_embeddings,
+                max_sequence_length=architecture.max_positions,
                 pre_process=first,
                 post_process=last,
                 parallel_output=True,

@@ -38,6 +38,7 @@ from gspo_moe.model.sharded import (
     MISFIT,
     Shard,
     check_stored,
+    not_finite,
     raise_together,
     read_shards,
     stored,
@@ -113,8 +114,8 @@ def convert(config: Config, target: Path) -> int:
 def hf_to_megatron(conversion: Conversion) -> int:
     """Writes an HF folder's weights as a distributed checkpoint; how many tensors were compared. Collective.
 
-    Raises DataError that names tensors which are missing, unknown, misshapen, of an unknown dtype or not finite, and
-    CheckpointError where the result cannot be written or differs at the end.
+    Raises DataError that names tensors which are missing, unknown, misshapen, of an unknown dtype or not finite in the
+    result's, and CheckpointError where the result cannot be written or differs at the end.
     """
     source = SafetensorsSource(conversion.source)
     check_shapes(conversion.architecture, source)
@@ -128,7 +129,8 @@ def hf_to_megatron(conversion: Conversion) -> int:
 def megatron_to_hf(conversion: Conversion) -> int:
     """Writes a distributed checkpoint's weights as an HF folder; how many tensors were compared. Collective.
 
-    Raises CheckpointError that names tensors which are missing, unknown, misshapen or not finite, or differ at the end.
+    Raises CheckpointError that names tensors which are missing, unknown, misshapen or not finite in the result's dtype,
+    or differ at the end.
     """
     dtypes = {tensor.dtype for tensor in stored_tensors(conversion.source).values()}
     items = _whole_model(conversion, conversion.dtype or _dtype(dtypes == {torch.bfloat16}))
@@ -215,9 +217,10 @@ def _write_megatron(items: Sequence[_Item], source: SafetensorsSource, folder: P
         if id(item) not in made:
             made.clear()
             values = {name: source.get(name) for name in item.entry.hf_names}
-            problems.extend(problem for name, value in values.items() for problem in value_problems(name, value))
+            dtype = item.parameter.dtype
+            problems.extend(one for name, value in values.items() for one in value_problems(name, value, dtype))
             parameter = item.entry.join([item.entry.cut(value) for value in values.values()])
-            made[id(item)] = stored(with_data(item.shard, parameter.to(item.parameter.dtype)))
+            made[id(item)] = stored(with_data(item.shard, parameter.to(dtype)))
             bar.advance(task, len(item))
         by_key = {(one.key, one.global_offset): one.data for one in made[id(item)]}
         return by_key[piece.key, piece.global_offset]
@@ -232,7 +235,7 @@ def _write_hf(items: Sequence[_Item], conversion: Conversion, folder: Path, bar:
     problems: list[str] = []
 
     def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        problems.extend(problem for name, value in tensors.items() for problem in value_problems(name, value))
+        problems.extend(not_finite(tensors.items()))
         save_file(tensors, folder / file_name(number, len(batches)), metadata=METADATA)
         bar.advance(task, len(tensors))
 
@@ -255,6 +258,7 @@ def _compare(
     def compare(_: int, tensors: dict[str, torch.Tensor]) -> None:
         differ = (name for name, value in tensors.items() if not torch.equal(hf.get(name).to(value.dtype), value))
         problems.extend(f"{name}: differs" for name in differ)
+        problems.extend(not_finite(tensors.items()))
         bar.advance(task, len(tensors))
 
     _for_each_batch(megatron, batches, compare)

@@ -62,7 +62,7 @@ def load_stored_weights(model: Model, path: Path) -> None:
     """Fills every parameter of this rank from a checkpoint of any layout, in the parameter's own dtype. Collective.
 
     A value head that the checkpoint does not hold stays as it is. Raises CheckpointError where it cannot be read or
-    holds other tensors than the model's, or values that are not finite; the message names up to ten of them.
+    holds other tensors than the model's, or values that are not finite in that dtype; the message names up to ten.
     """
     shards = weight_shards(model)
     if VALUE_HEAD not in stored_tensors(path):
@@ -70,10 +70,14 @@ def load_stored_weights(model: Model, path: Path) -> None:
     check_stored(path, shards.values(), model.architecture)
     for parameter, value in read_shards(path, shards).items():
         parameter.copy_(value)
-    names = [
-        name for chunk in model.gpt_chunks for name, value in chunk.named_parameters() if not value.isfinite().all()
-    ]
-    raise_together(path, MISFIT, [f"{name}: holds values that are not finite" for name in names])
+    problems = [one for chunk in model.gpt_chunks for one in not_finite(chunk.named_parameters())]
+    raise_together(path, MISFIT, problems)
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Which tensors, read from a checkpoint into the dtype they have, hold values that are not finite in it."""
+    bad = [(name, value.dtype) for name, value in tensors if not value.isfinite().all()]
+    return [f"{name}: holds values that are not finite in {dtype}" for name, dtype in bad]
 
 
 def read_shards(path: Path, shards: Mapping[torch.nn.Parameter, Shard]) -> dict[torch.nn.Parameter, torch.Tensor]:

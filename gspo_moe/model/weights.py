@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
+from gspo_moe.model.fused import as_stored, fused_name, fused_part
 from gspo_moe.model.names import EMBEDDING, LM_HEAD, VALUE_HEAD, Entry, Place, entry_of, hf_shapes
 
 SINGLE_FILE = "model.safetensors"
@@ -26,17 +27,18 @@ class TensorSource(Protocol):
     """Whole tensors by HF name. `str()` of it names it in messages."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor it has."""
+        """Shape of every tensor it has, as it is stored: `model.fused` has the names of experts stored together."""
         ...
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU; read at this call."""
+        """One tensor by its name in `hf_shapes`, on the CPU; read at this call."""
         ...
 
 
 class SafetensorsSource:
     """An HF folder: `model.safetensors`, else the shards that `model.safetensors.index.json` names.
 
+    `get` knows the experts one by one, whether the folder has them so or as transformers 5's fused tensors.
     Raises DataError where files are missing or unreadable, or the index and the shards disagree.
     """
 
@@ -56,10 +58,14 @@ class SafetensorsSource:
         return self._shapes
 
     def get(self, name: str) -> torch.Tensor:
+        stored, part = (name, None) if name in self._file_of else fused_part(name, self._shapes)
         try:
-            tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+            if part is not None:
+                piece: torch.Tensor = self._slice(stored)[part]
+                return piece.squeeze(0)
+            tensor: torch.Tensor = self._open(self._file_of[stored]).get_tensor(stored)
         except SafetensorError as error:
-            raise DataError(f"{self._folder / self._file_of[name]}: {name} cannot be read ({error})") from error
+            raise DataError(f"{self._folder / self._file_of[stored]}: {stored} cannot be read ({error})") from error
         return tensor
 
     @property
@@ -152,7 +158,7 @@ def load_weights(model: Model, source: TensorSource) -> None:
     A value head, which no source has, stays as it is.
     Under tied embeddings a source may hold `lm_head.weight` too, as long as it equals the embedding.
     Raises DataError that names up to ten tensors which are missing, unknown to the architecture, of another shape, of
-    a dtype not in `DTYPES`, or not finite (in the part that this rank reads).
+    a dtype not in `DTYPES`, or not finite in the parameter's (in the part that this rank reads).
     """
     check_shapes(model.architecture, source)
     problems: list[str] = []
@@ -160,7 +166,7 @@ def load_weights(model: Model, source: TensorSource) -> None:
         parts = []
         for name in entry.hf_names:
             part = entry.cut(source.get(name))
-            problems += value_problems(name, part)
+            problems += value_problems(name, part, parameter.dtype)
             parts.append(part)
         if not problems:
             parameter.copy_(entry.join(parts))
@@ -185,11 +191,15 @@ def check_shapes(architecture: Architecture, source: TensorSource) -> None:
         raise misfit(source, problems)
 
 
-def value_problems(name: str, values: torch.Tensor) -> list[str]:
-    """What is wrong with a tensor's dtype or values."""
+def value_problems(name: str, values: torch.Tensor, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a tensor's dtype or values, which are to be kept in `dtype`."""
     if values.dtype not in DTYPES:
         return [f"{name}: dtype {values.dtype}; known are {', '.join(map(str, DTYPES))}"]
-    return [] if values.isfinite().all() else [f"{name}: holds values that are not finite"]
+    if not values.isfinite().all():
+        return [f"{name}: holds values that are not finite"]
+    if values.to(dtype).isfinite().all():
+        return []
+    return [f"{name}: holds {float(values.abs().max()):.6g}, beyond {dtype}'s largest, {torch.finfo(dtype).max:.6g}"]
 
 
 def misfit(source: object, problems: list[str]) -> DataError:
@@ -200,6 +210,7 @@ def misfit(source: object, problems: list[str]) -> DataError:
 
 def _shape_problems(expected: Mapping[str, tuple[int, ...]], source: TensorSource, tied: bool) -> Iterator[str]:
     given = source.shapes()
+    single, expected = expected, as_stored(expected, given)
     for name, shape in expected.items():
         if name not in given:
             yield f"{name}: missing"
@@ -208,7 +219,9 @@ def _shape_problems(expected: Mapping[str, tuple[int, ...]], source: TensorSourc
     for name in given:
         if name in expected:
             continue
-        if not (tied and name == LM_HEAD):
+        if name in single:
+            yield f"{name}: also in {fused_name(name)}, of which there must be one"
+        elif not (tied and name == LM_HEAD):
             yield f"{name}: the architecture has no such tensor"
         elif EMBEDDING in given and not torch.equal(source.get(LM_HEAD), source.get(EMBEDDING)):
             yield f"{name}: differs from {EMBEDDING}, but tie_word_embeddings is true"

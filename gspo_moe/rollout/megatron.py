@@ -100,7 +100,7 @@ class MegatronEngine:
 
     def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:
         """What is wrong with the first of these requests that cannot be answered."""
-        limit = self._model.architecture.max_position_embeddings
+        limit = self._model.architecture.max_positions
         for request in requests:
             length = len(request.prompt_ids)
             if not length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches
 from gspo_moe.data.tokenizers import own_tokenizer
-from gspo_moe.errors import DataError
+from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
@@ -33,7 +34,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     log-prob: the experts [layer][slot] that the position which predicted that token picked. Rows of the model that
     the tokenizer has no token for, `tokenizer.path`'s or the model's own, have no probability; without one, every row.
     Raises DataError, naming the line, for what is no such line or does not fit the model, and for an `output` that
-    cannot be written.
+    cannot be written; RolloutError, naming the line, where a log-prob is not finite, and leaves `output` as it was.
     """
     check_files(config, run_folder=False)
     if not output.parent.is_dir():
@@ -45,7 +46,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
     vocab = architecture.vocab_size if tokenizer is None else tokenizer.vocab_size
     check_vocabulary(vocab, architecture)
-    sequences = list(read_sequences(data, vocab, architecture.max_position_embeddings))
+    sequences = list(read_sequences(data, vocab, architecture.max_positions))
     world_size = world_size_from_environment()
     layout = check_layout(config, architecture, world_size, megatron_version())
     choose_backend(config.model.backend, config.model.dtype)
@@ -54,9 +55,10 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     assert config.model.hf is not None
     load_weights(model, SafetensorsSource(Path(config.model.hf)))
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
+    _check_finite(records, data)
     if groups.is_main:
         partial = output.with_name(output.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+        partial.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
         os.replace(partial, output)
 
 
@@ -80,6 +82,16 @@ def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[
         if len(ids) > longest + 1:
             raise DataError(f"{data}, line {number}: {len(ids)} tokens exceed the model's {longest} positions")
         yield tuple(ids)
+
+
+def _check_finite(records: Sequence[dict[str, Any]], data: Path) -> None:
+    for number, record in enumerate(records, start=1):
+        for position, log_prob in enumerate(record["log_probs"], start=1):
+            if not math.isfinite(log_prob):
+                raise RolloutError(
+                    f"{data}, line {number}: the log-prob of token {position} (from 0) is {log_prob}; the model's "
+                    "weights are too large for model.dtype, or broken; give others"
+                )
 
 
 def _score(

@@ -142,11 +142,11 @@ def _set_rng_state(rng: dict[str, Any]) -> None:
 
 
 def _check_model(path: Path, saved: Architecture, dtype: str, model: Model) -> None:
-    mine = model.architecture
+    mine = model.architecture.model_dump()
     changed = [
-        f"{name} is {value} there and {getattr(mine, name)} here"
+        f"{name} is {value} there and {mine[name]} here"
         for name, value in saved.model_dump().items()
-        if value != getattr(mine, name)
+        if value != mine[name]
     ]
     if changed:
         raise CheckpointError(

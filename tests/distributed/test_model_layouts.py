@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.config.rope import Yarn
 from gspo_moe.model.hf import export_hf
 from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
@@ -25,11 +26,14 @@ from tests.qwen3 import (
     tensors_in,
 )
 
+YARN = Yarn(factor=4.0, original_max_position_embeddings=4)
 # An odd vocabulary pads the last tensor rank, an odd pack sequence parallelism, an odd number of them the interleaved
 # schedule.
 SIZES = {
     "untied": architecture(num_hidden_layers=4, vocab_size=61, num_key_value_heads=2),
-    "tied": architecture(num_hidden_layers=4, vocab_size=61, num_key_value_heads=4, tie_word_embeddings=True),
+    "tied": architecture(
+        num_hidden_layers=4, vocab_size=61, num_key_value_heads=4, tie_word_embeddings=True, rope_scaling=YARN
+    ),
 }
 LENGTHS = ((1, 9, 5), (12,), (3, 4))
 PROMPTS = (1, 4, 2)

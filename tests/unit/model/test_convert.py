@@ -24,7 +24,7 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.checkpoint import Progress, save_checkpoint
 from tests.memory import memory_profile, peak_bytes
 from tests.policy import trained
-from tests.qwen3 import Tensors, architecture, built, layout, tensors_in
+from tests.qwen3 import Tensors, architecture, built, layout, reference_model, tensors_in
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
 FC2 = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
@@ -119,6 +119,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
     "unknown": ("model.bias: the architecture has no such tensor", lambda t: t.update({"model.bias": torch.ones(2)})),
     "misshapen": (f"{DOWN}: shape [24, 32], not [32, 24]", lambda t: t.update({DOWN: torch.ones(24, 32)})),
     "not finite": (f"{DOWN}: holds values that are not finite", lambda t: t[DOWN].fill_(float("nan"))),
+    "float64": (f"{DOWN}: holds 1e+39, beyond", lambda t: t.update({DOWN: t[DOWN].double().fill_(1e39)})),
     "integers": (f"{DOWN}: dtype torch.int32; known are", lambda t: t.update({DOWN: t[DOWN].int()})),
 }
 
@@ -194,6 +195,39 @@ def test_a_runs_checkpoint_with_broken_weights_names_them(tmp_path: Path) -> Non
     shut_down()
     with pytest.raises(CheckpointError, match=f"{DOWN}: holds values that are not finite"):
         megatron_to_hf(conversion(broken, tmp_path / "hf2", sizes))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_numbers_beyond_the_results_dtype_are_named_both_ways(back: bool, tmp_path: Path) -> None:
+    sizes = architecture()
+    tensors = hf_folder(tmp_path / "hf", sizes)
+    tensors[DOWN][3, 4] = torch.finfo(torch.float32).max
+    write_hf(tmp_path / "hf", sizes, tensors)
+    if not back:
+        with pytest.raises(DataError, match=rf"{DOWN}: holds 3\.40282e\+38, beyond torch\.bfloat16's largest"):
+            hf_to_megatron(conversion(tmp_path / "hf", tmp_path / "megatron", sizes, dtype="bf16"))
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+        return
+    hf_to_megatron(conversion(tmp_path / "hf", tmp_path / "megatron", sizes))
+    shut_down()
+    with pytest.raises(CheckpointError, match=f"{DOWN}: holds values that are not finite in torch.bfloat16"):
+        megatron_to_hf(conversion(tmp_path / "megatron", tmp_path / "again", sizes, dtype="bf16"))
+    assert not (tmp_path / "again").exists()
+    shut_down()
+    config = Config.model_validate({"model": {"preset": "tiny", "dtype": "bf16"}})
+    with built(sizes, layout(), config=config) as model:
+        found = r"experts\.3\.linear_fc2\.weight: holds values that are not finite in torch.bfloat16"
+        with pytest.raises(CheckpointError, match=found):
+            load_stored_weights(model, tmp_path / "megatron")
+
+
+def test_fused_experts_are_converted(tmp_path: Path) -> None:
+    sizes = architecture()
+    reference_model(sizes).save_pretrained(tmp_path / "hf", save_original_format=False)
+    reference_model(sizes).save_pretrained(tmp_path / "single")
+    found, expected = there_and_back(tmp_path, sizes), tensors_in(tmp_path / "single")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_checkpoint_that_lost_an_expert_names_it(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.config.architecture import architecture_from_hf
+from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config, ModelConfig, TokenizerConfig
 from gspo_moe.data.tokenizers import SentencePieceTokenizer, Tokenizer, own_tokenizer
 from gspo_moe.errors import DataError
@@ -50,7 +52,8 @@ def test_hf_to_megatron_to_hf_is_exact(dtype: Any, torch_dtype: torch.dtype, tie
 def test_transformers_reads_the_export_and_computes_the_same_logits(max_shard_bytes: int, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    sizes = architecture(initializer_range=0.2, norm_topk_prob=False, rope_theta=50_000.0)
+    scaling = Yarn(factor=4.0, original_max_position_embeddings=8, truncate=False)
+    sizes = architecture(initializer_range=0.2, norm_topk_prob=False, rope_theta=50_000.0, rope_scaling=scaling)
     sequences = random_sequences(sizes, (11, 4))
     with built(sizes, layout(), RandomSource(sizes, seed=5)) as model:
         export_hf(model, tmp_path / "out", max_shard_bytes=max_shard_bytes)
@@ -63,6 +66,7 @@ def test_transformers_reads_the_export_and_computes_the_same_logits(max_shard_by
         assert files == ["model.safetensors"]
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reference.dtype == torch.float32
+    assert architecture_from_hf(tmp_path / "out") == sizes
     for actual, expected in zip(logits, reference_logits(reference, sequences), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 

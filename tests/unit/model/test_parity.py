@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.config.rope import Yarn
 from gspo_moe.model.weights import SafetensorsSource
 from tests.qwen3 import (
     architecture,
@@ -18,6 +19,7 @@ from tests.qwen3 import (
     reference_model,
 )
 
+YARN = Yarn(factor=4.0, original_max_position_embeddings=8)  # most positions below lie beyond the original ones
 # Each GQA ratio, k, expert count, tying, renormalisation and layer count in turn; k = 1 has nothing to renormalise.
 SHAPES: list[dict[str, Any]] = [
     {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False},
@@ -25,6 +27,7 @@ SHAPES: list[dict[str, Any]] = [
     {"num_key_value_heads": 1, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 67, "num_hidden_layers": 3},
     {"num_attention_heads": 8, "num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": False, "head_dim": 6},
     {"num_key_value_heads": 4, "tie_word_embeddings": True, "norm_topk_prob": False, "rope_theta": 1_000_000.0},
+    {"rope_scaling": YARN, "num_key_value_heads": 1},
 ]
 
 
@@ -42,9 +45,11 @@ def test_logits_of_ragged_packs_match_transformers_by_sequence(shape: dict[str, 
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-def test_prefill_and_decoding_with_the_cache_equal_the_full_forward(key_value_heads: int, tmp_path: Path) -> None:
-    sizes = architecture(num_key_value_heads=key_value_heads)
+@pytest.mark.parametrize(("key_value_heads", "scaling"), [(1, None), (2, YARN), (4, None)])
+def test_prefill_and_decoding_with_the_cache_equal_the_full_forward(
+    key_value_heads: int, scaling: Yarn | None, tmp_path: Path
+) -> None:
+    sizes = architecture(num_key_value_heads=key_value_heads, rope_scaling=scaling)
     reference_model(sizes).save_pretrained(tmp_path)
     sequences = random_sequences(sizes, (9, 6, 12), seed=3)
     with built(sizes, layout(), SafetensorsSource(tmp_path)) as model:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gspo_moe.config.schema import Config
 from gspo_moe.errors import DataError
 from gspo_moe.model.names import hf_shapes
-from gspo_moe.model.weights import RandomSource, SafetensorsSource, load_weights
+from gspo_moe.model.weights import RandomSource, SafetensorsSource, TensorSource, load_weights
 from tests.qwen3 import Tensors, architecture, built, layout, reference_model, tensors_in
 
 SIZES = architecture()
@@ -19,9 +20,14 @@ def random_tensors(tied: bool = False) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-def refusal(tensors: dict[str, torch.Tensor], tied: bool = False) -> str:
-    with built(architecture(tie_word_embeddings=tied), layout()) as model, pytest.raises(DataError) as caught:
-        load_weights(model, Tensors(tensors))
+def refusal(source: dict[str, torch.Tensor] | TensorSource, tied: bool = False, dtype: str = "fp32") -> str:
+    given = Tensors(source) if isinstance(source, dict) else source
+    sizes, config = (
+        architecture(tie_word_embeddings=tied),
+        Config.model_validate({"model": {"preset": "tiny", "dtype": dtype}}),
+    )
+    with built(sizes, layout(), config=config) as model, pytest.raises(DataError) as caught:
+        load_weights(model, given)
     return str(caught.value)
 
 
@@ -47,6 +53,19 @@ def test_numbers_that_are_not_finite_and_other_dtypes_are_named() -> None:
     assert "lm_head.weight: holds values that are not finite" in message
     assert "model.norm.weight: dtype torch.int64" in message
     assert message.count("\n") == 3
+
+
+def test_numbers_beyond_the_parameters_dtype_are_named() -> None:
+    tensors = random_tensors()
+    tensors[DOWN] = tensors[DOWN].double()
+    tensors[DOWN][4, 7] = -1e39
+    tensors["model.norm.weight"][3] = torch.finfo(torch.float32).max
+    assert f"{DOWN}: holds 1e+39, beyond torch.float32's largest, 3.40282e+38" in (message := refusal(tensors))
+    assert message.count("\n") == 1
+    message = refusal(tensors, dtype="bf16")
+    assert f"{DOWN}: holds 1e+39, beyond torch.bfloat16's largest, 3.38953e+38" in message
+    assert "model.norm.weight: holds 3.40282e+38, beyond torch.bfloat16's largest" in message
+    assert message.count("\n") == 2
 
 
 def test_only_ten_of_many_problems_are_shown() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
-from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.score import score
@@ -50,6 +50,19 @@ def scored(folder: Path, weights: Path, text: str, *, micro_batch_tokens: int = 
         shut_down()
     assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl", "out.jsonl"]
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_log_probs_that_are_not_finite_are_no_output(tmp_path: Path) -> None:
+    source = RandomSource(SIZES, seed=4)
+    tensors = {name: source.get(name) for name in source.shapes()}
+    tensors["lm_head.weight"][7] = 3e38  # one token's logit overflows
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES.to_hf()))
+    (tmp_path / "out.jsonl").write_text("as it was")
+    with pytest.raises(RolloutError, match=r"in\.jsonl, line 2: the log-prob of token 1 \(from 0\) is (nan|-inf)"):
+        scored(tmp_path, tmp_path, lines([[5], [5, 6], [3, 4]]), with_routes=False)
+    assert (tmp_path / "out.jsonl").read_text() == "as it was"
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 4096])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
@@ -210,6 +211,27 @@ def test_another_architecture_is_refused_before_anything_is_read(
     assert "num_experts is 8 there and 16 here; rope_theta is 10000.0 there and 5.0 here" in str(caught.value)
     assert "give another logging.run_dir or the same model" in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in state(model, optimizer).items())
+
+
+def test_a_model_with_yarn_is_resumed_and_one_with_other_yarn_is_not(
+    policy: tuple[Model, Optimizer], tmp_path: Path
+) -> None:
+    model, optimizer = policy
+    scaled, other = (
+        replace(
+            model,
+            architecture=SIZES.model_copy(
+                update={"rope_scaling": Yarn(factor=factor, original_max_position_embeddings=32)}
+            ),
+        )
+        for factor in (4.0, 2.0)
+    )
+    path = save_checkpoint(tmp_path, scaled, optimizer, DONE, keep=1)
+    assert load_checkpoint(path, scaled, optimizer) == DONE
+    with pytest.raises(
+        CheckpointError, match=r"rope_scaling is \{.*'factor': 4\.0.* there and \{.*'factor': 2\.0.* here"
+    ):
+        load_checkpoint(path, other, optimizer)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, None])
