@@ -14,7 +14,7 @@ def test_a_signal_loses_no_whole_step(quickstart: FinishedRun, tmp_path: Path) -
     run = tmp_path / "run"
     model = f"model.hf={quickstart.path / 'cold_start' / 'hf'}"
     config = ROOT / "examples" / "quickstart.yaml"
-    launcher = ["bash", ROOT / "launch" / "torchrun.sh", "--nproc-per-node", "2", "--"]
+    launcher: list[str | Path] = ["bash", ROOT / "launch" / "torchrun.sh", "--nproc-per-node", "2", "--"]
     command = [*launcher, "train", config, model, f"logging.run_dir={run}", *SMALL_RL, "checkpoint.interval=0"]
     program = Program(command, tmp_path)
     metrics = run / "metrics.jsonl"

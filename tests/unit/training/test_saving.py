@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from gspo_moe.cli import main
+from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answers
 from gspo_moe.training import loop
-from gspo_moe.training.checkpoint import newest_checkpoint
 from gspo_moe.training.rl import StepResult, rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save_whole_step
