@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_moe.algorithms.ratios import LossInputs, Objective
+from gspo_moe.algorithms.ratios import LossInputs, Objective, weighted
 
 
 def cispo(inputs: LossInputs) -> Objective:
@@ -13,5 +13,5 @@ def cispo(inputs: LossInputs) -> Objective:
     """
     ratio_T = inputs.log_ratio_T.detach().exp()
     weight_T = ratio_T.clamp(1.0 - inputs.clip_low, 1.0 + inputs.clip_high)
-    value_T = weight_T * inputs.advantages_T * inputs.log_probs_T
+    value_T = weighted(inputs.log_probs_T, weighted(weight_T, inputs.advantages_T))
     return Objective(inputs.token_mean(value_T), inputs.segments.sum((weight_T != ratio_T).double()))

@@ -16,8 +16,7 @@ def dapo(inputs: LossInputs) -> Objective:
 
     The sum of lengths goes over the whole mini-batch.
     """
-    ratio_T = inputs.log_ratio_T.exp()
-    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))
 
 

@@ -13,6 +13,5 @@ def dr_grpo(inputs: LossInputs) -> Objective:
 
     L is a constant, the generation budget (listing 1 of the paper), where grpo has |y_i|.
     """
-    ratio_T = inputs.log_ratio_T.exp()
-    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.fixed_mean(value_T), inputs.segments.sum(clipped_T.double()))

@@ -60,22 +60,47 @@ def gae(
     return advantages_T, advantages_T + values_T
 
 
-class Moments(Statistics):
-    """Count, sum and sum of squares of the advantages of any number of packs."""
+class StepMeans(Statistics):
+    """Means of advantages and returns over the response tokens of any number of packs."""
 
     @classmethod
-    def of_pack(cls, advantages_T: torch.Tensor, response_mask: torch.Tensor) -> Moments:
-        """advantages_T: float64, 0 off the response."""
+    def of_pack(cls, advantages_T: torch.Tensor, returns_T: torch.Tensor, response_mask: torch.Tensor) -> StepMeans:
+        """advantages_T, returns_T: float64, 0 off the response."""
         count = (response_mask != 0).double().sum()
-        return cls({"count": count, "sum": advantages_T.sum(), "squares": advantages_T.square().sum()}, {})
+        return cls({"count": count, "advantages": advantages_T.sum(), "returns": returns_T.sum()}, {})
 
-    def whiten(self, advantages_T: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-        """(A - mean) / (std + 1e-8) on response tokens, std with ddof 1; float64 [T], 0 elsewhere."""
-        count = self.sums["count"]
-        mean = self.sums["sum"] / count
-        variance = (self.sums["squares"] - count * mean.square()) / (count - 1).clamp(min=1)
-        whitened_T = (advantages_T - mean) / (variance.clamp(min=0).sqrt() + STD_EPSILON)
-        return torch.where(response_mask != 0, whitened_T, 0.0)
+    @property
+    def advantage(self) -> torch.Tensor:
+        return self.sums["advantages"] / self.sums["count"]
+
+    @property
+    def value_return(self) -> torch.Tensor:
+        return self.sums["returns"] / self.sums["count"]
 
     def to_metrics(self) -> dict[str, float]:
-        return {"mean": (self.sums["sum"] / self.sums["count"]).item()}
+        return {"advantage": self.advantage.item(), "return": self.value_return.item()}
+
+
+class Whitening(Statistics):
+    """Squares about the mean of the advantages of any number of packs.
+
+    The mean comes first, from `StepMeans` of all of them: a difference of raw moments loses the variance where the
+    mean is far larger than the deviation.
+    """
+
+    @classmethod
+    def of_pack(cls, advantages_T: torch.Tensor, response_mask: torch.Tensor, mean: torch.Tensor) -> Whitening:
+        """advantages_T: float64 [T]. mean: scalar, of all packs."""
+        on_T = response_mask != 0
+        return cls({"count": on_T.double().sum(), "squares": (advantages_T - mean)[on_T].square().sum()}, {})
+
+    def whiten(self, advantages_T: torch.Tensor, response_mask: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """(A - mean) / (std + 1e-8) on response tokens, std with ddof 1; float64 [T], 0 elsewhere."""
+        whitened_T = (advantages_T - mean) / (self._std() + STD_EPSILON)
+        return torch.where(response_mask != 0, whitened_T, 0.0)
+
+    def _std(self) -> torch.Tensor:
+        return (self.sums["squares"] / (self.sums["count"] - 1).clamp(min=1)).sqrt()
+
+    def to_metrics(self) -> dict[str, float]:
+        return {"std": self._std().item()}

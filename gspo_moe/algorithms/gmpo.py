@@ -22,5 +22,7 @@ def geometric_mean(log_ratio_T: torch.Tensor, inputs: LossInputs) -> Objective:
     advantages_T = inputs.advantages_T
     clipped_T = ((advantages_T > 0) & (log_ratio_T > high)) | ((advantages_T < 0) & (log_ratio_T < low))
     kept_T = torch.where(clipped_T, log_ratio_T.detach().clamp(low, high), log_ratio_T)
-    value_N = inputs.advantages_N * inputs.segments.mean(kept_T).exp()
+    # An infinite mean times an advantage of 0 would be NaN.
+    mean_N = torch.where(inputs.advantages_N == 0, 0.0, inputs.segments.mean(kept_T))
+    value_N = inputs.advantages_N * mean_N.exp()
     return Objective(value_N, inputs.segments.sum(clipped_T.double()))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
 
 
 def gspo(inputs: LossInputs) -> Objective:
     """J_i = min(s_i A_i, clip(s_i) A_i) with s_i = exp(mean_t d_it), section 4.1 of the paper."""
     segments = inputs.segments
-    ratio_N = segments.mean(inputs.log_ratio_T).exp()
-    value_N, clipped_N = clip(ratio_N, inputs.advantages_N, inputs.clip_low, inputs.clip_high)
+    value_N, clipped_N = clip(segments.mean(inputs.log_ratio_T), inputs.advantages_N, inputs.clip_low, inputs.clip_high)
     return Objective(value_N, clipped_N * segments.lengths_N)
 
 
@@ -19,6 +20,8 @@ def gspo_token(inputs: LossInputs) -> Objective:
     A_it is A_i unless the advantages are one a token.
     """
     segments, frozen_T = inputs.segments, inputs.log_ratio_T.detach()
-    ratio_T = segments.mean(frozen_T).exp()[segments.sequence_T] * (inputs.log_ratio_T - frozen_T).exp()
-    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    # 0 with the gradient of log pi; the difference of infinities would be NaN.
+    zero_T = torch.where(frozen_T.isfinite(), inputs.log_ratio_T - frozen_T, 0.0)
+    mean_T = segments.mean(frozen_T)[segments.sequence_T] + zero_T
+    value_T, clipped_T = clip(mean_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.sequence_mean(value_T), segments.sum(clipped_T.double()))

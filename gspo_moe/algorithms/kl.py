@@ -1,13 +1,13 @@
-"""KL to a reference policy, estimated on the sampled tokens (J. Schulman, "Approximating KL divergence").
+"""KL(pi || pi_ref) to a reference policy, estimated on the sampled tokens (J. Schulman, "Approximating KL divergence").
 
 With r = log pi(y) - log pi_ref(y) on tokens y that pi sampled, the estimates are k1 = r, k2 = r^2 / 2 and
-k3 = exp(-r) - 1 + r. k1 and k3 have the KL as their mean. As losses (2510.01555):
+k3 = exp(-r) - 1 + r. k1 and k3 have KL(pi || pi_ref) as their mean. As losses (2510.01555):
 
 | estimate | its gradient | on average |
 |---|---|---|
 | k1 | grad log pi | zero: no penalty, only noise, so `k1` here takes k2's gradient instead |
-| k2 | r grad log pi | the gradient of KL(pi, pi_ref) |
-| k3 | (1 - pi_ref/pi) grad log pi | the gradient of KL(pi_ref, pi); equal to k2's near r = 0, bounded for r > 0 |
+| k2 | r grad log pi | the gradient of KL(pi || pi_ref) |
+| k3 | (1 - pi_ref/pi) grad log pi | the gradient of KL(pi_ref || pi); equal to k2's near r = 0, bounded for r > 0 |
 
 Shape letters: T tokens of a pack.
 """
@@ -17,8 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from gspo_moe.algorithms.ratios import k3
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,16 @@ class KLPenalty:
 
 
 def _k1(log_ratio: torch.Tensor) -> torch.Tensor:
-    squared = _k2(log_ratio)
-    return squared + (log_ratio - squared).detach()
+    frozen = log_ratio.detach()
+    return (log_ratio - frozen) * frozen + frozen
 
 
 def _k2(log_ratio: torch.Tensor) -> torch.Tensor:
     return 0.5 * log_ratio.square()
 
 
-ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": k3}
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+ESTIMATORS = {"k1": _k1, "k2": _k2, "k3": _k3}

@@ -5,9 +5,11 @@ Under context parallelism T is this rank's part of the pack; see `ratios`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TypeVar
 
 import torch
 
@@ -25,9 +27,10 @@ from gspo_moe.algorithms.ratios import (
     Objective,
     Segments,
     SumOverContext,
-    k3,
+    k3_from_sampler,
     log_ratios,
     on_response,
+    weighted,
     whole_sequences,
 )
 from gspo_moe.algorithms.rspo import SMALLEST_SHIFT, rspo
@@ -35,6 +38,8 @@ from gspo_moe.algorithms.statistics import Parts, Statistics, spread, spread_met
 from gspo_moe.algorithms.value import value_metrics
 from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
 from gspo_moe.errors import ConfigError, DataError
+
+Count = TypeVar("Count", int, float)
 
 # (what the loss sees) to J_i, as the module of that name defines it.
 ObjectiveFunction = Callable[[LossInputs], Objective]
@@ -67,16 +72,19 @@ class PolicyStatistics(Statistics):
         sums = {
             "tokens": segments.response_T.double().sum(),
             "sequences": share_N.sum(),
-            "objective": (share_N * objective.value_N).sum(),
+            "objective": weighted(objective.value_N, share_N).sum(),
             "clipped_tokens": (share_N * objective.clipped_tokens_N).sum(),
             "clipped_sequences": (share_N * (objective.clipped_tokens_N > 0)).sum(),
-            "k3": k3(log_ratio_T).sum(),
+            "k3": k3_from_sampler(log_ratio_T).sum(),
         }
         return cls({**sums, **token_sums, **sequence_sums}, {**token_maxima, **sequence_maxima})
 
     def to_metrics(self) -> dict[str, float]:
-        """Clip fractions of SPEC section 1; `kl/old_k3` is the mean over response tokens; `loss/policy` is
-        -1/n sum_i J_i over the n sequences merged so far, whatever `num_sequences` the losses were scaled by."""
+        """Clip fractions of SPEC section 1; `kl/old_k3`, of KL(old || policy), is the mean over response tokens.
+
+        `loss/policy` is -1/n sum_i J_i over the n sequences merged so far, whatever `num_sequences` the losses were
+        scaled by.
+        """
         tokens, sequences = self.sums["tokens"].item(), self.sums["sequences"].item()
         metrics = {
             "loss/policy": -self.sums["objective"].item() / sequences,
@@ -103,7 +111,7 @@ class PolicyStatistics(Statistics):
     @torch.no_grad()
     def with_reference(self, kl_T: torch.Tensor, penalty_N: torch.Tensor, segments: Segments) -> PolicyStatistics:
         """The same with the KL to a reference: its estimate on each token, 0 off the response, and what it costs."""
-        found = {"kl_tokens": kl_T.sum(), "kl_penalty": (segments.share_N * penalty_N).sum()}
+        found = {"kl_tokens": kl_T.sum(), "kl_penalty": weighted(penalty_N, segments.share_N).sum()}
         return PolicyStatistics({**self.sums, **found}, self.maxima)
 
     @torch.no_grad()
@@ -157,6 +165,7 @@ def policy_loss(
     cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
     num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks,
     default the pack's own; with them, losses and gradients of the parts of a mini-batch add up to the mini-batch's own.
+    Losses that average over tokens need num_tokens beside num_sequences, the others no num_tokens alone.
     max_response_tokens: the length limit of generation; dr_grpo needs it.
     router_shift: floats [T], gamma of SPEC section 4; rspo needs it.
     correction: weights against the mismatch between rollout engine and trainer.
@@ -167,12 +176,15 @@ def policy_loss(
     objective: another way to the same J_i, such as a fused kernel; default the algorithm's own module.
 
     Raises ConfigError for an unknown algorithm, a clip that cannot work, and what the algorithm needs and did not get;
-    DataError for shapes that do not fit, a sequence without response token, and counts below the pack's own.
+    DataError for shapes that do not fit, a sequence without response token, advantages of response tokens that are not
+    finite, and counts below the pack's own.
     """
     _check_options(algorithm, clip_low, clip_high, allow_wide_clip, max_response_tokens, router_shift, correction)
+    _check_counts_are_of_one_mini_batch(algorithm, num_sequences, num_tokens)
     segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
     advantages_N, advantages_T = _advantages(algorithm, advantages, segments, correction)
+    sequences_here, tokens_here = segments.lengths_N.numel(), segments.lengths_N.sum().item()
     inputs = LossInputs(
         log_probs_T=on_response(log_probs, segments),
         log_ratio_T=log_ratio_T,
@@ -181,8 +193,8 @@ def policy_loss(
         segments=segments,
         clip_low=clip_low,
         clip_high=clip_high,
-        num_sequences=_count("num_sequences", num_sequences, segments.lengths_N.numel()),
-        num_tokens=segments.lengths_N.sum().item() if num_tokens is None else num_tokens,
+        num_sequences=_count("num_sequences", num_sequences, sequences_here),
+        num_tokens=_count("num_tokens", num_tokens, tokens_here),
         max_response_tokens=max_response_tokens or 0,
         router_shift_T=None if router_shift is None else on_response(router_shift, segments, fill=1.0),
     )
@@ -226,12 +238,23 @@ def _check_options(
         raise ConfigError(f"{algorithm} has one term a sequence and no place for token weights; correct by sequence")
 
 
-def _count(name: str, given: int | None, here: int) -> int:
+def _check_counts_are_of_one_mini_batch(algorithm: str, num_sequences: float | None, num_tokens: float | None) -> None:
+    by_token = algorithm in TOKEN_MEAN
+    given, missing = ("num_sequences", "num_tokens") if by_token else ("num_tokens", "num_sequences")
+    values = {"num_sequences": num_sequences, "num_tokens": num_tokens}
+    if values[given] is not None and values[missing] is None:
+        raise ConfigError(
+            f"{given}={values[given]} without {missing}: {algorithm} divides by the mini-batch's {missing}, in place "
+            f"of which each pack would take its own; pass {missing} too, over all micro-batches and ranks"
+        )
+
+
+def _count(name: str, given: Count | None, here: Count) -> Count:
     if given is None:
         return here
-    if given < here:
+    if not here <= given < math.inf:
         raise DataError(
-            f"{name}={given} is less than the {here} sequences of this pack; "
+            f"{name}={given} is not a count of at least the pack's own {here:g}; "
             "pass the mini-batch's count over all micro-batches and ranks"
         )
     return given
@@ -250,10 +273,21 @@ def _advantages(
     exact = advantages.detach().double()
     # [N] first: a rank that holds parts of sequences may have N tokens by chance.
     by_sequence = algorithm != "ppo" and advantages.shape == segments.lengths_N.shape
+    _check_finite(exact if by_sequence else on_response(exact, segments))
     advantages_N = exact if by_sequence else segments.mean(exact)
     advantages_T = exact[segments.sequence_T] if by_sequence else on_response(exact, segments)
     if correction is None:
         return advantages_N, advantages_T
     if correction.level == "token":
-        return advantages_N, advantages_T * correction.weights
-    return advantages_N * correction.weights, advantages_T * correction.weights[segments.sequence_T]
+        return advantages_N, weighted(correction.weights, advantages_T)
+    weights_T = correction.weights[segments.sequence_T]
+    return weighted(correction.weights, advantages_N), weighted(weights_T, advantages_T)
+
+
+def _check_finite(advantages: torch.Tensor) -> None:
+    finite = advantages.isfinite()
+    if not finite.all():
+        index = int((~finite).nonzero()[0])
+        raise DataError(
+            f"advantage {index} is {advantages[index].item()}; let the rewards and values that it is made of be finite"
+        )

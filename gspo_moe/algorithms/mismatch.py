@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gspo_moe.algorithms.ratios import Segments, SumOverContext, k3, log_ratios, whole_sequences
+from gspo_moe.algorithms.ratios import Segments, SumOverContext, k3_from_sampler, log_ratios, weighted, whole_sequences
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 
 
@@ -40,8 +40,9 @@ def mismatch(
 
     log_probs, rollout_log_probs: floats [T] in nats; cu_seqlens: int [N + 1]; response_mask: [T], 0 or 1.
     sum_over_context: as for `policy_loss`.
-    Figures: mean exp(-d) - 1 + d; share of tokens with max(p/q, q/p) > 2; sequence ratios exp(mean_t d), which, unlike
-    exp(sum_t d), keep their scale on long responses. Raises DataError for shapes that do not fit or an empty response.
+    Figures: mean exp(d) - 1 - d, the k3 estimate of KL(rollout || trainer) on tokens that the engine sampled; share of
+    tokens with max(p/q, q/p) > 2; sequence ratios exp(mean_t d), which, unlike exp(sum_t d), keep their scale on long
+    responses. Raises DataError for shapes that do not fit or an empty response.
     """
     segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
@@ -49,7 +50,7 @@ def mismatch(
     sums = {
         "tokens": segments.response_T.double().sum(),
         "sequences": segments.share_N.sum(),
-        "k3": k3(log_ratio_T).sum(),
+        "k3": k3_from_sampler(log_ratio_T).sum(),
         "tokens_above_2": (log_ratio_T.abs() > math.log(2.0)).double().sum(),
     }
     return MismatchStatistics({**sums, **sequence_sums}, sequence_maxima)
@@ -102,5 +103,5 @@ def correct(
     low, high = bounds
     cut = ratio > high if kind == "tis" else (ratio < low) | (ratio > high)
     weights = ratio.clamp(max=high) if kind == "tis" else ratio.masked_fill(cut, 0.0)
-    sums = {"count": counted.sum(), "weight": (counted * weights).sum(), "cut": (counted * cut).sum()}
+    sums = {"count": counted.sum(), "weight": weighted(weights, counted).sum(), "cut": (counted * cut).sum()}
     return Correction(level, weights), CorrectionStatistics(sums, {})

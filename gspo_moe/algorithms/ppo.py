@@ -13,6 +13,5 @@ def ppo(inputs: LossInputs) -> Objective:
 
     The mean goes over the whole mini-batch's response tokens.
     """
-    ratio_T = inputs.log_ratio_T.exp()
-    value_T, clipped_T = clip(ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))

@@ -127,9 +127,13 @@ def on_response(values: torch.Tensor, segments: Segments, fill: float = 0.0) -> 
     return torch.where(segments.response_T, values.double(), fill)
 
 
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """exp(-d) - 1 + d, the non-negative KL estimate k3 (J. Schulman, "Approximating KL divergence"), elementwise."""
-    return torch.expm1(-log_ratio) + log_ratio
+def k3_from_sampler(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(d) - 1 - d, elementwise: the k3 estimate of KL(q || p), d = log p - log q of tokens that q sampled.
+
+    Never negative, its mean is the KL (J. Schulman, "Approximating KL divergence"). The KL of a policy to a reference,
+    of tokens that the policy samples, is another: see `kl`.
+    """
+    return torch.where(log_ratio == torch.inf, torch.inf, torch.expm1(log_ratio) - log_ratio)
 
 
 @dataclass(frozen=True)
@@ -181,9 +185,21 @@ class Objective(NamedTuple):
 
 
 def clip(
-    ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+    log_ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) and a bool of where the min takes the clipped branch."""
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(log_ratio), and a bool of where the min is clipped.
+
+    Where r overflows, value and gradient are still those of the formula: 0 for A = 0, no gradient where clipped, and
+    infinite for A < 0, which nothing bounds.
+    """
     low, high = 1.0 - clip_low, 1.0 + clip_high
+    ratio = log_ratio.detach().exp()
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    return torch.where(clipped, ratio.detach().clamp(low, high), ratio) * advantages, clipped
+    # exp is kept away from what has no gradient: 0 times its infinite slope is NaN.
+    active = torch.where(clipped | (advantages == 0), 0.0, log_ratio).exp()
+    return torch.where(clipped, ratio.clamp(low, high), active) * advantages, clipped
+
+
+def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """values * weights, 0 where a weight is 0, though the value be infinite."""
+    return torch.where(weights == 0, 0.0, values) * weights

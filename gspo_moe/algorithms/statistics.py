@@ -5,6 +5,7 @@ They are detached float64 tensors where the loss was computed: nothing waits for
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,10 +74,12 @@ def spread(name: str, log_ratio: torch.Tensor, weight: torch.Tensor) -> tuple[Pa
 def spread_metrics(name: str, prefix: str, statistics: Statistics, count: float) -> dict[str, float]:
     """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of ratios; `count`: the sum of their weights."""
     deviation = statistics.sums[f"{name}/deviation"].item() / count
-    variance = statistics.sums[f"{name}/squared_deviation"].item() / count - deviation**2
+    squared = statistics.sums[f"{name}/squared_deviation"].item() / count
+    # Squares that overflow leave infinity, not infinity less infinity.
+    variance = max(squared - deviation * deviation, 0.0) if math.isfinite(squared) else squared
     return {
         f"{prefix}_mean": 1.0 + deviation,
-        f"{prefix}_std": max(variance, 0.0) ** 0.5,
+        f"{prefix}_std": math.sqrt(variance),
         f"{prefix}_min": -statistics.maxima[f"{name}/negated_min"].item(),
         f"{prefix}_max": statistics.maxima[f"{name}/max"].item(),
     }

@@ -13,6 +13,16 @@ from gspo_moe.algorithms.statistics import Parts
 from gspo_moe.errors import DataError
 
 
+class ValueMeans(NamedTuple):
+    """Float64 scalars near the means of the returns and of R - V_old, about which their moments are taken.
+
+    Those about 0 lose the variance where a mean is far larger than the deviation.
+    """
+
+    returns: torch.Tensor
+    errors: torch.Tensor
+
+
 class ValueLoss(NamedTuple):
     """loss: float64 scalar with graph. sums: its detached parts, which add up, for `value_metrics`."""
 
@@ -28,13 +38,14 @@ def value_loss(
     *,
     value_clip: float | None,
     num_tokens: float,
+    means: ValueMeans,
 ) -> ValueLoss:
     """1/num_tokens sum_t 1/2 max((V - R)^2, (V' - R)^2) over response tokens, V' = V bounded to V_old +- value_clip.
 
     A token whose V' counts is *clipped* and has no gradient; value_clip None clips nothing.
     values: floats [T] with gradient. old_values, returns: floats [T]; what they hold off the response has no effect.
     response_mask: [T], 0 or 1. num_tokens: response tokens of the whole mini-batch over all micro-batches and ranks.
-    Raises DataError for shapes that differ.
+    means: the same for every pack of a mini-batch. Raises DataError for shapes that differ.
     """
     if not values.shape == old_values.shape == returns.shape == response_mask.shape:
         shapes = [list(each.shape) for each in (values, old_values, returns, response_mask)]
@@ -49,12 +60,13 @@ def value_loss(
         clipped_T = ((values_T.detach() - old_T).abs() > value_clip) & (bounded_squared_T > squared_T.detach())
         squared_T = torch.where(clipped_T, bounded_squared_T, squared_T)
     total = 0.5 * squared_T.sum()
-    error_T = returns_T - old_T
+    error_T = returns_T - old_T - means.errors
+    return_T = returns_T - means.returns
     sums = {
         "value_loss": total.detach(),
         "value_clipped": clipped_T.double().sum(),
-        "value_return": returns_T.sum(),
-        "value_return_squares": returns_T.square().sum(),
+        "value_return": return_T.sum(),
+        "value_return_squares": return_T.square().sum(),
         "value_error": error_T.sum(),
         "value_error_squares": error_T.square().sum(),
     }

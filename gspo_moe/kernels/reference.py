@@ -145,7 +145,8 @@ def sequence_reduce(
     """Loss, ratio and clipped tokens of each sequence, float64 [N], and d sum(loss) / d log_probs, float32 [T].
 
     SPEC section 1, gspo and gspo_token: s = exp(sum / number); loss = -scale min(s A, clip(s) A), with A a token its
-    mean over response tokens. `sums_N2`, where given, is `sequence_sums` of the whole sequences.
+    mean over response tokens. A = 0 gives 0 for any s, infinity too. `sums_N2`, where given, is `sequence_sums` of the
+    whole sequences.
     """
     if sums_N2 is None:
         sums_N2 = sequence_sums(log_probs_T, old_log_probs_T, mask_T, cu_seqlens)
@@ -162,16 +163,19 @@ def sequence_reduce(
     advantages_T = advantages if advantages_per_token or not num_sequences else advantages[index_T]
     value_T, clipped_T = _clip(ratio_T, advantages_T, clip_low, clip_high)
     share_T = torch.where(inside_T, scale / number_T, 0.0)
-    grad_T = torch.where(clipped_T, 0.0, -share_T * ratio_T * advantages_T).float()
+    # An infinite ratio times 0 would be NaN.
+    flat_T = clipped_T | (advantages_T == 0) | ~inside_T
+    grad_T = torch.where(flat_T, 0.0, -share_T * ratio_T * advantages_T).float()
     if advantages_per_token:
-        parts_T2 = torch.stack([-share_T * value_T, (clipped_T & inside_T).double()], dim=1)
+        loss_T = torch.where(inside_T, -share_T * value_T, 0.0)
+        parts_T2 = torch.stack([loss_T, (clipped_T & inside_T).double()], dim=1)
         sums = parts_T2.new_zeros((num_sequences + 1, 2)).index_add(0, sequence_T, parts_T2)[:num_sequences]
         loss_N, clipped_tokens_N = sums.unbind(dim=1)
     else:
         value_N, clipped_N = _clip(ratio_N, advantages, clip_low, clip_high)
         loss_N = torch.where(empty_N, 0.0, -scale * value_N)
         clipped_tokens_N = clipped_N * number_N
-    return loss_N.clone(), ratio_N, clipped_tokens_N.clone(), torch.where(inside_T, grad_T, 0.0)
+    return loss_N.clone(), ratio_N, clipped_tokens_N.clone(), grad_T
 
 
 def _clip(
@@ -179,4 +183,5 @@ def _clip(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = 1.0 - clip_low, 1.0 + clip_high
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
-    return torch.where(clipped, ratio.clamp(low, high), ratio) * advantages, clipped
+    bounded = torch.where(clipped, ratio.clamp(low, high), ratio)
+    return torch.where(advantages == 0, 0.0, bounded * advantages), clipped

@@ -48,7 +48,7 @@ PAIR_FIGURES = {
     "flipped_layers_per_token": ("layers", "layers whose set differs, a token"),
     "response_set_change": ("fraction", "experts of a whole response that are not picked again, a sequence and layer"),
     "router_margin": ("probability", "p_(K) - p_(K+1) of the old router's softmax, mean"),
-    "router_shift": ("ratio", "gamma of arXiv 2510.23027: 1 where the old experts' probabilities stand still"),
+    "router_shift": ("ratio", "gamma of arXiv 2510.23027: exp of minus the old experts' log-probs' mean change"),
 }
 MARGINS = ("below 1e-4", "1e-4 to 1e-3", "1e-3 to 1e-2", "1e-2 to 1e-1", "1e-1 and more")
 NEEDS_SCORES = ("router_margin", "router_shift", "flip_rate_by_margin")
@@ -109,11 +109,11 @@ METRICS = (
     MetricDoc("value/loss", "", "half the squared error of ppo's values, clipped, mean over response tokens"),
     MetricDoc("value/clip_fraction", "fraction", "response tokens whose value's gradient `value_clip` removes"),
     MetricDoc("value/explained_variance", "fraction", "share of the returns' variance that the old values explain"),
-    MetricDoc("kl/old_k3", "nats", "k3 estimate of the KL from the old policy to the policy, a token"),
-    MetricDoc("kl/reference", "nats", "estimate of KL(policy, reference), a token"),
+    MetricDoc("kl/old_k3", "nats", "k3 estimate of KL(old ‖ policy), a token"),
+    MetricDoc("kl/reference", "nats", "estimate of KL(policy ‖ reference), a token"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
     MetricDoc("mismatch/weight_cut", "fraction", "tokens or sequences whose weight is truncated or masked"),
-    MetricDoc("mismatch/k3", "nats", "k3 estimate of the KL between rollout engine and trainer, a token"),
+    MetricDoc("mismatch/k3", "nats", "k3 estimate of KL(rollout ‖ trainer), a token"),
     MetricDoc("mismatch/token_ratio_above_2", "fraction", "tokens with max(p/q, q/p) > 2, trainer and rollout engine"),
     *(
         MetricDoc(f"mismatch/sequence_ratio_{figure}", "ratio", f"{words} of trainer over rollout engine, a sequence")

@@ -34,8 +34,8 @@ class Run:
     path: Path
     config: dict[str, Any]
     problems: tuple[str, ...]
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    series: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -98,8 +98,8 @@ MACHINE = (
         "",
         (
             Measure("response/length_mean", "Response length"),
-            Measure("kl/old_k3", "KL from the old policy"),
-            Measure("mismatch/k3", "KL between engine and trainer", optional=True),
+            Measure("kl/old_k3", "KL(old ‖ policy)"),
+            Measure("mismatch/k3", "KL(rollout ‖ trainer)", optional=True),
             Measure("optimizer/grad_norm", "Gradient norm"),
         ),
     ),
@@ -130,7 +130,7 @@ BANK = (
         ON_BANK,
         (
             Measure("routing/staleness/slot_change", "Expert slots changed"),
-            Measure("kl/old_k3", "KL from the old policy"),
+            Measure("kl/old_k3", "KL(old ‖ policy)"),
             Measure("routing/attribution/phi_token", "φ of tokens"),
             Measure("routing/attribution/phi_sequence", "φ of sequences"),
             Measure("routing/attribution/washout", "Washout W"),

@@ -57,12 +57,12 @@ def _unions(routes_TLK: torch.Tensor, sequence_T: torch.Tensor, num_sequences: i
 
 
 def log_shift_TL(old_log_probs_TLK: torch.Tensor, new_log_probs_TLK: torch.Tensor) -> torch.Tensor:
-    """log mean_{e in E_old} exp(-|delta log p_e|), float64 [T, L]: one layer's part of the router shift (2510.23027).
+    """-mean_{e in E_old} |delta log p_e|, float64 [T, L]: one layer's part of the router shift (2510.23027).
 
     Both: the router's log-probs (nats) of the *old* experts, in the same order. exp of its mean over layers is gamma_t.
     """
     difference = new_log_probs_TLK.double() - old_log_probs_TLK.double()
-    return difference.abs().neg().exp().mean(dim=-1).log()
+    return difference.abs().mean(dim=-1).neg()
 
 
 class RouteSums(Statistics):

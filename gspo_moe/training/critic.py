@@ -14,7 +14,8 @@ from functools import reduce
 
 import torch
 
-from gspo_moe.algorithms.gae import Moments, gae
+from gspo_moe.algorithms.gae import StepMeans, Whitening, gae
+from gspo_moe.algorithms.value import ValueMeans
 from gspo_moe.config.algorithm import PPOConfig
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import reduce_statistics
@@ -23,11 +24,15 @@ from gspo_moe.types import Microbatch
 
 @dataclass(frozen=True)
 class Estimates:
-    """Of one pack, floats [T], 0 off the response but for `values`: whitened advantages, old values, returns."""
+    """Of one pack, floats [T], 0 off the response but for `values`: whitened advantages, old values, returns.
+
+    means: of the step's returns and of what the old values miss of them.
+    """
 
     advantages_T: torch.Tensor
     values_T: torch.Tensor
     returns_T: torch.Tensor
+    means: ValueMeans
 
 
 def estimate(
@@ -44,15 +49,15 @@ def estimate(
         gae(values_T, pack.advantages_N, pack.cu_seqlens, pack.response_mask_T, gamma=config.gamma, lam=config.lam)
         for pack, values_T in zip(packs, values, strict=True)
     ]
-    moments = reduce(
-        Moments.merge,
-        (
-            Moments.of_pack(advantages_T, pack.response_mask_T)
-            for pack, (advantages_T, _) in zip(packs, found, strict=True)
-        ),
-    )
-    moments = reduce_statistics(moments, groups.data)
+    masks = [pack.response_mask_T for pack in packs]
+    sums = [StepMeans.of_pack(*each, mask_T) for each, mask_T in zip(found, masks, strict=True)]
+    means = reduce_statistics(reduce(StepMeans.merge, sums), groups.data)
+    mean = means.advantage
+    squares = [Whitening.of_pack(each, mask_T, mean) for (each, _), mask_T in zip(found, masks, strict=True)]
+    whitening = reduce_statistics(reduce(Whitening.merge, squares), groups.data)
+    # What the old values miss of the returns are the advantages before whitening.
+    of_values = ValueMeans(returns=means.value_return, errors=mean)
     return [
-        Estimates(moments.whiten(advantages_T, pack.response_mask_T), values_T, returns_T)
-        for pack, values_T, (advantages_T, returns_T) in zip(packs, values, found, strict=True)
+        Estimates(whitening.whiten(advantages_T, mask_T, mean), values_T, returns_T, of_values)
+        for mask_T, values_T, (advantages_T, returns_T) in zip(masks, values, found, strict=True)
     ]

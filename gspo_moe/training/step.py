@@ -169,6 +169,7 @@ def _value_loss(
         split.local(pack.response_mask_T),
         value_clip=config.value_clip,
         num_tokens=num_tokens,
+        means=estimates.means,
     )
     return found._replace(loss=config.value_coeff * found.loss)
 

@@ -132,7 +132,7 @@ def test_ratio_and_kl_metrics_match_numpy(algorithm: str) -> None:
     bounds = pack["cu_seqlens"].tolist()
     token = np.exp(d[mask])
     sequence = np.exp([d[a:b][mask[a:b]].mean() for a, b in itertools.pairwise(bounds)])
-    expected = {"kl/old_k3": (np.exp(-d[mask]) - 1 + d[mask]).mean()}
+    expected = {"kl/old_k3": (np.exp(d[mask]) - 1 - d[mask]).mean()}
     for level, ratio in (("token", token), ("sequence", sequence)):
         figures = {"mean": ratio.mean(), "std": ratio.std(), "min": ratio.min(), "max": ratio.max()}
         expected |= {f"ratio/{level}_{figure}": value for figure, value in figures.items()}
@@ -226,7 +226,24 @@ def test_wide_clips_are_refused_unless_allowed(algorithm: str, clips: tuple[floa
             r"\[N\] = \[3\] or \[T\] = \[7\], got \[4\]",
         ),
         ({"algorithm": "ppo", "clip_low": 0.2, "advantages": torch.zeros(3)}, DataError, r"\[T\] = \[7\], got \[3\]"),
-        ({"num_sequences": 2}, DataError, "less than the 3 sequences"),
+        ({"num_sequences": 2}, DataError, "num_sequences=2 is not a count of at least the pack's own 3"),
+        *(
+            ({**counts, **dapo}, DataError, "num_tokens=.* is not a count of at least the pack's own 6")
+            for dapo in ({"algorithm": "dapo", "clip_low": 0.2},)
+            for counts in (
+                {"num_sequences": 3, "num_tokens": 5},
+                {"num_tokens": float("nan")},
+                {"num_tokens": float("inf")},
+                {"num_tokens": -6.0},
+            )
+        ),
+        *(
+            ({"algorithm": name, "clip_low": 0.2, "num_sequences": 9, **advantages}, ConfigError, "pass num_tokens too")
+            for name, advantages in (("dapo", {}), ("cispo", {}), ("ppo", {"advantages": torch.ones(7)}))
+        ),
+        ({"num_tokens": 90}, ConfigError, "pass num_sequences too"),
+        ({"advantages": float64([1, float("nan"), 0])}, DataError, "advantage 1 is nan"),
+        ({"advantages": float64([1, 0, float("-inf")])}, DataError, "advantage 2 is -inf"),
         ({"algorithm": "gmpo", "clip_low": 1.0, "clip_high": 0.4}, ConfigError, "clip_low below 1"),
         ({"algorithm": "grpo"}, ConfigError, "made for a sequence ratio"),
         ({"algorithm": "dr_grpo", "clip_low": 0.2}, ConfigError, "pass the length limit"),
@@ -244,3 +261,60 @@ def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], me
     arguments = {"algorithm": "gspo", **CLIP_PACK, "clip_low": 3e-4, "clip_high": 4e-4, **change}
     with pytest.raises(error, match=message):
         policy_loss(**arguments)
+
+
+CLIPPED = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "ppo")
+
+
+def overflowing(algorithm: str, advantages: Sequence[float], far: float = -801.0) -> tuple[PolicyLoss, torch.Tensor]:
+    """A sequence of one token an advantage, of which the first one's log-ratio is -1 - far and the others' are 0."""
+    count = len(advantages)
+    pack = {
+        "log_probs": float64([-1.0] * count),
+        "old_log_probs": float64([far] + [-1.0] * (count - 1)),
+        "advantages": float64(advantages),
+        "cu_seqlens": torch.arange(count + 1),
+        "response_mask": torch.ones(count),
+        "router_shift": torch.ones(count, dtype=torch.float64),
+    }
+    return run(algorithm, pack, max_response_tokens=1)
+
+
+@pytest.mark.parametrize("far", [-801.0, -torch.inf])
+@pytest.mark.parametrize("algorithm", CLIPS)
+def test_ratios_beyond_float64_leave_no_nan(algorithm: str, far: float) -> None:
+    bound = 1.0 + CLIPS[algorithm][1]
+    # A > 0: the clip, without gradient; cispo's weight is cut alike, and multiplies log pi = -1, with gradient.
+    result, gradient = overflowing(algorithm, [1.0, 0.5], far)
+    first, slope = (-bound, -bound) if algorithm == "cispo" else (bound, 0.0)
+    other, other_slope = (-0.5, -0.5) if algorithm == "cispo" else (0.5, -0.5)
+    assert result.loss.item() == pytest.approx(-(first + other) / 2, rel=1e-12)
+    assert gradient.tolist() == pytest.approx([slope / 2, other_slope / 2], rel=1e-12)
+    metrics = result.metrics
+    assert [metrics[f"ratio/{level}_{name}"] for level in ("token", "sequence") for name in ("mean", "std", "max")] == (
+        [torch.inf] * 6
+    )
+    assert metrics["kl/old_k3"] == torch.inf
+    assert metrics["clip_fraction/token"] == 0.5
+    # A = 0: nothing.
+    result, gradient = overflowing(algorithm, [0.0, 0.5], far)
+    assert result.loss.item() == pytest.approx(-other / 2, rel=1e-12)
+    assert gradient.tolist() == pytest.approx([0.0, other_slope / 2], rel=1e-12)
+    # A < 0: no bound, so infinity, but for cispo.
+    result, gradient = overflowing(algorithm, [-1.0, 0.5], far)
+    if algorithm == "cispo":
+        assert result.loss.item() == pytest.approx((-bound + 0.5) / 2, rel=1e-12)
+    else:
+        assert result.loss.item() == torch.inf
+        assert result.metrics["loss/policy"] == torch.inf
+        assert gradient[1].item() == pytest.approx(-0.25, rel=1e-12)
+        if far > -torch.inf:
+            assert gradient[0].item() == torch.inf
+    assert not gradient.isnan().any()
+
+
+def test_a_ratio_that_nothing_bounds_keeps_its_size() -> None:
+    for algorithm in CLIPPED:
+        result, gradient = overflowing(algorithm, [-1.0], far=-501.0)
+        assert result.loss.item() == pytest.approx(np.exp(500.0), rel=1e-12)
+        assert gradient.item() == pytest.approx(np.exp(500.0), rel=1e-12)

@@ -1,13 +1,14 @@
 """Mismatch figures against NumPy."""
 
 import itertools
+import math
 from functools import reduce
 
 import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import MismatchStatistics, mismatch
+from gspo_moe.algorithms import MismatchStatistics, correct, mismatch
 from gspo_moe.errors import DataError
 
 CU_SEQLENS = torch.tensor([0, 4, 10, 13])
@@ -27,7 +28,7 @@ def test_figures_match_numpy() -> None:
     d = np.log(TOKEN_RATIOS)
     sequence = np.exp([d[:3].mean(), d[3:7].mean(), d[7:].mean()])
     expected = {
-        "mismatch/k3": np.mean(1 / np.array(TOKEN_RATIOS) - 1 + d),
+        "mismatch/k3": np.mean(np.array(TOKEN_RATIOS) - 1 - d),
         "mismatch/token_ratio_above_2": 2 / 9,
         "mismatch/sequence_ratio_mean": sequence.mean(),
         "mismatch/sequence_ratio_std": sequence.std(),
@@ -35,6 +36,26 @@ def test_figures_match_numpy() -> None:
         "mismatch/sequence_ratio_max": sequence.max(),
     }
     assert mismatch(*log_probs(), CU_SEQLENS, MASK).to_metrics() == pytest.approx(expected, rel=1e-12)
+
+
+def test_k3_is_of_the_rollouts_kl_to_the_trainer() -> None:
+    """Ten tokens as often as the engine draws them: the mean is KL(rollout || trainer) itself, 0.1445."""
+    rollout, trainer = (torch.tensor([p] * 9 + [1 - p], dtype=torch.float64).log() for p in (0.9, 0.99))
+    found = mismatch(trainer, rollout, torch.tensor([0, 10]), torch.ones(10)).to_metrics()
+    kl = 0.9 * math.log(0.9 / 0.99) + 0.1 * math.log(0.1 / 0.01)
+    assert found["mismatch/k3"] == pytest.approx(kl, rel=1e-12)
+    assert found["mismatch/k3"] == pytest.approx(0.1445, abs=5e-5)
+
+
+def test_overflowing_ratios_leave_no_nan() -> None:
+    trainer, rollout = torch.tensor([-1.0, -1.0]), torch.tensor([-801.0, -1.0])
+    metrics = mismatch(trainer, rollout, torch.tensor([0, 1, 2]), torch.ones(2)).to_metrics()
+    assert [metrics[f"mismatch/{name}"] for name in ("k3", "sequence_ratio_mean", "sequence_ratio_std")] == [
+        math.inf
+    ] * 3
+    weights, statistics = correct("mask", "token", (0.5, 5.0), trainer, rollout, torch.tensor([0, 1, 2]), torch.ones(2))
+    assert weights.weights.tolist() == [0.0, 1.0]
+    assert statistics.to_metrics() == {"mismatch/weight_mean": 0.5, "mismatch/weight_cut": 0.5}
 
 
 def test_merged_packs_equal_the_whole() -> None:

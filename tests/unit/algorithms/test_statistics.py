@@ -37,3 +37,13 @@ def test_extremes_leave_out_what_is_not_kept(sign: float) -> None:
     ratios = np.exp(sign * np.array([0.5, 0.2, 0.9]))
     expected = {"x_mean": ratios.mean(), "x_std": ratios.std(), "x_min": ratios.min(), "x_max": ratios.max()}
     assert metrics == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("largest", [400.0, 800.0, np.inf])
+def test_spread_of_ratios_whose_squares_overflow_is_infinite(largest: float) -> None:
+    metrics = statistics(torch.tensor([largest, 0.0]).double(), torch.tensor([True, True])).to_metrics()
+    with np.errstate(over="ignore"):
+        ratio = np.exp(largest)
+    assert metrics == pytest.approx(
+        {"x_mean": (1 + ratio) / 2, "x_std": np.inf, "x_min": 1.0, "x_max": ratio}, rel=1e-12
+    )

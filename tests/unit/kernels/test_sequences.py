@@ -75,6 +75,21 @@ def test_the_kernel_is_its_reference_with_empty_sequences_and_tokens_behind_the_
     torch.testing.assert_close(ops.sequence_sums(*arguments[:4]), reference.sequence_sums(*arguments[:4]))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("reduce", [ops.sequence_reduce, reference.sequence_reduce], ids=["kernel", "reference"])
+def test_ratios_beyond_float64_leave_no_nan(reduce: Any, per_token: bool) -> None:
+    """One token a sequence and one off the response; A > 0 takes the clip, A = 0 nothing, A < 0 infinity."""
+    lengths, by_sequence = torch.tensor([1, 2, 1]), torch.tensor([1.0, 0.0, -1.0]).double()
+    bounds, mask = torch.tensor([0, *lengths.cumsum(0)]), torch.tensor([True, True, False, True])
+    advantages = by_sequence.repeat_interleave(lengths) if per_token else by_sequence
+    far = torch.full((4,), -801.0)
+    loss, ratio, clipped, grad = reduce(far + 800, far, mask, bounds, advantages, per_token, None, 3e-3, 4e-3, 0.5)
+    assert loss.tolist() == [pytest.approx(-0.5 * 1.004, rel=1e-12), 0.0, torch.inf]
+    assert ratio.tolist() == [torch.inf] * 3
+    assert clipped.tolist() == [1, 0, 0]
+    assert grad.tolist() == [0.0, 0.0, 0.0, torch.inf]
+
+
 def test_each_sequences_gradient_is_scaled_by_its_own() -> None:
     data, scales = drawn(), torch.arange(1.0, 8.0, dtype=torch.float64)
     log_probs = data["log_probs"].clone().requires_grad_()

@@ -140,7 +140,7 @@ def slowly(seed: int) -> dict[str, Any]:
         gammas = []
         for layer in range(LAYERS):
             before, after = (log_probs[name][token, layer, old[token, layer]] for name in ("old", "new"))
-            gammas.append(math.log(np.exp(-np.abs(after - before)).mean()))
+            gammas.append(-np.abs(after - before).mean())
             best = sorted(np.exp(log_probs["old"][token, layer]))[::-1]
             margins.append(best[TOPK - 1] - best[TOPK])
             flips.append({*old[token, layer].tolist()} != {*new[token, layer].tolist()})
@@ -175,6 +175,12 @@ def test_without_scores_their_figures_are_left_out() -> None:
     names = {"response_set_change", "response_set_change_by_layer"}
     assert set(found.to_metrics()) == {*METRICS, "flip_rate_by_layer", *names}
     assert found.merge(pair(2)).to_metrics()["router_shift"] == pair(2).to_metrics()["router_shift"]
+
+
+def test_the_shift_is_the_mean_change_of_log_probs_in_the_exponent() -> None:
+    old = torch.tensor([[[0.5, 0.1]], [[0.2, 0.4]]], dtype=torch.float64).log()  # |change| (0, ln 4), (ln 2, ln 8)
+    new = torch.tensor([[[0.5, 0.4]], [[0.4, 0.05]]], dtype=torch.float64).log()
+    assert log_shift_TL(old, new).exp().tolist() == [[pytest.approx(0.5)], [pytest.approx(0.25)]]
 
 
 def test_unmoved_scores_shift_nothing() -> None:

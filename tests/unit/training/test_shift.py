@@ -51,8 +51,9 @@ def shift_of(old: Sequence[torch.Tensor], new: Sequence[torch.Tensor], token: in
     product = 1.0
     for old_TE, new_TE in zip(old, new, strict=True):
         experts = old_TE[token].topk(SIZES.num_experts_per_tok).indices.tolist()
-        kept = [min(old_TE[token, e] / new_TE[token, e], new_TE[token, e] / old_TE[token, e]) for e in experts]
-        product *= float(sum(kept)) / len(kept)
+        for e in experts:
+            kept = min(old_TE[token, e] / new_TE[token, e], new_TE[token, e] / old_TE[token, e])
+            product *= float(kept) ** (1 / len(experts))
     return product ** (1 / len(old))
 
 

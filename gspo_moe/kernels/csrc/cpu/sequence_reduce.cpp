@@ -14,6 +14,7 @@ struct Clipped {
 Clipped clip(double ratio, double advantage, const GspoSequenceReduce* args) {
   const double low = 1.0 - args->clip_low, high = 1.0 + args->clip_high;
   const bool clipped = (advantage > 0 && ratio > high) || (advantage < 0 && ratio < low);
+  if (advantage == 0) return {0.0, false};  // an infinite ratio times 0 would be NaN
   return {(clipped ? std::min(std::max(ratio, low), high) : ratio) * advantage, clipped};
 }
 
@@ -40,7 +41,7 @@ void finish(const GspoSequenceReduce* args, int64_t sequence) {
     if (!args->mask_T[token]) continue;
     const double advantage = args->advantages[per_token ? token : sequence];
     const Clipped one = per_token ? clip(ratio, advantage, args) : whole;
-    if (!one.clipped) args->grad_log_probs_T[token] = (float)(-share * ratio * advantage);
+    if (!one.clipped && advantage != 0) args->grad_log_probs_T[token] = (float)(-share * ratio * advantage);
     loss -= share * one.value;
     clipped_tokens += one.clipped;
   }

@@ -28,6 +28,7 @@ __device__ inline bool is_clipped(const GspoSequenceReduce& args, double ratio, 
 }
 
 __device__ inline double clip_objective(const GspoSequenceReduce& args, double ratio, double advantage) {
+  if (advantage == 0.0) return 0.0;  // an infinite ratio times 0 would be NaN
   if (!is_clipped(args, ratio, advantage)) return ratio * advantage;
   return (advantage > 0.0 ? 1.0 + args.clip_high : 1.0 - args.clip_low) * advantage;
 }
@@ -55,7 +56,7 @@ __device__ inline DoublePair finish_tokens(const GspoSequenceReduce& args, int64
       const bool clipped = is_clipped(args, ratio, advantage);
       part.first += clip_objective(args, ratio, advantage);
       part.second += clipped ? 1.0 : 0.0;
-      if (!clipped) gradient = static_cast<float>(-args.scale * ratio * advantage / length);
+      if (!clipped && advantage != 0.0) gradient = static_cast<float>(-args.scale * ratio * advantage / length);
     }
     args.grad_log_probs_T[t] = gradient;
   }

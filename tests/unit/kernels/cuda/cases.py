@@ -232,6 +232,17 @@ def packs(random: Random) -> Iterator[Case]:
         for spread in (0.0, 1e-3, 2.0):
             pack = random_pack(random, np.array(lengths, dtype=np.int64), spread)
             yield reduce_case(f"lengths {lengths} spread {spread}", pack, num_sms=1 + len(lengths) % 3)
+    yield from overflowing()
+
+
+def overflowing() -> Iterator[Case]:
+    """Ratios beyond float64: nothing for A = 0, the clip for A > 0, infinity for A < 0, by sequence and by token."""
+    lengths_N, mask_T = np.array([2, 3, 1, 4]), np.array([1, 1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=bool)
+    new_T, old_T = (np.full(10, value, dtype=np.float32) for value in (-1.0, -801.0))
+    by_token = np.array([1.0, 0.0, 0.0, 5.0, 0.0, -1.0, 1.0, -2.0, 5.0, 0.0])
+    for advantages, per_token in ((np.array([1.0, 0.0, -1.0, 0.5]), False), (by_token, True)):
+        pack = Pack(lengths_N, mask_T, new_T, old_T, advantages, per_token)
+        yield reduce_case(f"overflowing ratios, per token {per_token}", pack, num_sms=2)
 
 
 def context_ranks(random: Random) -> Iterator[Case]:

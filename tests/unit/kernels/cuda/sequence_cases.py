@@ -46,14 +46,16 @@ class Pack:
         written["grad_log_probs_T"] = np.zeros(len(self.mask_T))
         for sequence, (start, end) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
             total, length = sums_N2[sequence]
-            ratio = np.exp(total / length) if length else 1.0
+            with np.errstate(over="ignore"):
+                ratio = np.exp(total / length) if length else 1.0
             written["ratio_N"][sequence] = ratio
             if not length:
                 continue
             positions = np.arange(start, end)[self.mask_T[start:end] != 0]
             by_token = self.advantages[positions if self.per_token else np.full(len(positions), sequence)]
             active, objective = self.active(ratio, by_token), self.objective(ratio, by_token)
-            written["grad_log_probs_T"][positions] = -self.scale * ratio * by_token / length * active
+            slope = np.where(active, times(ratio, by_token), 0.0)
+            written["grad_log_probs_T"][positions] = -self.scale * slope / length
             if self.per_token:
                 written["loss_N"][sequence] = -self.scale * objective.sum() / length
                 written["clipped_tokens_N"][sequence] = (~active).sum()
@@ -64,12 +66,24 @@ class Pack:
         return written
 
     def objective(self, ratio: float, advantages: Array) -> Array:
-        return np.minimum(ratio * advantages, np.clip(ratio, 1 - self.clip_low, 1 + self.clip_high) * advantages)
+        bounded = np.clip(ratio, 1 - self.clip_low, 1 + self.clip_high)
+        return np.minimum(times(ratio, advantages), times(bounded, advantages))
 
     def active(self, ratio: float, advantages: Array) -> Array:
         """Where the min follows the ratio."""
         outside = (ratio > 1 + self.clip_high) | (ratio < 1 - self.clip_low)
-        return ~(outside & (self.objective(ratio, advantages) != ratio * advantages))
+        return ~(outside & (self.objective(ratio, advantages) != times(ratio, advantages)))
+
+
+def times(ratio: float, advantages: Array) -> Array:
+    """Their product, 0 for an advantage of 0 though the ratio be infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.where(advantages == 0, 0.0, ratio * advantages)
+
+
+def finite(values: Array) -> Array:
+    """Their sizes; infinities, which are exact, give 0."""
+    return np.where(np.isfinite(values), np.abs(values), 0.0)
 
 
 def reduce_case(
@@ -92,9 +106,9 @@ def reduce_case(
             return
         wanted = pack.finish(outputs["sums_N2"])
         for what in ("ratio_N", "loss_N", "clipped_tokens_N"):
-            expect(name, what, outputs[what], wanted[what], 1e-12 * np.abs(wanted[what]) + 1e-15)
+            expect(name, what, outputs[what], wanted[what], 1e-12 * finite(wanted[what]) + 1e-15)
         gradient = wanted["grad_log_probs_T"]
-        expect(name, "gradient", outputs["grad_log_probs_T"], gradient, 1e-7 * np.abs(gradient) + 1e-37)
+        expect(name, "gradient", outputs["grad_log_probs_T"], gradient, 1e-7 * finite(gradient) + 1e-37)
 
     numbers: dict[str, float] = {"phases": phases, "num_sequences": num, "advantages_per_token": int(pack.per_token)}
     numbers |= {"clip_low": pack.clip_low, "clip_high": pack.clip_high, "scale": pack.scale}
