@@ -144,11 +144,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    _take_run_folder(config)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
     from gspo_moe.training.plan import make_plan
 
-    _take_run_folder(config)
     try:
         trained = train(make_plan(config))
     except RunError:
