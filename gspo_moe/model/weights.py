@@ -197,9 +197,10 @@ def value_problems(name: str, values: torch.Tensor, dtype: torch.dtype) -> list[
         return [f"{name}: dtype {values.dtype}; known are {', '.join(map(str, DTYPES))}"]
     if not values.isfinite().all():
         return [f"{name}: holds values that are not finite"]
-    if values.to(dtype).isfinite().all():
+    largest = torch.finfo(dtype).max
+    if torch.finfo(values.dtype).max <= largest or values.to(dtype).isfinite().all():
         return []
-    return [f"{name}: holds {float(values.abs().max()):.6g}, beyond {dtype}'s largest, {torch.finfo(dtype).max:.6g}"]
+    return [f"{name}: holds {float(values.abs().max()):.6g}, beyond {dtype}'s largest, {largest:.6g}"]
 
 
 def misfit(source: object, problems: list[str]) -> DataError:

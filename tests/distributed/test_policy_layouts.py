@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
@@ -33,7 +34,8 @@ from tests.policy import LoudRows, as_sample, requests, sampling, trained
 from tests.qwen3 import architecture, layout
 
 # Four layers for an interleaved pipeline. Of 131 rows 61 are tokens: all of the second tensor rank's are padding.
-SIZES = architecture(num_hidden_layers=4, initializer_range=0.2, vocab_size=131)
+YARN = Yarn(factor=4.0, original_max_position_embeddings=8)
+SIZES = architecture(num_hidden_layers=4, initializer_range=0.2, vocab_size=131, rope_scaling=YARN)
 VOCAB = 61
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
