@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import sentencepiece
-import tokenizers
-
 from gspo_moe.config.schema import TokenizerConfig
 from gspo_moe.errors import ConfigError, DataError
 
@@ -72,6 +69,8 @@ class SentencePieceTokenizer:
     """A SentencePiece model. With one that `train` made, `decode(encode(text)) == text` for any text."""
 
     def __init__(self, model: bytes) -> None:
+        import sentencepiece  # each kind of tokenizer does without the other's library
+
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.eos_id = self._processor.eos_id()
@@ -93,6 +92,8 @@ class SentencePieceTokenizer:
                 f"tokenizer.vocab_size={vocab_size} has no place for the 256 bytes and a character; "
                 f"raise it to at least {SMALLEST_VOCABULARY}"
             )
+        import sentencepiece
+
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -100,7 +101,10 @@ class SentencePieceTokenizer:
             )
         except RuntimeError as error:
             raise DataError(f"no tokenizer can be trained on this text ({error}); set tokenizer.path to one") from error
-        return cls(written.getvalue())
+        trained = cls(written.getvalue())
+        if trained.vocab_size < SMALLEST_VOCABULARY:  # sentencepiece 0.2.2 makes a model of spaces alone
+            raise DataError("no tokenizer can be trained on text without a character; set tokenizer.path to one")
+        return trained
 
     @classmethod
     def load(cls, path: str | Path) -> SentencePieceTokenizer:
@@ -133,6 +137,8 @@ class HFTokenizer:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        import tokenizers
+
         self._folder = Path(folder)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / HF_FILE))
