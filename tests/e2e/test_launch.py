@@ -179,7 +179,7 @@ def test_a_python_that_has_the_packages_is_taken_as_it_is(tmp_path: Path) -> Non
 def test_a_python_that_lacks_packages_is_refused(python: str, message: str, tmp_path: Path) -> None:
     wrap(tmp_path / "bare", f'{sys.executable} -S "$@"')
     given = {**os.environ, "GSPO_MOE_PYTHON": str(tmp_path / python), "PYTHONPATH": ""}
-    command = ["bash", TORCHRUN, "--", "train", "a.yaml"]
+    command: list[str | Path] = ["bash", TORCHRUN, "--", "train", "a.yaml"]
     found = subprocess.run(command, env=given, capture_output=True, text=True)
     assert found.returncode == 2
     assert message in found.stderr
