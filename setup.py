@@ -13,7 +13,7 @@ from setuptools import setup
 
 KERNELS = Path("gspo_moe/kernels")
 # The first torch whose stable ABI has all that ops.cpp uses; the binary serves later ones too.
-TORCH_TARGET = "0x020d000000000000"
+TORCH_TARGET = "0x020b000000000000"
 
 
 def kernels():

@@ -12,10 +12,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gspo_moe.config.loading import load_config
-from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
+from gspo_moe.packages import as_user_error, require
+
+if TYPE_CHECKING:
+    from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
 INTERRUPTED = 130
@@ -58,6 +61,11 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
         options.run(options)
     except GspoMoeError as error:
         return error
+    except ModuleNotFoundError as error:
+        missing = as_user_error(error)
+        if missing is None:
+            raise
+        return missing
     except Exception as error:
         if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
             time.sleep(PEER_GRACE_SECONDS)
@@ -142,8 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_config(path: str | None, overrides: Sequence[str]) -> Config:
+    from gspo_moe.config.loading import load_config as load
+
+    return load(path, overrides)
+
+
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    require("matplotlib")  # of the picture at the end
     _take_run_folder(config)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# Makes .venv with pinned requirements and this project in it; a second call is quick. Prints the venv's folder.
+# Makes .venv with pinned requirements and this project in it; a second call is quick. Prints the Python to run.
 #   PYTHON=python3.12 bash launch/install.sh   another interpreter, in a venv of its own
+#   GSPO_MOE_PYTHON=python3 bash launch/install.sh   one that has what is needed: nothing is installed, no network
 #   GSPO_MOE_CUDA=0 bash launch/install.sh     no CUDA kernels, though there is an nvcc
 set -euo pipefail
+if [ -n "${GSPO_MOE_PYTHON:-}" ]; then
+    given=$(command -v "$GSPO_MOE_PYTHON") || {
+        echo "install: there is no GSPO_MOE_PYTHON=$GSPO_MOE_PYTHON; name a Python >= 3.11 that has what is needed" >&2
+        exit 2
+    }
+    [[ $given = /* ]] || given=$PWD/$given
+    cd "$(dirname "$0")/.."
+    "$given" -m gspo_moe.packages || exit 2
+    echo "$given"
+    exit
+fi
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
@@ -35,4 +47,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     $pip --no-deps --no-build-isolation --editable . >&2
     echo "$wanted" >"$stamp"
 fi
-echo "$venv"
+echo "$PWD/$venv/bin/python"

@@ -8,6 +8,7 @@
 #   --rdzv-endpoint HOST:PORT   where several hosts meet: one of them, and a port that is free there
 #   --local-addr ADDRESS        where the others find this host (the address from which it reaches the endpoint)
 #   --dry-run                   print the command and stop
+# GSPO_MOE_PYTHON=python3 runs on a Python that has all packages, as a container's may: without pip, network, or .venv.
 # The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,14 +42,16 @@ for name in nodes nproc-per-node; do
     [[ ${option[$name]:-1} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${option[$name]}: give a whole number from 1 up"
 done
 
-venv=$root/.venv
-if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/torchrun" ]; then
-    venv=$root/$(bash "$root/launch/install.sh")
+python=$root/.venv/bin/python
+if [ -n "${PYTHON:-}${GSPO_MOE_PYTHON:-}" ] || [ ! -x "$root/.venv/bin/torchrun" ]; then
+    python=$(bash "$root/launch/install.sh")
 fi
 # Slurm's warning reaches the ranks too, and they have time to finish the step that they are in and to save it.
 environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
     "PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}")
+# Nothing is installed there, so this folder's code is found by its place.
+[ -n "${GSPO_MOE_PYTHON:-}" ] && environment+=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
 processes=gpu
 if ! nvidia-smi -L >/dev/null 2>&1; then
     processes=1
@@ -61,7 +64,7 @@ else
     endpoint=${option[rdzv-endpoint]}
     [ -n "$endpoint" ] || fail "--nodes ${option[nodes]} needs --rdzv-endpoint HOST:PORT, the same on every host"
     # torchrun and gloo would go by the host's name, which to the host itself often means its loopback.
-    found=$("$venv/bin/python" "$root/launch/address.py" "$endpoint" ${option[local-addr]:+"${option[local-addr]}"})
+    found=$("$python" "$root/launch/address.py" "$endpoint" ${option[local-addr]:+"${option[local-addr]}"})
     read -r address interface is_host <<<"$found"
     environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}")
     meeting=(--nnodes "${option[nodes]}" --rdzv-backend c10d --rdzv-endpoint "$endpoint"
@@ -71,7 +74,7 @@ case $1 in
     *.py) program=("$@") ;;
     *) program=(-m gspo_moe "$@") ;;
 esac
-command=(env "${environment[@]}" "$venv/bin/python" "$root/launch/elastic.py" "${meeting[@]}"
+command=(env "${environment[@]}" "$python" "$root/launch/elastic.py" "${meeting[@]}"
     --nproc-per-node "${option[nproc-per-node]:-$processes}" "${program[@]}")
 if [ -n "$dry_run" ]; then
     printf '%q ' "${command[@]}"

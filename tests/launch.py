@@ -19,7 +19,7 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: 
     Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
     """
     context = mp.start_processes(
-        _rank, args=(world_size, _free_port(), function, args), nprocs=world_size, join=False, start_method="spawn"
+        _rank, args=(world_size, free_port(), function, args), nprocs=world_size, join=False, start_method="spawn"
     )
     assert context is not None
     deadline = time.monotonic() + seconds
@@ -34,12 +34,12 @@ def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: 
 
 def renew_port() -> None:
     """Lets every rank take down its process group and join another: the old store would answer with old addresses."""
-    port = [_free_port()]
+    port = [free_port()]
     dist.broadcast_object_list(port, src=0)
     os.environ["MASTER_PORT"] = str(port[0])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,6 +4,6 @@
 #   bash tools/check_kernels.sh --matrix      which stage catches which seeded bug
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=$(bash launch/install.sh)
+python=$(bash launch/install.sh)
 export OMP_NUM_THREADS=1
-exec "$venv/bin/python" -m tests.unit.kernels.cuda.proof "$@"
+exec "$python" -m tests.unit.kernels.cuda.proof "$@"

@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import sentencepiece
-import tokenizers
-
 from gspo_moe.config.schema import TokenizerConfig
 from gspo_moe.data.end_tokens import GENERATION_FILE, NO_END_TOKENS, EndTokens, read_end_tokens, read_json
 from gspo_moe.errors import ConfigError, DataError
@@ -83,6 +80,8 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model: bytes, ends: EndTokens = NO_END_TOKENS) -> None:
+        import sentencepiece  # each kind of tokenizer does without the other's library
+
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.eos_id = self._processor.eos_id()
@@ -105,6 +104,8 @@ class SentencePieceTokenizer:
                 f"tokenizer.vocab_size={vocab_size} has no place for the 256 bytes and a character; "
                 f"raise it to at least {SMALLEST_VOCABULARY}"
             )
+        import sentencepiece
+
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -112,7 +113,10 @@ class SentencePieceTokenizer:
             )
         except RuntimeError as error:
             raise DataError(f"no tokenizer can be trained on this text ({error}); set tokenizer.path to one") from error
-        return cls(written.getvalue())
+        trained = cls(written.getvalue())
+        if trained.vocab_size < SMALLEST_VOCABULARY:  # sentencepiece 0.2.2 makes a model of spaces alone
+            raise DataError("no tokenizer can be trained on text without a character; set tokenizer.path to one")
+        return trained
 
     @classmethod
     def load(cls, path: str | Path, model_folder: Path | None = None) -> SentencePieceTokenizer:
@@ -151,6 +155,8 @@ class HFTokenizer:
     """
 
     def __init__(self, folder: str | Path, model_folder: Path | None = None) -> None:
+        import tokenizers
+
         self._folder = Path(folder)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self._folder / HF_FILE))

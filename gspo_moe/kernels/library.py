@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 logger = logging.getLogger(__name__)
-BUILD = "`pip install --no-build-isolation --editable .` in the project's folder"
+BUILD = (
+    "`pip install --no-build-isolation --editable .`, or `python setup.py build_ext --inplace` where nothing is to be "
+    "installed, in the project's folder"
+)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
+from gspo_moe.kernels.collectives import all_gather_single, reduce_scatter_single
 from gspo_moe.kernels.ops import token_backward_, token_stats, wide
 from gspo_moe.kernels.products import add_product_, onednn_mm, suits_onednn
 from gspo_moe.kernels.tokens import (
@@ -113,7 +114,7 @@ def _gathered(hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torc
     if ranks is None or not sequence_parallel:
         return hidden
     whole = hidden.new_empty((ranks.size() * len(hidden), hidden.shape[1]))
-    dist.all_gather_single(whole, hidden.contiguous(), group=ranks)
+    all_gather_single(whole, hidden.contiguous(), group=ranks)
     return whole
 
 
@@ -229,7 +230,7 @@ def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> 
         dist.all_reduce(grad_hidden, group=ranks)
         return grad_hidden
     mine = grad_hidden.new_empty((len(grad_hidden) // ranks.size(), grad_hidden.shape[1]))
-    dist.reduce_scatter_single(mine, grad_hidden, group=ranks)
+    reduce_scatter_single(mine, grad_hidden, group=ranks)
     return mine
 
 

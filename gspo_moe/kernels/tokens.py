@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.library import custom_op
 
 from gspo_moe.errors import KernelError
+from gspo_moe.kernels.collectives import all_gather_single
 from gspo_moe.kernels.ops import token_backward_, token_stats, wide
 
 CHANGED = (
@@ -70,7 +71,7 @@ def combine(stats_TS: torch.Tensor, group: str) -> Combined:
     ranks = named_group(group)
     if ranks is not None:
         gathered = stats_TS.new_empty((ranks.size() * len(stats_TS), stats_TS.shape[1]))
-        dist.all_gather_single(gathered, stats_TS.contiguous(), group=ranks)
+        all_gather_single(gathered, stats_TS.contiguous(), group=ranks)
         stats_TS = merge(gathered.view(ranks.size(), *stats_TS.shape))
     max_T, sum_T, target_T, *moment_T = stats_TS.unbind(dim=1)
     log_sum_T = sum_T.log()

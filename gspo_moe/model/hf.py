@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from gspo_moe import __version__
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.end_tokens import GENERATION_FILE
 from gspo_moe.data.tokenizers import Tokenizer
@@ -168,7 +168,7 @@ def write_config(
     config = {
         **architecture.to_hf(),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        EXPORTED_BY: importlib.metadata.version("gspo_moe"),
+        EXPORTED_BY: __version__,
     }
     if tokenizer is not None:
         config["eos_token_id"] = _eos_token_id(tokenizer)

@@ -9,6 +9,7 @@ import shutil
 import torch
 
 from gspo_moe.errors import ConfigError
+from gspo_moe.packages import describe_missing, installation
 from gspo_moe.platform.backend import choose_backend, fused_adam, has_nvidia_apex, has_transformer_engine
 from gspo_moe.platform.megatron_cpu import ANSWERS, check_megatron_version, megatron_version
 
@@ -19,7 +20,9 @@ def report(kernels: tuple[str, str] | None = None) -> str:
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     backend = choose_backend("auto", "bf16")
     adam = fused_adam()
+    absent = describe_missing()
     rows = [
+        ("gspo_moe", *installation()),
         ("python", platform.python_version(), ""),
         ("device", device, "" if gpu else "no GPU: gloo, megatron-core adapted as listed below, small models only"),
         ("torch", torch.__version__, "" if torch.version.cuda else "CPU build: will not see a GPU"),
@@ -42,6 +45,7 @@ def report(kernels: tuple[str, str] | None = None) -> str:
         ),
         ("collectives", "nccl" if gpu else "gloo", "between GPUs" if gpu else "between CPU processes"),
         *([("kernels", *kernels)] if kernels else []),
+        ("packages", "missing" if absent else "all there", absent),
         ("nvcc", shutil.which("nvcc") or "absent", ""),
         ("Weights & Biases", _version("wandb"), "used only when logging.wandb is set"),
     ]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from difflib import get_close_matches
 
 from gspo_moe.config.schema import TaskConfig
@@ -31,9 +32,11 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
 
 def _unknown(name: str) -> str:
-    from gspo_moe.tasks.reasoning_gym_task import DATASETS
+    known = [SortLetters.name]
+    if importlib.util.find_spec("reasoning_gym") is not None:
+        from gspo_moe.tasks.reasoning_gym_task import DATASETS
 
-    known = [SortLetters.name, *(REASONING_GYM + dataset for dataset in DATASETS)]
+        known += [REASONING_GYM + dataset for dataset in DATASETS]
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
         f"task.name={name} is unknown; the nearest is {nearest}; "

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,35 @@ def test_dry_run_prints_the_command() -> None:
     command = shlex.split(found.stdout)
     assert command[0] == "env"
     start = command.index("--standalone")
-    assert Path(command[start - 1]).name == "torchrun"
+    assert command[start - 2 : start] == ["-m", "torch.distributed.run"]
+    assert Path(command[start - 3]).is_file()
     expected = "--standalone --nproc-per-node 3 -m gspo_moe train a.yaml task.options={a:1}"
     assert command[start:] == expected.split()
+
+
+def wrap(file: Path, command: str) -> None:
+    file.write_text(f"#!/bin/bash\nexec {command}\n")
+    file.chmod(0o755)
+
+
+def test_a_python_that_has_the_packages_is_taken_as_it_is(tmp_path: Path) -> None:
+    wrap(tmp_path / "here", f'{sys.executable} "$@"')
+    options = ["--dry-run", "--", "train", "a.yaml"]
+    given = {**os.environ, "GSPO_MOE_PYTHON": "./here", "PYTHONPATH": "/elsewhere"}
+    found = subprocess.run(["bash", TORCHRUN, *options], cwd=tmp_path, env=given, capture_output=True, text=True)
+    command = shlex.split(found.stdout)
+    assert f"PYTHONPATH={ROOT}:/elsewhere" in command
+    assert command[command.index("torch.distributed.run") - 2] == f"{tmp_path}/./here"
+
+
+@pytest.mark.parametrize(
+    ("python", "message"), [("nowhere", "there is no GSPO_MOE_PYTHON="), ("bare", "lacks torch, ")]
+)
+def test_a_python_that_lacks_packages_is_refused(python: str, message: str, tmp_path: Path) -> None:
+    wrap(tmp_path / "bare", f'{sys.executable} -S "$@"')
+    given = {**os.environ, "GSPO_MOE_PYTHON": str(tmp_path / python), "PYTHONPATH": ""}
+    command: list[str | Path] = ["bash", TORCHRUN, "--", "train", "a.yaml"]
+    found = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1

@@ -18,6 +18,7 @@ FLOORS = (
     {"parallel"},
     {"algorithms", "kernels", "data", "tasks", "observability"},
     {"platform", "config"},
+    {"packages"},
     {"types", "errors"},
     {"__init__"},
 )

@@ -1,5 +1,5 @@
 // The ops' implementations under torch's stable ABI: checks, outputs, and the call of a CPU or CUDA kernel.
-// Schemas stand in ../ops.py. One binary serves every torch >= 2.13, CPU or CUDA build; GSPO_MOE_WITH_CUDA says that the
+// Schemas stand in ../ops.py. One binary serves every torch >= 2.11, CPU or CUDA build; GSPO_MOE_WITH_CUDA says that the
 // CUDA objects are linked.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -8,6 +8,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <Python.h>
+
+#include <dlfcn.h>
 
 #include <cstdlib>
 #include <optional>
@@ -58,14 +60,27 @@ const GspoCpuKernels& cpu() {
 }
 
 #if defined(GSPO_MOE_WITH_CUDA)
+// The stable ABI tells a stream's handle from torch 2.13 on only; what compiled models ask is in every libtorch_cuda.
+// Looked up in the one that is loaded, since this binary is linked without it: a CPU build of torch loads it too.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(get != nullptr, "this torch names no current CUDA stream; install a CUDA build of torch from 2.11 on");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
 template <typename Args>
 void launch(const Tensor& tensor, const Args& args, const char* (*check)(const Args*), int (*run)(const Args*, void*)) {
   const char* const fault = check(&args);
   STD_TORCH_CHECK(fault == nullptr, fault);
   const auto index = tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
-  const auto stream = torch::stable::accelerator::getCurrentStream(index);
-  const int error = run(&args, stream.nativeHandle());
+  const int error = run(&args, current_stream(index));
   STD_TORCH_CHECK(error == 0, "CUDA kernel failed to start: ", gspo_cuda_error_string(error));
 }
 #endif

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_moe import __version__
 from gspo_moe.errors import ConfigError
 from gspo_moe.platform import ANSWERS, Backend, doctor, has_nvidia_apex, has_transformer_engine, megatron_version
 
@@ -24,6 +25,7 @@ def absent(*_: object) -> str:
 
 
 def test_versions_are_those_of_the_packages_in_use() -> None:
+    assert line("gspo_moe").startswith(f"{__version__} - ")
     assert line("python") == platform.python_version()
     assert line("torch").split(" - ")[0] == torch.__version__
     assert line("megatron-core") == importlib.metadata.version("megatron-core") == megatron_version()
@@ -63,6 +65,7 @@ def test_absent_packages_say_what_runs_instead(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert line("Transformer Engine") == "absent - local layers, SequentialMLP experts"
+    assert line("packages").startswith("missing - torch, megatron-core, ")
     assert line("NVIDIA Apex") == "absent - torch's AdamW, unless Transformer Engine brings its fused one"
     assert line("nvcc") == "absent"
     assert line("torch").endswith("CPU build: will not see a GPU")
@@ -73,6 +76,7 @@ def test_present_packages_need_no_excuse(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/opt/{name}")
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: {"transformer-engine": "2.9"}.get(name, "1"))
     assert line("Transformer Engine") == "2.9"
+    assert line("packages") == "all there"
     assert line("NVIDIA Apex") == "found"
     assert line("nvcc") == "/opt/nvcc"
 
