@@ -83,7 +83,7 @@ class _Factories(TorchFunctionMode):
             scalars = [one for one in tree_flatten(args[0])[0] if isinstance(one, CudaTensor)]
             for _ in scalars:
                 wait("torch.tensor of device scalars")
-            args = (tree_map(lambda one: one.inner.item() if isinstance(one, CudaTensor) else one, args[0]), *args[1:])
+            args = (tree_map(lambda one: one.held.item() if isinstance(one, CudaTensor) else one, args[0]), *args[1:])
         if not on_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         kwargs["device"] = CPU
@@ -134,7 +134,7 @@ def _backward(
 
 
 def _run_backward(roots: Any, grads: Any, retain_graph: bool | None, create_graph: bool, inputs: Any) -> None:
-    engine: Any = Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = Variable._execution_engine
     retain = create_graph if retain_graph is None else retain_graph
     engine.run_backward(roots, grads, retain, create_graph, inputs, allow_unreachable=True, accumulate_grad=True)
 
@@ -225,7 +225,7 @@ def _join_the_project(generator: torch.Generator) -> None:
     _replace(megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: generator.set_state(state))
 
     def viewless(inp: Any, requires_grad: bool) -> CudaTensor:
-        made = CudaTensor(inp.inner)
+        made = CudaTensor(inp.held)
         made.requires_grad_(requires_grad)
         return made
 

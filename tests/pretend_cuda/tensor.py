@@ -30,13 +30,13 @@ def on_cuda(device: Any) -> bool:
 
 
 class CudaTensor(torch.Tensor):
-    """`inner` holds the data on the CPU. To C++ it is a CPU tensor too, so that autograd takes it without a GPU."""
+    """`held` is the data on the CPU. To C++ it is a CPU tensor too, so that autograd takes it without a GPU."""
 
-    inner: torch.Tensor
+    held: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> CudaTensor:
-        made: CudaTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: CudaTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -46,27 +46,27 @@ class CudaTensor(torch.Tensor):
             device=CPU,
             requires_grad=False,
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         wait("pickle")
-        return _unpickled, (self.inner.detach().clone(), self.requires_grad)
+        return _unpickled, (self.held.detach().clone(), self.requires_grad)
 
     def __deepcopy__(self, memo: Any) -> CudaTensor:
-        return _unpickled(self.inner.clone(), self.requires_grad)
+        return _unpickled(self.held.clone(), self.requires_grad)
 
-    def backward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(self, *args: Any, **kwargs: Any) -> None:
         torch.autograd.backward(self, *args, **kwargs)
 
-    def record_stream(self, stream: Any) -> None:  # type: ignore[override]
+    def record_stream(self, stream: Any) -> None:
         """In Python, since C++ would refuse a stream that is none."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
-        me = args[0] if args else None
+        me: Any = args[0] if args else None
         if name in ("__get__", "__set__"):
             known, answer = _attribute(name, getattr(getattr(func, "__self__", None), "__name__", ""), args)
             if known:
@@ -74,14 +74,14 @@ class CudaTensor(torch.Tensor):
         if name in ANSWERS:
             return ANSWERS[name]
         if name in SAME_IN_BOTH:
-            return getattr(me.inner, name)()
+            return getattr(me.held, name)()
         if name == "type" and len(args) == 1 and not kwargs:
-            return me.inner.type().replace("torch.", "torch.cuda.", 1)
+            return me.held.type().replace("torch.", "torch.cuda.", 1)
         if name == "cuda":
             return me
         if name in ("cpu", "tolist"):
             wait(name)
-            return to_cpu(me) if name == "cpu" else me.inner.tolist()
+            return to_cpu(me) if name == "cpu" else me.held.tolist()
         if name in ("numpy", "__array__"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
         if name == "to" or name.startswith("new_"):
@@ -90,7 +90,7 @@ class CudaTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         flat, _ = tree_flatten((args, kwargs))
@@ -100,9 +100,9 @@ class CudaTensor(torch.Tensor):
             with torch.no_grad():
                 return OPDEFS[f"gspo_moe::{name}"]._init_fn(*args, **kwargs)
         _note_wait(name, args, kwargs)
-        plain = tree_map(lambda one: one.inner if isinstance(one, CudaTensor) else one, (args, kwargs))
+        plain = tree_map(lambda one: one.held if isinstance(one, CudaTensor) else one, (args, kwargs))
         out = _on_the_cpu(func, name, *plain)
-        back = {id(one.inner): one for one in mine}
+        back = {id(one.held): one for one in mine}
 
         def wrapped(one: Any) -> Any:
             if not isinstance(one, torch.Tensor) or isinstance(one, CudaTensor):
@@ -120,7 +120,7 @@ def _attribute(name: str, attribute: str, args: Any) -> tuple[bool, Any]:
             return False, None
         if not isinstance(args[1], CudaTensor):
             raise RuntimeError("the .data of a tensor on cuda:0 is set to a CPU tensor")
-        me.inner = args[1].inner
+        me.held = args[1].held
         return True, None
     if attribute == "data":
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
@@ -168,7 +168,7 @@ def _unpickled(inner: torch.Tensor, requires_grad: bool) -> CudaTensor:
 class _ToCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Any) -> Any:
-        return tensor.inner.clone()
+        return tensor.held.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -182,13 +182,13 @@ class _ToCUDA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].inner
+        return grads[0].held
 
 
 def to_cpu(tensor: Any) -> Any:
     if tensor.requires_grad and torch.is_grad_enabled():
         return _ToCPU.apply(tensor)
-    return tensor.inner.detach().clone()
+    return tensor.held.detach().clone()
 
 
 def to_cuda(tensor: Any) -> Any:
