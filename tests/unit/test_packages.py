@@ -82,5 +82,5 @@ def test_it_speaks_where_no_package_is() -> None:
     command = [sys.executable, "-S", "-m", "gspo_moe.packages"]
     found = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    needed = "torch megatron-core numpy pebble pydantic PyYAML rich safetensors tensorboard matplotlib"
+    needed = "torch megatron-core numpy pebble psutil pydantic PyYAML rich safetensors tensorboard matplotlib"
     assert found.stderr == f"{sys.executable} lacks {needed.replace(' ', ', ')}; run `pip install {needed}`\n"
