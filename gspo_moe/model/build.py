@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
-from gspo_moe.model.router import dispatch_only_chosen
+from gspo_moe.model.dispatch import use_ordered_dispatch
 from gspo_moe.model.spec import block_spec, transformer_config
 from gspo_moe.model.value import ValueHead
 from gspo_moe.parallel.groups import Groups
-from gspo_moe.platform import choose_backend, device
+from gspo_moe.platform import choose_backend, device, prepare_determinism
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Model:
     chunks: GPTModels, or what training wrapped around them; more than one only under virtual pipelining.
     padded_vocab: rows of the embedding over all tensor ranks, a multiple of their number.
     fused_log_probs, log_prob_memory: as `model.fused_log_probs` and, in bytes, `model.log_prob_memory_mib`.
+    deterministic: as `model.deterministic`.
     """
 
     architecture: Architecture
@@ -42,6 +43,7 @@ class Model:
     padded_vocab: int
     fused_log_probs: bool
     log_prob_memory: int
+    deterministic: bool
 
     @property
     def gpt_chunks(self) -> list[GPTModel]:
@@ -66,6 +68,8 @@ def build_model(
     """
     layout = groups.layout
     backend = choose_backend(config.model.backend, config.model.dtype)
+    if config.model.deterministic:
+        prepare_determinism()
     megatron_config = transformer_config(architecture, layout, config, backend)
     place = torch.device("meta") if on_meta else device().torch_device
     if on_meta:
@@ -94,7 +98,7 @@ def build_model(
         if last and value_head:
             chunk.value_head = ValueHead(megatron_config)
         _mark_tensor_parallel(chunk)
-        dispatch_only_chosen(chunk)
+        use_ordered_dispatch(chunk)
         chunks.append(chunk.to(place))
     return Model(
         architecture,
@@ -104,6 +108,7 @@ def build_model(
         padded_vocab,
         config.model.fused_log_probs,
         config.model.log_prob_memory_mib * 2**20,
+        config.model.deterministic,
     )
 
 
