@@ -42,7 +42,7 @@ def grouped_linear(rows_NI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torc
     if not len(rows_NI):
         return rows_NI @ weight_EOI[0].T  # torch's kernel takes no empty operand
     if not _has_grouped_product(weight_EOI):
-        parts = rows_NI.tensor_split(ends_E[:-1].cpu())
+        parts = rows_NI.tensor_split(ends_E[:-1].cpu().long())
         return torch.cat([part @ weight_OI.T for part, weight_OI in zip(parts, weight_EOI, strict=True)])
     if rows_NI.is_cuda and torch.cuda.get_device_capability(rows_NI.device)[0] >= BLACKWELL:
         weight_EOI = with_zeros_for_empty(weight_EOI, ends_E)
