@@ -5,8 +5,8 @@
 Rows of the table: `experts` is GroupedExperts against SequentialMLP on the same rows, `dispatch` laying tokens out by
 expert and adding them up again against megatron-core's permute and unpermute. Figures are the medians over repeats of
 megatron-core's seconds and of ours, and the median of their ratios, pair by pair; forward alone and with backward.
-Results are compared first. Seconds are the process's CPU time on a CPU, and wall time on a GPU, where it runs if there is
-one.
+Results are compared first. Seconds are the process's CPU time on a CPU and wall time on a GPU, where it runs if there
+is one.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_parameters_carry_the_marks_that_reduction_and_norm_go_by() -> None:
 def test_checkpoints_hold_the_pieces_of_megatrons() -> None:
     offsets = ((0, 2, 6),)  # layer 2 of 6
     with both("fp32") as (ours, theirs):
-        arguments = ("decoder.layers.2.mlp.", offsets, {})
+        arguments: tuple[Any, ...] = ("decoder.layers.2.mlp.", offsets, {})
         shards = ours.sharded_state_dict(*arguments)
         found = {_place(piece): piece for shard in shards.values() for piece in stored(shard)}
         # Beside the weights megatron-core keeps extra states, which are empty.
