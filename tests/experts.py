@@ -19,12 +19,15 @@ class TokensSeen:
         local = sizes.num_experts // model.groups.layout.expert
         for chunk in model.gpt_chunks:
             for layer in chunk.decoder.layers:
-                for number, expert in enumerate(layer.mlp.experts.local_experts):
-                    place = layer.layer_number - 1, model.groups.expert.rank() * local + number
-                    expert.register_forward_pre_hook(self._count(*place))
+                first = model.groups.expert.rank() * local
+                mine = self.load[layer.layer_number - 1, first : first + local]
+                layer.mlp.experts.register_forward_pre_hook(_count_into(mine))
 
-    def _count(self, layer: int, expert: int) -> Callable[..., None]:
-        def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            self.load[layer, expert] += inputs[0].shape[0]
 
-        return count
+def _count_into(load_E: torch.Tensor) -> Callable[..., None]:
+    def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows, tokens_per_expert, _probs = inputs
+        assert tokens_per_expert.sum() == len(rows)
+        load_E.add_(tokens_per_expert)
+
+    return count

@@ -25,6 +25,7 @@ INPUTS_FILE = "inputs.json"
 WORK = (
     "parallel",
     "model.backend",
+    "model.deterministic",
     "model.fused_log_probs",
     "model.log_prob_memory_mib",
     "rollout.max_batch",

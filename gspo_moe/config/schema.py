@@ -35,6 +35,8 @@ class ModelConfig(Section):
     backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
     fused_log_probs: log-probs from hidden states, with at most `log_prob_memory_mib` MiB of logits at a time; false
     has the output layer make all logits of a micro-batch.
+    deterministic: on GPUs a repeated step gives equal bits; false lets attention's backward and small sums add in any
+    order.
     """
 
     preset: str | None = None
@@ -46,6 +48,7 @@ class ModelConfig(Section):
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     fused_log_probs: bool = True
     log_prob_memory_mib: PositiveInt = 512
+    deterministic: bool = True
 
     @field_validator("preset")
     @classmethod

@@ -19,11 +19,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
-from gspo_moe.model.router import dispatch_only_chosen
+from gspo_moe.model.dispatch import use_ordered_dispatch
 from gspo_moe.model.spec import block_spec, transformer_config
 from gspo_moe.model.value import ValueHead
 from gspo_moe.parallel.groups import Groups
-from gspo_moe.platform import choose_backend, device
+from gspo_moe.platform import choose_backend, device, prepare_determinism
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Model:
     padded_vocab: rows of the embedding over all tensor ranks, a multiple of their number.
     vocab: how many of them, from the first, are tokens: the others are never sampled and have no part in any log-prob.
     fused_log_probs, log_prob_memory: as `model.fused_log_probs` and, in bytes, `model.log_prob_memory_mib`.
+    deterministic: as `model.deterministic`.
     """
 
     architecture: Architecture
@@ -44,6 +45,7 @@ class Model:
     vocab: int
     fused_log_probs: bool
     log_prob_memory: int
+    deterministic: bool
 
     @property
     def gpt_chunks(self) -> list[GPTModel]:
@@ -75,6 +77,8 @@ def build_model(
     """
     layout = groups.layout
     backend = choose_backend(config.model.backend, config.model.dtype)
+    if config.model.deterministic:
+        prepare_determinism()
     megatron_config = transformer_config(architecture, layout, config, backend)
     place = torch.device("meta") if on_meta else device().torch_device
     if on_meta:
@@ -103,7 +107,7 @@ def build_model(
         if last and value_head:
             chunk.value_head = ValueHead(megatron_config)
         _mark_tensor_parallel(chunk)
-        dispatch_only_chosen(chunk)
+        use_ordered_dispatch(chunk)
         chunks.append(chunk.to(place))
     return Model(
         architecture,
@@ -114,6 +118,7 @@ def build_model(
         architecture.vocab_size if vocab is None else vocab,
         config.model.fused_log_probs,
         config.model.log_prob_memory_mib * 2**20,
+        config.model.deterministic,
     )
 
 

@@ -32,6 +32,7 @@ from gspo_moe.config.schema import Config, ModelConfig
 from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.model.build import build_model
+from gspo_moe.model.experts import StackedShard
 from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index, write_tokenizer
 from gspo_moe.model.names import Entry, hf_shapes
 from gspo_moe.model.sharded import (
@@ -47,7 +48,7 @@ from gspo_moe.model.sharded import (
     with_data,
     write_streaming,
 )
-from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_entries, value_problems
+from gspo_moe.model.weights import LocalTensor, SafetensorsSource, check_shapes, local_tensors, value_problems
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 
 
@@ -71,10 +72,10 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Item:
-    """One parameter of the whole model: the HF tensors that it joins, and how megatron-core stores it."""
+    """A parameter of the whole model, or an expert's slice: the HF tensors that it joins, and how it is stored."""
 
     entry: Entry
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     shard: Shard
 
     def __len__(self) -> int:
@@ -163,8 +164,15 @@ def _whole_model(conversion: Conversion, dtype: str) -> list[_Item]:
     model = build_model(config, conversion.architecture, groups, on_meta=True)
     shards = weight_shards(model)
     order = {name: number for number, name in enumerate(hf_shapes(conversion.architecture))}
-    items = [_Item(entry, parameter, shards[parameter]) for entry, parameter in local_entries(model)]
+    items = [_item(local, shards[local.parameter]) for local in local_tensors(model)]
     return sorted(items, key=lambda item: order[item.entry.hf_names[0]])
+
+
+def _item(local: LocalTensor, shard: Shard) -> _Item:
+    if local.expert is not None:
+        assert isinstance(shard, StackedShard)
+        shard = shard.part(local.expert)
+    return _Item(local.entry, local.of(local.parameter), shard)
 
 
 def _share(all_of_them: Sequence[Any]) -> Sequence[Any]:

@@ -20,6 +20,7 @@ from gspo_moe.model.build import Model, unwrap
 from gspo_moe.model.inputs import ModelInput, PaddedInput, pad_inputs
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
+from gspo_moe.platform import deterministic_algorithms
 
 
 class Head(Protocol):
@@ -87,7 +88,7 @@ def run(
 
     longest = max(item.input_ids_1P.shape[1] for item in packs)
     iterators = [iter(list(enumerate(packs))) for _ in model.chunks]
-    with contextlib.nullcontext() if backward else torch.no_grad():
+    with deterministic_algorithms(model.deterministic) if backward else torch.no_grad():
         kept: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],

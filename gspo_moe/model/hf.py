@@ -18,7 +18,7 @@ from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
 from gspo_moe.model.names import Entry, hf_shapes
-from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_entries
+from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_tensors
 
 MAIN = 0
 EXPORTED_BY = "gspo_moe_version"
@@ -84,7 +84,10 @@ def whole_tensors(model: Model, read: Callable[[torch.nn.Parameter], torch.Tenso
 
     read: what of a parameter is meant, of its shape: itself, or its gradient.
     """
-    mine = {(entry.hf_names, entry.index): (entry, read(parameter)) for entry, parameter in local_entries(model)}
+    mine = {
+        (local.entry.hf_names, local.entry.index): (local.entry, local.of(read(local.parameter)))
+        for local in local_tensors(model)
+    }
     plans: list[list[tuple[Entry, torch.dtype]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(plans, [(entry, parameter.dtype) for entry, parameter in mine.values()])
     holders: dict[tuple[tuple[str, ...], int], int] = {}

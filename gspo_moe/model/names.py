@@ -50,8 +50,7 @@ _EXPERT = {
     "linear_fc2.weight": _Row(("down_proj.weight",), 1),
 }
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-# Experts as modules one by one, and as the numbered weights of Transformer Engine's grouped linear layers.
-_IN_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<name>.+)")
+# The numbered weights of Transformer Engine's grouped linear layers, and slices of ours numbered likewise.
 _IN_GROUP = re.compile(r"mlp\.experts\.(?P<name>.+\.weight)(?P<expert>\d+)")
 
 
@@ -142,6 +141,7 @@ class Entry:
 def entry_of(parameter: str, architecture: Architecture, place: Place, shapes: dict[str, tuple[int, ...]]) -> Entry:
     """The table's entry for a GPTModel's parameter, by its name in `named_parameters`.
 
+    Of a parameter that stacks experts, a name with the local expert's number behind it means that slice.
     shapes: `hf_shapes(architecture)`.
     """
     row, prefix, group, blocks = _MODEL.get(parameter), "", place.tensor, 1
@@ -153,7 +153,7 @@ def entry_of(parameter: str, architecture: Architecture, place: Place, shapes: d
         row = _LAYER.get(inner)
         if inner == _QKV:
             blocks = architecture.num_key_value_heads // place.tensor[1]
-        in_expert = _IN_EXPERT.fullmatch(inner) or _IN_GROUP.fullmatch(inner)
+        in_expert = _IN_GROUP.fullmatch(inner)
         if in_expert:
             row, group = _EXPERT.get(in_expert["name"]), place.expert_tensor
             prefix += f"mlp.experts.{place.first_expert + int(in_expert['expert'])}."

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 # The router, its logits and its choice, both [tokens, experts].
 Observer = Callable[["PaddingAwareRouter", torch.Tensor, torch.Tensor], None]
@@ -19,15 +16,18 @@ Observer = Callable[["PaddingAwareRouter", torch.Tensor, torch.Tensor], None]
 class PaddingAwareRouter(TopKRouter):
     """megatron-core leaves padding out of the auxiliary loss only; here it is dispatched nowhere either.
 
-    observers: called with every choice made, recomputation's included.
+    observers: called with every choice made, recomputation's included. has_padding: whether the last one left any
+    token without experts.
     """
 
     observers: tuple[Observer, ...] = ()
+    has_padding = False
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choice [tokens, experts] of each token; padding_mask: bool, True on padding."""
+        self.has_padding = padding_mask is not None
         with _top_k_in_order(self):
             probs, routing_map = super().routing(logits, padding_mask)
         for observer in self.observers:
@@ -71,19 +71,3 @@ def freeze_routers(chunks: Iterable[torch.nn.Module]) -> None:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 module.requires_grad_(False)
-
-
-def dispatch_only_chosen(chunk: torch.nn.Module) -> None:
-    """Lets tokens without experts through the alltoall dispatcher, which from 0.19 on takes each to have K of them."""
-    for module in chunk.modules():
-        if isinstance(module, MoELayer) and isinstance(module.token_dispatcher, MoEAlltoAllTokenDispatcher):
-            dispatcher = module.token_dispatcher
-            dispatcher.preprocess = functools.partial(_preprocess, dispatcher, dispatcher.preprocess)
-
-
-def _preprocess(dispatcher: Any, preprocess: Any, routing_map: torch.Tensor) -> torch.Tensor:
-    tokens_per_expert: torch.Tensor = preprocess(routing_map)
-    # As megatron-core itself counts where it drops tokens: copied to the host beside the splits, waited for in time.
-    dispatcher.num_out_tokens = routing_map.sum()
-    dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
-    return tokens_per_expert

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from gspo_moe.model.names import VALUE_HEAD
 from gspo_moe.model.weights import problem_list
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
+P = TypeVar("P", bound=torch.Tensor)
 
 MISFIT = "these tensors do not fit the model; give a complete checkpoint of it"
 COPY_AGAIN = "copy it again, or give another one"
@@ -46,7 +47,7 @@ def weight_shards(model: Model) -> dict[torch.nn.Parameter, Shard]:
 
 
 def stored(shard: Shard) -> list[ShardedTensor]:
-    """The pieces that are written for a parameter: `linear_fc1` goes apart into its gate and its up half."""
+    """The pieces that are written for a parameter: experts one by one, `linear_fc1` as its gate and its up half."""
     return list(nested_values({"built": shard.build()})) if isinstance(shard, ShardedTensorFactory) else [shard]
 
 
@@ -80,7 +81,7 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [f"{name}: holds values that are not finite in {dtype}" for name, dtype in bad]
 
 
-def read_shards(path: Path, shards: Mapping[torch.nn.Parameter, Shard]) -> dict[torch.nn.Parameter, torch.Tensor]:
+def read_shards(path: Path, shards: Mapping[P, Shard]) -> dict[P, torch.Tensor]:
     """New tensors with what is stored for each shard; the ranks may ask for different ones. Collective.
 
     What the checkpoint has lost of a tensor is NaN; rows of the vocabulary beyond the stored ones are zero.

@@ -22,6 +22,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.model.attention import PackedAttention
+from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.platform import Backend
 
@@ -40,13 +41,18 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LocalProvider(LocalSpecProvider):
-    """megatron-core's own linear layers and experts; its norm refuses sequence parallelism, its attention packs."""
+    """megatron-core's linear layers; its norm refuses sequence parallelism; attention packs, experts are stacked."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         return RMSNorm
 
     def core_attention(self) -> type:
         return PackedAttention
+
+    def grouped_mlp_modules(self, *_: Any) -> Any:
+        # megatron-core takes a module with its submodules before 0.17 and one thing to call since.
+        before = isinstance(super().grouped_mlp_modules(*_), tuple)
+        return (GroupedExperts, None) if before else GroupedExperts
 
 
 def provider_of(backend: Backend) -> BackendSpecProvider:

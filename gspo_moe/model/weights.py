@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
 from gspo_moe.model.fused import as_stored, fused_name, fused_part
 from gspo_moe.model.names import EMBEDDING, LM_HEAD, VALUE_HEAD, Entry, Place, entry_of, hf_shapes
+from gspo_moe.platform import device
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,7 +33,7 @@ class TensorSource(Protocol):
         ...
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor by its name in `hf_shapes`, on the CPU; read at this call."""
+        """One tensor by its name in `hf_shapes`, on the CPU or where the model is; read at this call."""
         ...
 
 
@@ -105,7 +107,8 @@ class SafetensorsSource:
 class RandomSource:
     """Fresh weights: norms one, all else N(0, initializer_range^2), each tensor from a generator of its own.
 
-    A tensor depends on `seed` and its HF name only, so that every layout starts from the same model.
+    Drawn on this process's device. A tensor depends only on `seed`, its HF name and the kind of device (the CPU, or a
+    model of GPU), so that every layout on the same kind starts from the same model.
     """
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
@@ -121,19 +124,33 @@ class RandomSource:
 
     def get(self, name: str) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(self._shapes[name])
+            return torch.ones(self._shapes[name], device=device().torch_device)
         return random_tensor(name, self._shapes[name], self._deviation, self._seed)
 
 
 def random_tensor(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> torch.Tensor:
-    """N(0, deviation^2) from a generator of its own, which `seed` and `name` alone decide; fp32, on the CPU."""
+    """N(0, deviation^2) from a generator of its own, seeded by `seed` and `name`; fp32, on this process's device."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    place = device().torch_device
+    generator = torch.Generator(place).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape, device=place).normal_(0.0, deviation, generator=generator)
 
 
-def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
-    """Every parameter of this rank that HF's model has, with its entry in the table of names."""
+@dataclass(frozen=True)
+class LocalTensor:
+    """What this rank has of the HF tensors of one entry: a parameter, or one expert's slice of a stacked one."""
+
+    entry: Entry
+    parameter: torch.nn.Parameter
+    expert: int | None = None
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """This part of a tensor of the parameter's shape."""
+        return values if self.expert is None else values[self.expert]
+
+
+def local_tensors(model: Model) -> Iterator[LocalTensor]:
+    """Everything of this rank that HF's model has, with its entry in the table of names."""
     shapes = hf_shapes(model.architecture)
     for chunk in model.gpt_chunks:
         groups = chunk.pg_collection
@@ -146,9 +163,13 @@ def local_entries(model: Model) -> Iterator[tuple[Entry, torch.nn.Parameter]]:
         for name, parameter in chunk.named_parameters():
             if name == VALUE_HEAD:
                 continue
-            entry = entry_of(name, model.architecture, place, shapes)
-            assert entry.shape == tuple(parameter.shape), f"{name}: {entry.shape} in the table, {parameter.shape} built"
-            yield entry, parameter
+            experts = [None] if parameter.ndim < 3 else range(len(parameter))
+            for expert in experts:
+                numbered = name if expert is None else f"{name}{expert}"
+                found = LocalTensor(entry_of(numbered, model.architecture, place, shapes), parameter, expert)
+                given = tuple(found.of(parameter).shape)
+                assert found.entry.shape == given, f"{numbered}: {found.entry.shape} in the table, {given} built"
+                yield found
 
 
 @torch.no_grad()
@@ -162,14 +183,14 @@ def load_weights(model: Model, source: TensorSource) -> None:
     """
     check_shapes(model.architecture, source)
     problems: list[str] = []
-    for entry, parameter in local_entries(model):
-        parts = []
+    for local in local_tensors(model):
+        entry, parts = local.entry, []
         for name in entry.hf_names:
             part = entry.cut(source.get(name))
-            problems += value_problems(name, part, parameter.dtype)
+            problems += value_problems(name, part, local.parameter.dtype)
             parts.append(part)
         if not problems:
-            parameter.copy_(entry.join(parts))
+            local.of(local.parameter).copy_(entry.join(parts))
     if problems:
         raise misfit(source, problems)
 

@@ -33,6 +33,8 @@ def device() -> Device:
     """The GPU of this process's LOCAL_RANK where there is one, else the CPU."""
     if not torch.cuda.is_available():
         return Device("cpu", torch.device("cpu"), "gloo")
+    # Read at the first matrix product; without it those raise under torch.use_deterministic_algorithms.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(local)
     return Device("cuda", local, "nccl")

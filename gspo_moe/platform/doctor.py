@@ -30,17 +30,17 @@ def report(kernels: tuple[str, str] | None = None) -> str:
         (
             "Transformer Engine",
             _version("transformer-engine") if has_transformer_engine() else "absent",
-            "" if has_transformer_engine() else "local layers, SequentialMLP experts",
+            "" if has_transformer_engine() else "local layers, experts by torch's grouped product",
         ),
         (
             "NVIDIA Apex",
             "found" if has_nvidia_apex() else "absent",
-            "" if has_nvidia_apex() else "torch's AdamW, unless Transformer Engine brings its fused one",
+            "" if has_nvidia_apex() else "torch's fused AdamW, unless Transformer Engine brings its own",
         ),
         ("model.backend=auto", backend.name, backend.why),
         (
             "optimizer",
-            f"{adam}'s FusedAdam" if adam else "torch's AdamW",
+            f"{adam}'s FusedAdam" if adam else "torch's fused AdamW",
             "megatron-core takes Transformer Engine's, else Apex's, else torch's",
         ),
         ("collectives", "nccl" if gpu else "gloo", "between GPUs" if gpu else "between CPU processes"),

@@ -14,6 +14,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -21,6 +22,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.router import freeze_routers
 from gspo_moe.model.sharded import Shard
+from gspo_moe.platform import use_torch_kernels
 from gspo_moe.training.optimizer_state import optimizer_shards, restore
 
 
@@ -62,6 +64,7 @@ class Optimizer:
             ),
             model.chunks,
         )
+        use_torch_kernels(part.optimizer for part in self.megatron.chained_optimizers)
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0,
@@ -99,7 +102,7 @@ class Optimizer:
 
     def is_finite(self) -> bool:
         """Whether this rank's part of Adam's state, with the weights that it steps, holds neither NaN nor infinity."""
-        optimizers = [each.optimizer for each in self.megatron.chained_optimizers]
+        optimizers = [each.optimizer for each in self.megatron.chained_optimizers if each.optimizer is not None]
         weights = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
         state = [value for each in optimizers for found in each.state.values() for value in found.values()]
         tensors = [value for value in (*weights, *state) if isinstance(value, torch.Tensor)]
@@ -117,11 +120,19 @@ class Optimizer:
         grad_norm = float(self.megatron.get_grad_norm())
         finite = math.isfinite(grad_norm)
         if finite:
-            self.megatron.step()
+            # megatron-core's `step`, which would take the gradients and their norm once more.
+            self._clip(grad_norm)
+            self.megatron.step_with_ready_grads()
             self.adam_steps += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.scheduler.step(increment=1)
         return UpdateResult(grad_norm, learning_rate, skipped=not finite)
+
+    def _clip(self, grad_norm: float) -> None:
+        for part in self.megatron.chained_optimizers:
+            parameters = part.get_parameters() if part.optimizer is not None else []
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def _wrap(config: Config, model: Model) -> list[DistributedDataParallel]:

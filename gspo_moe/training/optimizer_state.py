@@ -115,8 +115,8 @@ def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
             group["step"] = step  # as fused ones count
             continue
         for parameter in group["params"]:
-            # A tensor of its own: parameters that share one would all advance it.
-            adam.state[parameter]["step"] = torch.tensor(float(step))
+            # A tensor of its own: parameters that share one would all advance it. The fused kernel reads it there.
+            adam.state[parameter]["step"] = torch.tensor(float(step), device=parameter.device)
 
 
 def _shard(slot: _Slot, name: str, value: torch.Tensor, weight: Shard) -> Shard:

@@ -15,6 +15,7 @@ from gspo_moe.training.plan import make_plan
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
 from gspo_moe.types import Prompt
+from tests.launch import renew_port
 
 
 class Variety(RewardPool):
@@ -64,6 +65,25 @@ def step_save_and_load(folder: Path, backend: str, parallel: dict[str, int] | No
     finally:
         session.close()
         shut_down()
+
+
+def step_twice(folder: Path, backend: str) -> None:
+    """Takes the same step from the same weights twice, which is to give the same bits. Collective."""
+    found = []
+    for name in ("once", "again"):
+        config = settings(folder / name, backend, {})
+        session = open_session(make_plan(config))
+        session.close()
+        session.answerer = replace(session.answerer, rewards=Variety(config.task, config.seed))
+        try:
+            trainer = open_trainer(session)
+            check_step(trainer)
+            found.append(copies(trainer))
+            renew_port()
+        finally:
+            session.close()
+            shut_down()
+    assert all(torch.equal(once, again) for once, again in zip(*found, strict=True))
 
 
 def check_step(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.golden import BF16, FP32, Observed, Tolerance, check, golden, observe, settings, weights
-from tests.gpu.rl_step import step_save_and_load
+from tests.gpu.rl_step import step_save_and_load, step_twice
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
 from tests.launch import launch
 from tests.qwen3 import layout
@@ -60,3 +60,7 @@ def test_a_rank_with_nothing_to_run_adds_nothing() -> None:
 
 def test_the_gpus_rl_step_passes_on_the_cpu(tmp_path: Path) -> None:
     launch(step_save_and_load, 1, tmp_path, "auto")
+
+
+def test_the_gpus_repeated_step_passes_on_the_cpu(tmp_path: Path) -> None:
+    launch(step_twice, 1, tmp_path, "auto")

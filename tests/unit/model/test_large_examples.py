@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gspo_moe.config import Config, Layout, check_layout, load_config
-from gspo_moe.model import build
+from gspo_moe.model import build, experts
 from gspo_moe.model.build import build_model
 from gspo_moe.model.names import Entry, hf_shapes
-from gspo_moe.model.weights import local_entries
+from gspo_moe.model.weights import local_tensors
 from gspo_moe.parallel.groups import initialize, parallel_state, shut_down
 from gspo_moe.platform import Device, megatron_version
 
@@ -38,7 +38,8 @@ def _meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(parallel_state.torch.distributed, "new_group", fake_group)
     monkeypatch.setattr(parallel_state.torch.cuda, "current_device", lambda: meta)
-    monkeypatch.setattr(build, "device", lambda: Device("cpu", meta, "gloo"))
+    for module in (build, experts):
+        monkeypatch.setattr(module, "device", lambda: Device("cpu", meta, "gloo"))
     with meta:
         yield
 
@@ -53,9 +54,9 @@ def shards_of_every_rank(config: Config, layout: Layout, world_size: int) -> Ite
             within_expert = parallel_state.get_expert_tensor_parallel_group()
             place = tuple(g.rank() for g in (groups.pipeline, groups.tensor, groups.expert, within_expert))
             if place not in built:
-                parameters = list(local_entries(build_model(config, config.model.architecture(), groups)))
-                assert all(parameter.is_meta for _, parameter in parameters)
-                built[place] = {entry: parameter.numel() for entry, parameter in parameters}
+                parameters = list(local_tensors(build_model(config, config.model.architecture(), groups)))
+                assert all(local.parameter.is_meta for local in parameters)
+                built[place] = {local.entry: local.of(local.parameter).numel() for local in parameters}
                 assert len(built[place]) == len(parameters)
         finally:
             shut_down()

@@ -9,8 +9,8 @@ from gspo_moe.model.names import Entry, Place, entry_of, hf_shapes
 from tests.qwen3 import architecture, reference_model, tensors_in
 
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
-FC1 = "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight"
-FC2 = "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"
+FC1 = "decoder.layers.0.mlp.experts.linear_fc1.weight0"
+FC2 = "decoder.layers.0.mlp.experts.linear_fc2.weight0"
 
 
 def entries(
@@ -66,23 +66,12 @@ def test_merging_every_ranks_parameter_gives_the_hf_tensors_back(parameter: str,
 
 def test_layers_and_experts_are_numbered_in_the_whole_model() -> None:
     sizes = architecture(num_hidden_layers=8, num_experts=16)
-    parameter = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight"
-    (entry,) = entries(parameter, sizes, count=1, layers=(2, 6), first_expert=8)
-    assert entry.hf_names == ("model.layers.6.mlp.experts.11.down_proj.weight",)
-
-
-@pytest.mark.parametrize("layer", ["linear_fc1", "linear_fc2"])
-def test_a_grouped_weight_is_the_expert_of_its_number(layer: str) -> None:
-    sizes = architecture(num_hidden_layers=8, num_experts=24)
-    for number in (0, 3, 11):
-        one_by_one = f"decoder.layers.1.mlp.experts.local_experts.{number}.{layer}.weight"
-        grouped = f"decoder.layers.1.mlp.experts.{layer}.weight{number}"
-        pairs = zip(
-            *(entries(name, sizes, 2, layers=(2, 6), first_expert=12) for name in (one_by_one, grouped)), strict=True
-        )
-        assert all(one == other for one, other in pairs)
+    for number in (0, 3, 7):
+        parameter = f"decoder.layers.1.mlp.experts.linear_fc2.weight{number}"
+        (entry,) = entries(parameter, sizes, count=1, layers=(2, 6), first_expert=8)
+        assert entry.hf_names == (f"model.layers.6.mlp.experts.{8 + number}.down_proj.weight",)
     with pytest.raises(AssertionError, match="no HF tensor is known"):
-        list(entries(f"decoder.layers.0.mlp.experts.{layer}.bias0", sizes, 1))
+        list(entries("decoder.layers.0.mlp.experts.linear_fc1.bias0", sizes, 1))
 
 
 @pytest.mark.parametrize(("tied", "name"), [(True, "model.embed_tokens.weight"), (False, "lm_head.weight")])

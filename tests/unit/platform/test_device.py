@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,10 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "any")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     here = device()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "without it deterministic products raise"
     assert here == Device("cuda", torch.device("cuda", 3), "nccl")
     assert chosen == [torch.device("cuda", 3)]
     assert here.peak_memory_gib() == 1.5

@@ -53,7 +53,7 @@ def test_what_was_chosen_comes_with_its_reason(monkeypatch: pytest.MonkeyPatch) 
     assert line("model.backend=auto") == "transformer_engine - it is there"
     assert line("optimizer").startswith("Apex's FusedAdam - megatron-core takes")
     monkeypatch.setattr(doctor, "fused_adam", lambda: None)
-    assert line("optimizer").startswith("torch's AdamW - megatron-core takes")
+    assert line("optimizer").startswith("torch's fused AdamW - megatron-core takes")
     for gpu, collectives in ((True, "nccl"), (False, "gloo")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -64,9 +64,9 @@ def test_absent_packages_say_what_runs_instead(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert line("Transformer Engine") == "absent - local layers, SequentialMLP experts"
+    assert line("Transformer Engine") == "absent - local layers, experts by torch's grouped product"
     assert line("packages").startswith("missing - torch, megatron-core, ")
-    assert line("NVIDIA Apex") == "absent - torch's AdamW, unless Transformer Engine brings its fused one"
+    assert line("NVIDIA Apex") == "absent - torch's fused AdamW, unless Transformer Engine brings its own"
     assert line("nvcc") == "absent"
     assert line("torch").endswith("CPU build: will not see a GPU")
 

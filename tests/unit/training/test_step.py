@@ -158,8 +158,8 @@ class Reference:
             "decoder.layers.0.mlp.router.weight": theirs["model.layers.0.mlp.gate.weight"].grad,
             "decoder.layers.1.self_attention.linear_proj.weight": theirs["model.layers.1.self_attn.o_proj.weight"].grad,
             "decoder.layers.1.self_attention.q_layernorm.weight": theirs["model.layers.1.self_attn.q_norm.weight"].grad,
-            "decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight": experts[0][2],
-            "decoder.layers.1.mlp.experts.local_experts.5.linear_fc2.weight": experts[1][5],
+            "decoder.layers.0.mlp.experts.linear_fc1.weight": experts[0],
+            "decoder.layers.1.mlp.experts.linear_fc2.weight": experts[1],
         }
         for name, expected in pairs.items():
             error = (ours[name].main_grad.double() - expected).norm()
