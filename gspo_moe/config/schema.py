@@ -25,6 +25,7 @@ from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
 
 
 class ModelConfig(Section):
@@ -128,7 +129,7 @@ class RolloutConfig(Section):
 
     prompts_per_step: PositiveInt = 32
     samples_per_prompt: PositiveInt = 8
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(gt=0.0, le=HOTTEST)] = 1.0
     top_p: Probability = 1.0
     top_k: NonNegativeInt = 0
     max_response_tokens: PositiveInt = 32
@@ -193,7 +194,7 @@ class EvaluationConfig(Section):
     prompts: NonNegativeInt = 512
     samples: PositiveInt = 1
     interval: NonNegativeInt = 0
-    temperature: NonNegativeFloat = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=HOTTEST)] = 1.0
 
 
 class CheckpointConfig(Section):

@@ -4,8 +4,8 @@ megatron-core's SequentialMLP has two parameters an expert and starts some nine 
 parameters [E, O, I] and starts two products for all experts. Checkpoints hold what SequentialMLP's would, piece by
 piece, and a slice of a parameter is what `model.names` knows as one expert's.
 
-Invariants: results and gradients are SequentialMLP's, on the CPU bit for bit where every row is aligned; an expert without tokens gets a gradient
-of zeros; no number of tokens is waited for where torch has a grouped kernel.
+Invariants: results and gradients are SequentialMLP's, on the CPU bit for bit where every row is aligned; an expert
+without tokens gets a gradient of zeros; no number of tokens is waited for where torch has a grouped kernel.
 
 Shape letters: N rows, by expert, one for each expert that a token goes to, E local experts, H hidden, F this rank's
 part of an expert's width, O and I a linear layer's outputs and inputs.

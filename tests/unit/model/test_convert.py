@@ -216,7 +216,7 @@ def test_numbers_beyond_the_results_dtype_are_named_both_ways(back: bool, tmp_pa
     shut_down()
     config = Config.model_validate({"model": {"preset": "tiny", "dtype": "bf16"}})
     with built(sizes, layout(), config=config) as model:
-        found = r"experts\.3\.linear_fc2\.weight: holds values that are not finite in torch.bfloat16"
+        found = r"experts\.linear_fc2\.weight: holds values that are not finite in torch.bfloat16"
         with pytest.raises(CheckpointError, match=found):
             load_stored_weights(model, tmp_path / "megatron")
 

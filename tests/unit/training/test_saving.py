@@ -119,7 +119,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
 def test_updates_that_are_all_skipped_end_the_run(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    huge = ["rollout.temperature=1e300", "optimizer.max_skipped_updates=7", "schedule.steps=9"]
+    huge = ["routing.aux_loss_coeff=1e300", "optimizer.max_skipped_updates=7", "schedule.steps=9"]
     assert main([*command, *huge]) == 5
     error = capsys.readouterr().err
     assert "optimizer.max_skipped_updates=7 ends the run: lower optimizer.lr" in error
