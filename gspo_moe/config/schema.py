@@ -120,6 +120,7 @@ class RolloutConfig(Section):
     """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
 
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
 
     prompts_per_step: PositiveInt = 32
@@ -130,6 +131,7 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 32
     stop: tuple[str, ...] = ()
     max_batch: PositiveInt = 512
+    cuda_graph: Literal["auto", "off"] = "auto"
     bank: str | None = None
 
 

@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
-from gspo_moe.model.attention import PackedAttention
 from gspo_moe.model.router import PaddingAwareRouter
+from gspo_moe.model.torch_attention import TorchAttention
 from gspo_moe.platform import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,7 +46,7 @@ class LocalProvider(LocalSpecProvider):
         return RMSNorm
 
     def core_attention(self) -> type:
-        return PackedAttention
+        return TorchAttention
 
 
 def provider_of(backend: Backend) -> BackendSpecProvider:

@@ -83,7 +83,8 @@ def open_session(plan: Plan) -> Session:
     model = build_model(config, plan.architecture, groups, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
-    engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens)
+    rollout = config.rollout
+    engine = MegatronEngine(model, rollout.max_batch, config.schedule.micro_batch_tokens, rollout.cuda_graph)
     return Session(
         plan=plan,
         groups=groups,
