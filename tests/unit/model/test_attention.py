@@ -105,7 +105,8 @@ def test_a_context_parallel_rank_sees_its_sequences_so_far(
     missing = padded - split.num_local
     params = context_params(F.pad(split.local(positions), (0, missing)), split, SIZES, torch.float32)
     local = F.pad(split.local(query), (0, 0, 0, 0, 0, missing))
-    found = TorchAttention(None, 1).over_stretches(local, *(whole[params.keys_K] for whole in gathered), params)
+    keys, values = (whole[params.keys_K] for whole in gathered)
+    found = TorchAttention(None, 1).over_stretches(local, keys, values, params)
     torch.testing.assert_close(found[: split.num_local].double(), split.local(expected), atol=2e-6, rtol=0)
 
 
