@@ -13,8 +13,8 @@ import torch.distributed as dist
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
-from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model, build_model
+from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.weights import TensorSource, load_weights
@@ -167,7 +167,7 @@ def cached_logits(
             torch.arange(len(place) + 1),
             cache=cache,
             rows_T=torch.tensor(rows),
-            decode=True,
+            used=max(place.values()) + 1,
             rows_in_order=rows == list(range(len(rows))),
         )
         forward(item, list(place))

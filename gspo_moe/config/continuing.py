@@ -29,6 +29,7 @@ WORK = (
     "model.fused_log_probs",
     "model.log_prob_memory_mib",
     "rollout.max_batch",
+    "rollout.cuda_graph",
     "schedule.micro_batch_tokens",
     "task.reward.workers",
     "task.reward.timeout_seconds",

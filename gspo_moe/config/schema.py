@@ -125,6 +125,7 @@ class RolloutConfig(Section):
 
     stop: strings of one token each, which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
 
     prompts_per_step: PositiveInt = 32
@@ -135,6 +136,7 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 32
     stop: tuple[str, ...] = ()
     max_batch: PositiveInt = 512
+    cuda_graph: Literal["auto", "off"] = "auto"
     bank: str | None = None
 
 

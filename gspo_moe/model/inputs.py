@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from gspo_moe.model.attention import AttentionParams, KVCache, attention_params, split_attention_params
+from gspo_moe.model.attention import AttentionParams, context_params, decode_params, packed_params
 from gspo_moe.model.build import Model
+from gspo_moe.model.cache import CacheSlots, KVCache
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.types import Microbatch
 
@@ -29,8 +30,9 @@ class ModelInput:
 
     input_ids_T, position_ids_T: int64. cu_seqlens: int64 [N + 1], bounds of the sequences in T.
     cache: keys and values so far; padding goes to its last row, which the caller keeps free.
-    rows_T: int64, each token's row of the cache. decode: each row brings one new token.
-    rows_in_order: rows_T is 0, 1, 2, ..., which spares a copy of the cache.
+    rows_T: int64, each token's row of the cache.
+    rows_in_order: they are 0, 1, 2, ..., which spares a copy of the cache.
+    used: set where each row brings one new token: how many of the cache's positions to look at, more than any token's.
     split: which tokens this rank runs; None runs all of them. Never with a cache.
     """
 
@@ -39,7 +41,7 @@ class ModelInput:
     cu_seqlens: torch.Tensor
     cache: KVCache | None = None
     rows_T: torch.Tensor | None = None
-    decode: bool = False
+    used: int | None = None
     rows_in_order: bool = False
     split: ContextSplit | None = None
 
@@ -92,7 +94,7 @@ def _pad_part(model: Model, item: ModelInput, split: ContextSplit, length: int) 
     )
     # Given where nothing is padded too: else this rank's auxiliary loss would not count the others' real tokens.
     mask = torch.arange(length, device=ids.device) >= count
-    attention = split_attention_params(positions, split, model.architecture)
+    attention = context_params(positions, split, model.architecture, model.config.params_dtype)
     return PaddedInput(ids[None], positions[None], attention, mask[None], count, split)
 
 
@@ -101,22 +103,27 @@ def _pad_whole(model: Model, item: ModelInput, length: int) -> PaddedInput:
     extra = length - count
     ids, positions, bounds, rows = item.input_ids_T, item.position_ids_T, item.cu_seqlens, item.rows_T
     if extra:
-        # Sequences no longer than the real ones: attention is laid out as a grid of the longest.
-        longest = int(bounds.diff().max()) if count else 1
-        starts = torch.arange(count, length, longest, device=ids.device)[1:]
-        bounds = torch.cat([bounds, starts, bounds.new_tensor([length])])
         ids = torch.cat([ids, ids.new_zeros(extra)])
         positions = torch.cat([positions, positions.new_zeros(extra)])
         if rows is not None and item.cache is not None:
             rows = torch.cat([rows, rows.new_full((extra,), item.cache.rows - 1)])
-    attention = attention_params(
-        positions,
-        bounds,
-        model.architecture,
-        cache=item.cache,
-        rows_T=rows,
-        decode=item.decode,
-        rows_in_order=item.rows_in_order and not extra,
-    )
+    slots = None
+    if item.cache is not None and rows is not None:
+        slots = CacheSlots(item.cache, rows, positions, item.rows_in_order and not extra)
+    attention: AttentionParams
+    if item.used is None:
+        bounds = _bounds_with_padding(bounds, count, length) if extra else bounds
+        attention = packed_params(positions, bounds, model.architecture, model.config.params_dtype, slots)
+    else:
+        assert slots is not None, "there is no decoding without a cache"
+        attention = decode_params(slots, item.used, model.architecture, model.config.params_dtype)
     mask = (torch.arange(length, device=ids.device) >= count)[None] if extra else None
-    return PaddedInput(ids[None], positions[None], attention, mask, count, item.split or ContextSplit(item.cu_seqlens))
+    split = item.split or ContextSplit(item.cu_seqlens, total=count)
+    return PaddedInput(ids[None], positions[None], attention, mask, count, split)
+
+
+def _bounds_with_padding(bounds: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """Bounds with sequences of padding behind, no longer than the real ones: attention may be a grid of the longest."""
+    longest = int(bounds.diff().max()) if count else 1
+    starts = torch.arange(count, length, longest, device=bounds.device)[1:]
+    return torch.cat([bounds, starts, bounds.new_tensor([length])])

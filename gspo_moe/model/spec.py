@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
-from gspo_moe.model.attention import PackedAttention
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.router import PaddingAwareRouter
+from gspo_moe.model.torch_attention import TorchAttention
 from gspo_moe.platform import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +47,7 @@ class LocalProvider(LocalSpecProvider):
         return RMSNorm
 
     def core_attention(self) -> type:
-        return PackedAttention
+        return TorchAttention
 
     def grouped_mlp_modules(self, *_: Any) -> Any:
         # megatron-core takes a module with its submodules before 0.17 and one thing to call since.

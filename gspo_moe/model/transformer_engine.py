@@ -20,10 +20,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformer_engine.pytorch import DotProductAttention
 
-from gspo_moe.model.attention import AttentionParams, CachedAttention
+from gspo_moe.model.attention import ContextParams, CoreAttention, PackedParams
 
 
-class TEPackedAttention(CachedAttention, TEDotProductAttention):
+class TEPackedAttention(CoreAttention, TEDotProductAttention):
     """Attends within sequences through Transformer Engine's variable-length kernels."""
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **more: Any) -> None:
@@ -31,18 +31,20 @@ class TEPackedAttention(CachedAttention, TEDotProductAttention):
         config.context_parallel_size = 1  # the keys it gets are all there
         super().__init__(config, *arguments, **more)
 
-    def _within_sequences(
-        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: AttentionParams
+    def within_sequences(
+        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: PackedParams
     ) -> torch.Tensor:
+        """Causal attention of each sequence to itself, [T, H * D]."""
         # By its class: this instance's own `forward` is the one that called.
         out: torch.Tensor = TEDotProductAttention.forward(
             self, query_THD, key_TGD, value_TGD, None, AttnMaskType.causal, packed_seq_params=params
         )
         return out
 
-    def _over_stretches(
-        self, query_THD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor, params: AttentionParams
+    def over_stretches(
+        self, query_THD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor, params: ContextParams
     ) -> torch.Tensor:
+        """Attention of each stretch to its own keys, [T, H * D], causal from their ends."""
         # megatron-core's wrapper has no name for causality that is aligned at the end.
         out: torch.Tensor = DotProductAttention.forward(
             self,

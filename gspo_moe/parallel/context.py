@@ -57,10 +57,12 @@ class ContextSplit:
     rank found becomes the pack's by `whole`.
     cu_seqlens: int64 [N + 1], bounds of the whole pack's sequences.
     group: the ranks that share them; None where this rank has all tokens.
+    total: tokens of the pack, where the caller knows, which spares a wait for the device.
     """
 
     cu_seqlens: torch.Tensor
     group: dist.ProcessGroup | None = None
+    total: int | None = None
 
     @property
     def size(self) -> int:
@@ -93,7 +95,7 @@ class ContextSplit:
     def counts(self) -> list[int]:
         """How many tokens each rank has."""
         if self.size == 1:
-            return [int(self.cu_seqlens[-1])]
+            return [int(self.cu_seqlens[-1]) if self.total is None else self.total]
         found: list[int] = self.rank_T.bincount(minlength=self.size).tolist()
         return found
 

@@ -1,31 +1,34 @@
 """The embedded rollout engine: samples from the training weights themselves, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
-each unfinished sequence. Finished sequences leave the batch at once; the cache is compacted when a quarter of its rows
-stand idle. Invariants: experts span data-parallel ranks, so every rank runs the same number of forward passes (a rank
-with nothing left feeds an empty pack), also behind a fault of one of them, which all raise at the end; a sample depends
-on its request's uid, its index and the seed alone.
+each unfinished sequence (`rollout.decoder`). Finished sequences leave the batch at once, and the last rows' sequences
+take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span data-parallel
+ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty pack), also behind
+a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gspo_moe.errors import ConfigError, RolloutError
-from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
+from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
+from gspo_moe.rollout.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.graphs import make_graphs
+from gspo_moe.rollout.samples import SampleUnderWay, in_first_rows
 from gspo_moe.rollout.sampling import sample, uniforms
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.types import Rollout
@@ -33,35 +36,26 @@ from gspo_moe.types import Rollout
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
 
 
-@dataclass
-class _Sequence:
-    """One sample under way; `row` is its row of the cache, `routes` the experts of every token fed so far."""
-
-    request: Request
-    sample_index: int
-    row: int
-    response_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finished: bool = False
-    routes: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def next_position(self) -> int:
-        return len(self.request.prompt_ids) + len(self.response_ids) - 1
-
-
 class MegatronEngine:
     """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack.
 
-    stop: ends generation at a signal.
+    stop: ends generation at a signal. cuda_graph: as `rollout.cuda_graph`.
     """
 
-    def __init__(self, model: Model, max_batch: int, prefill_tokens: int, stop: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        max_batch: int,
+        prefill_tokens: int,
+        stop: StopSignals | None = None,
+        cuda_graph: str = "auto",
+    ) -> None:
         self._model = model
         self._stop = stop or StopSignals()
         self._fault: RolloutError | None = None
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
+        self._cuda_graph = cuda_graph
         self._device = device().torch_device
         self._recorder: RouteRecorder | None = None
 
@@ -95,7 +89,7 @@ class MegatronEngine:
         for number in range(self._most(len(batches))):
             batch = batches[number] if number < len(batches) else []
             for index, sequence in self._run_batch(batch, params):
-                done[index, sequence.sample_index] = _rollout(sequence, policy_version)
+                done[index, sequence.sample_index] = sequence.rollout(policy_version)
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:
@@ -141,36 +135,52 @@ class MegatronEngine:
 
     def _run_batch(
         self, batch: list[tuple[int, Request, range]], params: SamplingParams
-    ) -> list[tuple[int, _Sequence]]:
+    ) -> list[tuple[int, SampleUnderWay]]:
         capacity = params.max_response_tokens + self._most(max((len(r.prompt_ids) for _, r, _ in batch), default=1))
-        cache = KVCache(len(batch) + 1, capacity)
+        cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
         first_logits = self._prefill([request for _, request, _ in batch], cache)
         prompt_routes = self._take_routes([len(request.prompt_ids) for _, request, _ in batch])
         owner = [row for row, (_, _, samples) in enumerate(batch) for _ in samples]
-        sequences: list[tuple[int, _Sequence]] = []
+        sequences: list[tuple[int, SampleUnderWay]] = []
         for row, source in enumerate(owner):
             index, request, samples = batch[source]
-            sequences.append((index, _Sequence(request, samples[row - owner.index(source)], row)))
+            sequences.append((index, SampleUnderWay(request, samples[row - owner.index(source)], row, row)))
             sequences[-1][1].routes += prompt_routes[source : source + 1]
         cache.select(torch.tensor([*owner, len(batch)], device=self._device))
-        active = [sequence for _, sequence in sequences]
-        keys = [f"{params.seed}/{s.request.uid}/{s.sample_index}" for s in active]
-        uniforms_NR = uniforms(keys, params.max_response_tokens).to(self._device)
         logits = None if first_logits is None else first_logits[torch.tensor(owner, dtype=torch.long)]
-        draw = dict(zip(map(id, active), uniforms_NR, strict=True))
+        self._continue([sequence for _, sequence in sequences], logits, cache, params)
+        self._gather_routes([sequence for _, sequence in sequences])
+        return sequences
+
+    def _continue(
+        self, active: list[SampleUnderWay], logits: torch.Tensor | None, cache: KVCache, params: SamplingParams
+    ) -> None:
+        """Samples from the logits [N, V] behind the prompts, and goes on until every rank's sequences have ended."""
+        decoder = self._decoder(cache)
+        keys = [f"{params.seed}/{s.request.uid}/{s.sample_index}" for s in active]
+        uniforms_NR = uniforms(keys, params.max_response_tokens)
         for step in range(params.max_response_tokens):
             if step and step % CHECK_TOKENS == 0:
                 self._stop.check()
-            self._append(active, logits, draw, step, params)
-            active = [sequence for sequence in active if not sequence.finished]
+            self._append(active, logits, uniforms_NR[[s.number for s in active], step], params)
+            active = in_first_rows(cache, [sequence for sequence in active if not sequence.finished])
             if step + 1 == params.max_response_tokens or not self._most(len(active)):
                 break
-            self._compact(cache, active)
-            logits = self._decode(active, cache)
-            for sequence, routes in zip(active, self._take_routes([1] * len(active)), strict=False):
-                sequence.routes.append(routes)
-        self._gather_routes([sequence for _, sequence in sequences])
-        return sequences
+            output = decoder.step([s.response_ids[-1] for s in active], [s.next_position for s in active])
+            logits = output.logits_NV
+            if output.routes_NLK is not None:
+                for sequence, routes in zip(active, output.routes_NLK.clone().split(1), strict=False):
+                    sequence.routes.append(routes)
+
+    def _decoder(self, cache: KVCache) -> Decoder:
+        graphs = make_graphs(self._model, self._cuda_graph)
+        return Decoder(self._forward, cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
+
+    def _forward(self, item: ModelInput) -> StepOutput:
+        """One decode step."""
+        logits = self._logits([item], [item.cu_seqlens[:-1]])
+        routes = None if self._recorder is None else self._recorder.take()[0].routes_TLK
+        return StepOutput(None if logits is None else logits[0], routes)
 
     def _take_routes(self, lengths: Sequence[int]) -> list[torch.Tensor]:
         """This stage's routes of the last pass, cut into pieces of these lengths; none unless asked to report them."""
@@ -179,7 +189,7 @@ class MegatronEngine:
         packs = self._recorder.take()
         return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if lengths else []
 
-    def _gather_routes(self, sequences: Sequence[_Sequence]) -> None:
+    def _gather_routes(self, sequences: Sequence[SampleUnderWay]) -> None:
         """Leaves each sequence one tensor [tokens - 1, A, K] on the CPU."""
         if self._recorder is None or not sequences:
             return
@@ -214,22 +224,6 @@ class MegatronEngine:
             rows_T=torch.repeat_interleave(self._ints([row for row, _ in prompts]), lengths),
         )
 
-    def _decode(self, active: list[_Sequence], cache: KVCache) -> torch.Tensor | None:
-        """Feeds each sequence its newest token; logits [N, V] behind them on the last stage."""
-        rows = [sequence.row for sequence in active]
-        every = torch.arange(len(active) + 1, device=self._device)
-        item = ModelInput(
-            self._ints([sequence.response_ids[-1] for sequence in active]),
-            self._ints([sequence.next_position for sequence in active]),
-            every,
-            cache=cache,
-            rows_T=self._ints(rows),
-            decode=True,
-            rows_in_order=rows == list(range(len(rows))),
-        )
-        logits = self._logits([item], [every[:-1]])
-        return None if logits is None else logits[0]
-
     def _ints(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
@@ -253,10 +247,9 @@ class MegatronEngine:
 
     def _append(
         self,
-        active: list[_Sequence],
+        active: list[SampleUnderWay],
         logits: torch.Tensor | None,
-        draw: dict[int, torch.Tensor],
-        step: int,
+        uniforms_N: torch.Tensor,
         params: SamplingParams,
     ) -> None:
         """Samples one token for each sequence on the last stage, tells the other stages, and marks what is finished."""
@@ -264,47 +257,22 @@ class MegatronEngine:
             return
         picked = torch.empty(2, len(active), dtype=torch.float64, device=self._device)
         if logits is not None:
-            uniforms_N = torch.stack([draw[id(s)][step] for s in active])
             tokens_N, log_probs_N = sample(logits, uniforms_N, params.temperature, params.top_p, params.top_k)
             picked = torch.stack([tokens_N.double(), log_probs_N.double()])
         groups = self._model.groups
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
-        broken = not bool(picked[1].isfinite().all())
+        tokens, log_probs = picked.tolist()
+        broken = not all(map(math.isfinite, log_probs))
         if broken:
             self._fault = RolloutError(
                 "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
                 "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
             )
-        for sequence, token, log_prob in zip(active, *_columns(picked), strict=True):
+        for sequence, token, log_prob in zip(active, tokens, log_probs, strict=True):
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)
             sequence.finished = broken or int(token) in params.stop_ids
-
-    def _compact(self, cache: KVCache, active: list[_Sequence]) -> None:
-        if len(active) > 0.75 * (cache.rows - 1):
-            return
-        cache.select(torch.tensor([*(s.row for s in active), cache.rows - 1], device=self._device))
-        for row, sequence in enumerate(active):
-            sequence.row = row
-
-
-def _columns(picked: torch.Tensor) -> tuple[list[float], list[float]]:
-    tokens, log_probs = picked.tolist()
-    return tokens, log_probs
-
-
-def _rollout(sequence: _Sequence, policy_version: int) -> Rollout:
-    return Rollout(
-        uid=sequence.request.uid,
-        sample_index=sequence.sample_index,
-        prompt_ids=sequence.request.prompt_ids,
-        response_ids=tuple(sequence.response_ids),
-        log_probs=tuple(sequence.log_probs),
-        finished=sequence.finished,
-        policy_version=policy_version,
-        routes=sequence.routes[0] if sequence.routes else None,
-    )
 
 
 def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:

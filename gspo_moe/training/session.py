@@ -88,8 +88,8 @@ def open_session(plan: Plan) -> Session:
     model = build_model(config, plan.architecture, groups, vocab=vocab, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
-    stop = StopSignals()
-    engine = MegatronEngine(model, config.rollout.max_batch, config.schedule.micro_batch_tokens, stop)
+    stop, rollout = StopSignals(), config.rollout
+    engine = MegatronEngine(model, rollout.max_batch, config.schedule.micro_batch_tokens, stop, rollout.cuda_graph)
     return Session(
         plan=plan,
         groups=groups,

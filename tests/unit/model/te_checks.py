@@ -11,9 +11,10 @@ from transformer_engine.pytorch import DotProductAttention, GroupedLinear, Linea
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model import build
-from gspo_moe.model.attention import PackedAttention, split_attention_params
+from gspo_moe.model.attention import context_params
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import export_hf, whole_tensors
+from gspo_moe.model.torch_attention import TorchAttention
 from gspo_moe.model.weights import RandomSource, SafetensorsSource
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.platform import Backend
@@ -71,18 +72,18 @@ def test_a_context_parallel_ranks_stretches_are_attended_to_as_by_the_local_kern
 
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     split = ContextSplit(torch.tensor([0, 13, 14, 22]), group)
-    params = split_attention_params(split.local(torch.arange(22)), split, SIZES)
+    params = context_params(split.local(torch.arange(22)), split, SIZES, torch.float32)
     generator = torch.Generator().manual_seed(5)
     heads, groups, size = SIZES.num_attention_heads, SIZES.num_key_value_heads, SIZES.head_dim
     query = torch.randn(split.num_local, heads, size, generator=generator)
     key, value = torch.randn(2, len(params.keys_K), groups, size, generator=generator)
     with built(SIZES, layout()) as model:
         attention = model.gpt_chunks[0].decoder.layers[0].self_attention.core_attention
-        found = attention._over_stretches(query, key, value, params)
+        found = attention.over_stretches(query, key, value, params)
         # It takes the keys as they come and joins no exchange of its own.
         config = replace(model.config, context_parallel_size=2)
         assert type(attention)(config, 1, AttnMaskType.causal, "self").config.context_parallel_size == 1
-    expected = PackedAttention(model.config, 1)._over_stretches(query, key, value, params)
+    expected = TorchAttention(model.config, 1).over_stretches(query, key, value, params)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gspo_moe.errors import ConfigError, RolloutError
-from gspo_moe.model.attention import KVCache
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.rollout import megatron
@@ -151,21 +150,21 @@ def test_every_token_is_fed_once_and_finished_sequences_leave(
     assert sum(fed) == prompts + sum(len(rollout.response_ids) - 1 for rollout in rollouts)
 
 
-def test_the_cache_shrinks_with_the_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
+def test_unfinished_sequences_have_the_first_rows_of_the_cache(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[Any] = []
+    forward = megatron.run
 
-    class Watched(KVCache):
-        def select(self, kept: torch.Tensor) -> None:
-            rows.append(kept.numel())
-            super().select(kept)
+    def watching(model: Model, inputs: Sequence[Any], *rest: Any, **more: Any) -> Any:
+        fed.extend(item for item in inputs if item.used is not None)
+        return forward(model, inputs, *rest, **more)
 
-    monkeypatch.setattr(megatron, "KVCache", Watched)
+    monkeypatch.setattr(megatron, "run", watching)
     rollouts = flat(generate(model, requests(), sampling()))
-    # One row is spare; the last to go on are those that reach the length limit, all but their last token.
-    last = sum(len(rollout.response_ids) == LONGEST for rollout in rollouts)
-    assert rows[0] == len(rollouts) + 1
-    assert rows == sorted(rows, reverse=True)
-    assert rows[-1] - 1 <= last / 0.75
+    assert len({item.num_tokens for item in fed}) > 3
+    for step, item in enumerate(fed):
+        assert item.num_tokens == sum(len(rollout.response_ids) > step + 1 for rollout in rollouts)
+        assert item.rows_in_order
+        assert item.rows_T.tolist() == list(range(item.num_tokens))
 
 
 def test_no_requests_give_no_rollouts(model: Model) -> None:

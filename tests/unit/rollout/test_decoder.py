@@ -1,0 +1,116 @@
+"""Decode steps in buckets, and in memory that stays where it is as under a CUDA graph, against plain ones."""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_moe.model.build import Model
+from gspo_moe.model.cache import KVCache
+from gspo_moe.model.inputs import ModelInput
+from gspo_moe.model.weights import RandomSource
+from gspo_moe.rollout.decoder import Decoder, StepOutput, bucket
+from gspo_moe.rollout.megatron import MegatronEngine
+from gspo_moe.types import Rollout
+from tests.policy import SIZES, requests, sampling
+from tests.qwen3 import built, layout
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with built(SIZES, layout(), RandomSource(SIZES, seed=2)) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "least", "expected"),
+    [
+        *[(count, 100, 1, size) for count, size in [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (6, 6), (7, 8), (9, 12)]],
+        (17, 20, 1, 20),
+        (65, 100, 1, 96),
+        (97, 100, 1, 100),
+        (3, 1000, 64, 64),
+        (65, 1000, 64, 96),
+        (3, 48, 64, 48),
+    ],
+)
+def test_buckets_are_powers_of_two_and_three_quarters_of_them(count: int, most: int, least: int, expected: int) -> None:
+    assert bucket(count, most, least) == expected
+
+
+class Replays:
+    """Stands for a pool of CUDA graphs: every step of a shape fills the output of the first one."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[Hashable, StepOutput] = {}
+
+    def run(self, shape: Hashable, step: Callable[[], StepOutput]) -> StepOutput:
+        if shape not in self.outputs:
+            step()  # the warm-up, which must leave no trace
+            self.outputs[shape] = step()
+            return self.outputs[shape]
+        kept, found = self.outputs[shape], step()
+        for place, value in ((kept.logits_NV, found.logits_NV), (kept.routes_NLK, found.routes_NLK)):
+            assert (place is None) == (value is None)
+            if place is not None and value is not None:
+                place.copy_(value)
+        return kept
+
+
+def generated(model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Any, KVCache], Decoder]) -> list[Rollout]:
+    monkeypatch.setattr(MegatronEngine, "_decoder", lambda engine, cache: make(engine._forward, cache))
+    params = replace(sampling(longest=40), report_routes=True)
+    engine = MegatronEngine(model, max_batch=14, prefill_tokens=64)
+    return [rollout for group in engine.generate(requests(), params, policy_version=0) for rollout in group]
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_generation_in_buckets_equals_generation_without(
+    model: Model, monkeypatch: pytest.MonkeyPatch, replays: bool
+) -> None:
+    here = torch.device("cpu")
+    expected = generated(model, monkeypatch, lambda forward, cache: Decoder(forward, cache, here))
+    fed: dict[tuple[int, int], set[int]] = {}
+    pools: list[Replays] = []
+
+    def make(forward: Callable[[ModelInput], StepOutput], cache: KVCache) -> Decoder:
+        pools.append(Replays())
+        fed.clear()
+
+        def watched(item: ModelInput) -> StepOutput:
+            assert item.used is not None
+            assert item.rows_T is not None
+            tensors = (item.input_ids_T, item.position_ids_T, item.cu_seqlens, item.rows_T)
+            places = fed.setdefault((item.num_tokens, item.used), set())
+            places.add(hash(tuple(tensor.data_ptr() for tensor in tensors)))
+            return forward(item)
+
+        pool: Any = pools[-1] if replays else None
+        return Decoder(watched, cache, here, buckets=True, graphs=pool)
+
+    found = generated(model, monkeypatch, make)
+    assert len(pools) == 2
+    assert len(fed) > 2
+    assert all(bucket(size, 14) == size for size, _ in fed)
+    assert all(len(places) == 1 for places in fed.values()), "a graph reads the same memory at each replay"
+    assert not replays or pools[-1].outputs.keys() == fed.keys()
+    assert [rollout.response_ids for rollout in found] == [rollout.response_ids for rollout in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=2e-5)
+        assert one.routes is not None
+        assert other.routes is not None
+        assert torch.equal(one.routes.sort(dim=-1).values, other.routes.sort(dim=-1).values)
+
+
+def test_a_rank_without_tokens_feeds_none() -> None:
+    fed: list[int] = []
+
+    def forward(item: ModelInput) -> StepOutput:
+        fed.append(item.num_tokens)
+        return StepOutput(None, None)
+
+    for buckets in (False, True):
+        Decoder(forward, KVCache(1, 16), torch.device("cpu"), buckets=buckets).step([], [])
+    assert fed == [0, 0]
