@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.rollout import graphs
 from gspo_moe.rollout.graphs import graph_obstacle, make_graphs
 from tests.qwen3 import layout
 
 
-def experts(dtype: torch.dtype = torch.bfloat16, *shape: int) -> Any:
-    return SimpleNamespace(linear_fc1=SimpleNamespace(weight=torch.empty(shape or (4, 6, 2), dtype=dtype)))
+def experts(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Stacked ones without the process groups that make them."""
+    made = GroupedExperts.__new__(GroupedExperts)
+    torch.nn.Module.__init__(made)
+    made.linear_fc1 = torch.nn.Module()
+    made.linear_fc1.weight = torch.nn.Parameter(torch.empty(4, 6, 2, dtype=dtype))
+    return made
 
 
 def model(parallel: dict[str, int], layer: Any, dispatcher: str = "alltoall") -> Any:
@@ -43,7 +49,6 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (model({"expert": 4}, experts()), "parallel.expert is 4"),
         (model({}, experts(), "allgather"), "parallel.dispatcher"),
         (model({}, experts(torch.float32)), "model.dtype=bf16"),
-        (model({}, experts(torch.bfloat16, 6, 2)), "numbers of their tokens"),
         (model({}, SimpleNamespace(local_experts=[])), "numbers of their tokens"),
     ],
 )
