@@ -95,8 +95,19 @@ def _complain(error: GspoMoeError) -> None:
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         content = {"message": {"message": text, "extraInfo": extra}}
         Path(os.environ[LAUNCHER_ERROR_FILE]).write_text(json.dumps(content))
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _is_first_to_explain():
         print(text, file=sys.stderr)
+
+
+def _is_first_to_explain() -> bool:
+    """Whether no other rank of this host has told its error: most fail with the same one, some alone."""
+    if LAUNCHER_ERROR_FILE not in os.environ:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        (Path(os.environ[LAUNCHER_ERROR_FILE]).parents[1] / "explained").touch(exist_ok=False)  # of all its ranks
+    except FileExistsError:
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

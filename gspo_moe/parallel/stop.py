@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,6 +20,9 @@ from gspo_moe.errors import Interrupted, RunError
 from gspo_moe.platform import device
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Slurm signals every process of a job, and torchrun hands its own on: a rank gets one signal twice.
+ONE_SIGNAL_SECONDS = 5.0
+STDERR = 2
 
 
 def raise_everywhere(error: RunError | None) -> None:
@@ -43,11 +46,12 @@ def _largest(value: int) -> int:
 class StopSignals:
     """While entered, keeps SIGTERM, SIGINT and SIGUSR1 until `check`; a second one ends the process at once.
 
-    SIGUSR1 is Slurm's usual warning. Signals reach the main thread alone: entered in another, it keeps none.
+    What follows within `ONE_SIGNAL_SECONDS` is the same signal by another way. SIGUSR1 is Slurm's usual warning.
+    Signals reach the main thread alone: entered in another, it keeps none.
     """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._received, self._since = 0, 0.0
         self._entered = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -72,11 +76,13 @@ class StopSignals:
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if self._received:
+            if time.monotonic() - self._since < ONE_SIGNAL_SECONDS:
+                return
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self._received = number
+        self._received, self._since = number, time.monotonic()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             name = signal.Signals(number).name
-            print(f"gspo-moe: {name}: the last whole step is saved, then it ends; {name} again ends it at once",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            told = f"gspo-moe: {name}: the last whole step is saved, then it ends; a second signal ends it at once\n"
+            os.write(STDERR, told.encode())  # print raises where the signal came in the middle of another one

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
+from gspo_moe.tasks.rewards import LARGEST_REWARD
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
 
 FORMAT = "gspo_moe bank 1"
@@ -98,7 +99,7 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
 
 
 def read_bank(path: str | Path) -> Bank:
-    """Reads what `write_bank` wrote; raises DataError for any other file and for ids that no token has."""
+    """Reads what `write_bank` wrote; DataError for other files, ids that no token has, rewards too large."""
     described = describe_bank(path)
     with safe_open(path, framework="pt") as file:
         names = file.keys()
@@ -108,6 +109,12 @@ def read_bank(path: str | Path) -> Bank:
         raise DataError(
             f"{path} holds token {largest}, which its tokenizer of {vocab_size} tokens does not have and no policy can "
             "sample; make another one with `gspo-moe bank`"
+        )
+    reward = float(tensors["rewards"].abs().max())
+    if not reward <= LARGEST_REWARD:
+        raise DataError(
+            f"{path} holds a reward of size {reward:g}, beyond {LARGEST_REWARD:g}, where advantages lose their "
+            "precision; make another one with `gspo-moe bank`"
         )
     rollouts = _rollouts(tensors, described["rollouts"])
     rewards = iter(tensors["rewards"].tolist())

@@ -149,6 +149,9 @@ class RewardPool:
 
 def _start_worker(trainer: int, make: MakeTask, config: bytes, seed: int) -> None:
     end_with(trainer)
+    # At a signal to its group, or to a whole job, the trainer finishes its step, and needs its rewards.
+    os.setsid()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _worker_task(make, config, seed)
 
 

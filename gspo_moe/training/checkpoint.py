@@ -83,7 +83,8 @@ def save_checkpoint(
             shutil.rmtree(target)
         os.replace(partial, target)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            if not old.is_symlink():  # which no run makes
+                shutil.rmtree(old)
     dist.barrier()
     return target
 

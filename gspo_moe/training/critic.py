@@ -17,6 +17,7 @@ import torch
 from gspo_moe.algorithms.gae import StepMeans, Whitening, gae
 from gspo_moe.algorithms.value import ValueMeans
 from gspo_moe.config.algorithm import PPOConfig
+from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.types import Microbatch
@@ -61,3 +62,13 @@ def estimate(
         Estimates(whitening.whiten(advantages_T, mask_T, mean), values_T, returns_T, of_values)
         for mask_T, values_T, (advantages_T, returns_T) in zip(masks, values, found, strict=True)
     ]
+
+
+def value_fault(estimates: Sequence[Estimates]) -> TrainingError | None:
+    """What is wrong with these packs' values or advantages, if anything. One wait for the device."""
+    if not estimates or torch.stack([each.advantages_T.isfinite().all() for each in estimates]).all():
+        return None
+    return TrainingError(
+        "the value head's values, or the advantages made of them, are not finite; go on from a checkpoint before the "
+        "weights broke, with a lower optimizer.lr or algorithm.ppo.value_coeff"
+    )

@@ -28,7 +28,7 @@ def train(plan: Plan) -> bool:
     try:
         trainer = open_trainer(session)
         config, export = plan.config, session.run_path / "hf"
-        unfinished = trainer.progress.step < config.schedule.steps or trainer.progress.evaluation_due
+        unfinished = trainer.unfinished
         if unfinished:
             _run(trainer)
         if config.checkpoint.export_hf:
@@ -41,11 +41,12 @@ def train(plan: Plan) -> bool:
 def _run(trainer: Trainer) -> None:
     log = RunLog(trainer)
     try:
-        with trainer.session.stop:
-            _steps(trainer, log)
-    except RunError as error:
-        error.args = (f"{error}. {save_whole_step(trainer, log)}",)
-        raise
+        with trainer.session.stop:  # also while saving: a signal then ends nothing that the error does not end
+            try:
+                _steps(trainer, log)
+            except RunError as error:
+                error.args = (f"{error}. {save_whole_step(trainer, log)}",)
+                raise
     finally:
         log.close()
 

@@ -16,8 +16,10 @@ from gspo_moe.algorithms import CorrectionStatistics, MismatchStatistics, mismat
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches, split_mini_batches
+from gspo_moe.errors import DataError, TrainingError
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
 from gspo_moe.rollout.score import score, score_with_values
@@ -25,7 +27,7 @@ from gspo_moe.routing.recorder import Recording
 from gspo_moe.routing.replay import check_routes
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.collect import collect, rollouts
-from gspo_moe.training.critic import Estimates, estimate
+from gspo_moe.training.critic import Estimates, estimate, value_fault
 from gspo_moe.training.probe import probe_set
 from gspo_moe.training.routing import (
     Figures,
@@ -138,15 +140,16 @@ def _minibatches(trainer: Trainer, samples: Sequence[TrainingSample]) -> list[Mi
 
 
 def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config) -> list[Microbatch]:
-    """This rank's packs of a batch that all ranks know, on this process's device."""
-    lengths = [len(sample.token_ids) - 1 for sample in samples]
-    layout = groups.layout
-    plan = plan_microbatches(
-        lengths,
-        layout.data,
-        config.schedule.micro_batch_tokens,
-        multiple_of=layout.pipeline if layout.virtual_pipeline else 1,
-    )
+    """This rank's packs of a batch that all ranks know, on this process's device.
+
+    Raises TrainingError, on every rank, where no plan of micro-batches holds it.
+    """
+    lengths, layout = [len(sample.token_ids) - 1 for sample in samples], groups.layout
+    multiple_of = layout.pipeline if layout.virtual_pipeline else 1
+    try:
+        plan = plan_microbatches(lengths, layout.data, config.schedule.micro_batch_tokens, multiple_of=multiple_of)
+    except DataError as error:
+        raise TrainingError(str(error)) from error
     return [pack(samples, indices).to(device().torch_device) for indices in plan[groups.data_rank]]
 
 
@@ -166,6 +169,8 @@ def _old_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> OldPolicy
         log_probs = score(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
     routes = [] if recorder is None else recorder.take()
     estimates = estimate(packs, values, config.algorithm.ppo, model.groups)
+    if config.has_value_head:
+        raise_everywhere(value_fault(estimates))
     return OldPolicy(
         _by_minibatch(log_probs, minibatches),
         _by_minibatch(routes, minibatches),

@@ -127,6 +127,10 @@ class Trainer:
     probe_packs: list[Microbatch] | None = None
 
     @property
+    def unfinished(self) -> bool:
+        return self.progress.step < self.session.config.schedule.steps or self.progress.evaluation_due
+
+    @property
     def checkpoints(self) -> Path:
         return self.session.run_path / "checkpoints"
 
@@ -165,6 +169,6 @@ def open_trainer(session: Session) -> Trainer:
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:
         trainer.progress = load_checkpoint(newest, session.model, optimizer)
-        if session.groups.is_main and trainer.progress.step < config.schedule.steps:
+        if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
     return trainer

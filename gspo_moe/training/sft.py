@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gspo_moe.data.prompts import PromptSource
+from gspo_moe.errors import TrainingError
 from gspo_moe.training.rl import pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
@@ -37,7 +38,9 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
-    """The prompt and the answer to learn, which ends with the end token."""
+    """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
     question = plan.tokenizer.encode(prompt.text)
+    if not question:
+        raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
     answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]
     return TrainingSample(token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer))

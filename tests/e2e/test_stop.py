@@ -23,7 +23,7 @@ def test_a_signal_loses_no_whole_step(quickstart: FinishedRun, tmp_path: Path) -
     outcome = program.finish()
     assert (outcome.code, outcome.left_behind) == (128 + signal.SIGUSR1, ())
     *_, first, last = outcome.stderr.splitlines()
-    assert first == "gspo-moe: SIGUSR1: the last whole step is saved, then it ends; SIGUSR1 again ends it at once"
+    assert first == "gspo-moe: SIGUSR1: the last whole step is saved, then it ends; a second signal ends it at once"
     (saved,) = (run / "checkpoints").iterdir()
     told = f"ended by SIGUSR1. {saved} holds its last whole step; the same command goes on from there"
     assert last == f"gspo-moe: Interrupted: {told}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def test_answers_come_by_prompt() -> None:
 def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path) -> None:
     write_bank(tmp_path / "bank", replace(bank(routes=False), sampling={"vocab_size": 300}))
     with pytest.raises(DataError, match=r"holds token 300, which its tokenizer of 300 tokens does not have"):
+        read_bank(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("reward", [-1.1e6, math.nan])
+def test_rewards_that_no_run_would_keep_are_refused(reward: float, tmp_path: Path) -> None:
+    made = bank(routes=False)
+    write_bank(tmp_path / "bank", replace(made, groups=(replace(made.groups[0], rewards=(0.5, reward)),)))
+    with pytest.raises(DataError, match=r"holds a reward of size (1.1e\+06|nan), beyond 1e\+06"):
         read_bank(tmp_path / "bank")
 
 

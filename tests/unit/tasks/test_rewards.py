@@ -134,6 +134,16 @@ def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path) -> None:
     assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
+def test_signals_to_the_trainers_group_spare_its_workers(pool: RewardPool) -> None:
+    assert pool.score(answers("1", "2")).failures == 0
+    workers = [process.pid for process in multiprocessing.active_children()]
+    for worker in workers:
+        assert os.getsid(worker) == worker
+        os.kill(worker, signal.SIGUSR1)
+    assert pool.score(answers("1", "2")).failures == 0
+    assert [process.pid for process in multiprocessing.active_children()] == workers
+
+
 def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: RewardPool) -> None:
     texts = [str(number) for number in range(40)]
     texts[2], texts[20], texts[21], texts[33] = "hang", "crash", "exit", "raise"

@@ -21,7 +21,7 @@ from gspo_moe.model.weights import RandomSource, SafetensorsSource, TensorSource
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.score import score, score_with_values
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from gspo_moe.training.critic import Estimates, estimate
+from gspo_moe.training.critic import Estimates, estimate, value_fault
 from gspo_moe.training.step import MinibatchResult, train_minibatch
 from gspo_moe.types import Microbatch
 from tests.policy import SIZES, packs_of, trained
@@ -185,6 +185,17 @@ def test_advantages_are_whitened_over_the_step() -> None:
     kept = torch.cat([e.advantages_T[p.response_mask_T != 0] for e, p in zip(found, packs, strict=True)])
     assert kept.mean().item() == pytest.approx(0, abs=1e-12)
     assert kept.std().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_values_that_are_not_finite_are_told_before_they_train() -> None:
+    with trained(configured(), layout()) as (model, _):
+        packs = packs_of(samples(), per_pack=3)
+        _, values = old_policy(model, packs)
+        assert value_fault([]) is None
+        assert value_fault(estimate(packs, values, configured().algorithm.ppo, model.groups)) is None
+        values[-1][packs[-1].response_mask_T.nonzero()[-1]] = math.inf
+        fault = value_fault(estimate(packs, values, configured().algorithm.ppo, model.groups))
+    assert "the value head's values" in str(fault)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from gspo_moe.config.loading import load_config
+from gspo_moe.config.schema import ScheduleConfig
+from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.plan import make_plan
-from gspo_moe.training.rl import rl_step
+from gspo_moe.training.rl import pack_share, rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
-from gspo_moe.types import Rollout
+from gspo_moe.training.sft import demonstration
+from gspo_moe.types import Prompt, Rollout, TrainingSample
 from tests.launch import renew_port
 
 SMALL = (
@@ -28,6 +31,9 @@ SMALL = (
     "optimizer.lr=1e-2",
     "logging.samples_per_step=0",
 )
+
+
+LARGER = ScheduleConfig(micro_batch_tokens=65)
 
 
 @contextlib.contextmanager
@@ -54,6 +60,17 @@ def test_the_engine_pair_has_a_floor_at_equal_weights_only(tmp_path: Path, monke
         metrics = rl_step(trainer).metrics
     assert "routing/engine/slot_change" in metrics
     assert "routing/engine/noise_floor/slot_change" not in metrics
+
+
+def test_samples_that_no_micro_batch_holds_end_a_run_that_can_be_saved(tmp_path: Path) -> None:
+    with opened(tmp_path, "schedule.micro_batch_tokens=64") as trainer:
+        session = trainer.session
+        sample = TrainingSample(token_ids=(5,) * 66, response_mask=(0,) + (1,) * 65)
+        assert len(pack_share([sample], session.groups, session.config.model_copy(update={"schedule": LARGER}))) == 1
+        with pytest.raises(TrainingError, match=r"has 65 tokens, more than schedule.micro_batch_tokens=64"):
+            pack_share([sample], session.groups, session.config)
+        with pytest.raises(TrainingError, match="prompt sft/7 is empty"):
+            demonstration(session.plan, Prompt("sft/7", "", "sort_letters"))
 
 
 @pytest.mark.parametrize("replay", ["r2", "r3"])
