@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
-INTERRUPTED = 130
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
 PEER_GRACE_SECONDS = 5.0
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         error = _under_launcher(_attempt)(options)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 130  # a shell's for SIGINT
     if error is None:
         return 0
     _complain(error)
@@ -89,25 +88,20 @@ def _under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) ->
 
 
 def _complain(error: GspoMoeError) -> None:
+    """Of the ranks of a host the first that fails speaks: most fail with the same error, some alone."""
     text = f"gspo-moe: {type(error).__name__}: {error}"
     if LAUNCHER_ERROR_FILE in os.environ:
+        file = Path(os.environ[LAUNCHER_ERROR_FILE])
         # torchrun prints what the first rank that failed leaves here as its last words.
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": text, "extraInfo": extra}}
-        Path(os.environ[LAUNCHER_ERROR_FILE]).write_text(json.dumps(content))
-    if _is_first_to_explain():
-        print(text, file=sys.stderr)
-
-
-def _is_first_to_explain() -> bool:
-    """Whether no other rank of this host has told its error: most fail with the same one, some alone."""
-    if LAUNCHER_ERROR_FILE not in os.environ:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        (Path(os.environ[LAUNCHER_ERROR_FILE]).parents[1] / "explained").touch(exist_ok=False)  # of all its ranks
-    except FileExistsError:
-        return False
-    return True
+        file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+        try:
+            (file.parents[1] / "explained").touch(exist_ok=False)  # a folder of all of them
+        except FileExistsError:
+            return
+    elif os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("study", metavar="STUDY.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. 'seeds=[1, 2]' set.schedule.steps=20")
     command.set_defaults(run=_study)
-
     command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
     command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
     command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, whole in one file")
@@ -162,9 +155,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
-    from gspo_moe.config.loading import load_config as load
+    from gspo_moe.config import loading
 
-    return load(path, overrides)
+    return loading.load_config(path, overrides)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -28,8 +28,9 @@ def output_fault(path: Path, *, folder: bool = False) -> str | None:
     """
     if not folder and path.is_dir():
         return f"{path} is a folder; name a file"
-    if not folder and path.exists() and not path.is_file():
-        return None  # /dev/stdout and the like
+    # Files are written beside their place and renamed, root's in the place of a device as well.
+    if not folder and (path.is_symlink() or (path.exists() and not path.is_file())):
+        return f"{path} is a device, pipe or link, which the written file would replace; name a regular file"
     start = path if folder else path.parent
     there = next(one for one in (start, *start.absolute().parents) if one.exists())
     below = "" if there == path else f" lies below {there}, which"

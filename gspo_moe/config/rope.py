@@ -40,7 +40,7 @@ class Yarn(BaseModel):
     attention_factor: PositiveFloat | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    truncate: bool = Field(default=True, strict=True)
+    truncate: bool = True
 
     @field_validator("beta_fast", "beta_slow", mode="before")
     @classmethod

@@ -66,7 +66,6 @@ class MegatronEngine:
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
-        self._stop.check()
         raise_everywhere(self._misfit(requests, params))
         self._fault = None
         if params.report_routes:
@@ -87,6 +86,7 @@ class MegatronEngine:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(self._most(len(batches))):
+            self._stop.check()
             batch = batches[number] if number < len(batches) else []
             for index, sequence in self._run_batch(batch, params):
                 done[index, sequence.sample_index] = sequence.rollout(policy_version)

@@ -30,7 +30,6 @@ def test_what_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
     assert output_fault(tmp_path / "file") is None
     assert output_fault(tmp_path / "new" / "folder" / "file") is None
     assert output_fault(tmp_path, folder=True) is None
-    assert output_fault(Path("/dev/stdout")) is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "old").write_text("kept")
     assert output_fault(tmp_path / "old") is None
@@ -43,6 +42,10 @@ def test_what_cannot_be_written_is_told_with_the_fix(tmp_path: Path, monkeypatch
     assert output_fault(tmp_path) == f"{tmp_path} is a folder; name a file"
     assert output_fault(file, folder=True) == f"{file} is a file; name a folder, which is made where it is missing"
     assert "lies below" in (output_fault(file / "run" / "out") or "")
+    (tmp_path / "link").symlink_to(file)
+    for special in (Path("/dev/stdout"), Path("/dev/null"), tmp_path / "link"):
+        told = f"{special} is a device, pipe or link, which the written file would replace; name a regular file"
+        assert output_fault(special) == told
 
     def refuse(**_: Any) -> NoReturn:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -1,5 +1,6 @@
 """The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.errors import ConfigError, RolloutError
+from gspo_moe.errors import ConfigError, Interrupted, RolloutError
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
+from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.rollout import megatron
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
@@ -204,6 +206,20 @@ def test_broken_weights_are_no_rollouts(model: Model) -> None:
     finally:
         with torch.no_grad():
             weight[4, 4] = kept
+
+
+def test_a_signal_ends_a_generation_before_its_next_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, run_batch = list[int](), MegatronEngine._run_batch
+
+    def is_signalled(engine: MegatronEngine, batch: list[Any], params: SamplingParams) -> Any:
+        ran.append(len(batch))
+        signal.raise_signal(signal.SIGUSR1)
+        return run_batch(engine, batch, params)
+
+    monkeypatch.setattr(MegatronEngine, "_run_batch", is_signalled)
+    with StopSignals() as stop, pytest.raises(Interrupted, match="ended by SIGUSR1"):
+        MegatronEngine(model, 2, 64, stop).generate(requests(2, PROMPTS), sampling(), 0)
+    assert ran == [1]
 
 
 def test_stop_strings_are_single_tokens() -> None:

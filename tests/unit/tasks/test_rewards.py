@@ -136,7 +136,7 @@ def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path) -> None:
 
 def test_signals_to_the_trainers_group_spare_its_workers(pool: RewardPool) -> None:
     assert pool.score(answers("1", "2")).failures == 0
-    workers = [process.pid for process in multiprocessing.active_children()]
+    workers = [process.pid or 0 for process in multiprocessing.active_children()]
     for worker in workers:
         assert os.getsid(worker) == worker
         os.kill(worker, signal.SIGUSR1)
