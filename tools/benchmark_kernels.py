@@ -25,6 +25,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.kernels import kernels, linear_token_log_probs
 from gspo_moe.kernels.linear import MAPPED
 from gspo_moe.kernels.products import ROWS
-from tools.kernel_implementations import FORWARD_ONLY, Function, linear_implementations, token_implementations
+from tools.kernel_implementations import Function, linear_implementations, token_implementations
 from tools.kernel_timing import copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,49 +101,69 @@ class LinearCase:
             self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
 
 
-def check_agreement(case: Any, functions: dict[str, Function]) -> dict[str, str]:
-    """All implementations find the same, as far as a 16-bit result can tell; why some do not run or do not agree."""
-    errors = {}
-    for name, function in functions.items():
+class Trial:
+    """Runs one implementation after another; what fails of others than this project's becomes a row with its error."""
+
+    def __init__(self, op: str, functions: dict[str, Function]) -> None:
+        self.able = dict(functions)
+        self.errors: list[dict[str, Any]] = []
+        self._op = op
+
+    def each(self, call: Callable[[str, Function], object]) -> None:
+        """Calls with every implementation that has not failed yet."""
+        for name, function in list(self.able.items()):
+            try:
+                call(name, function)
+            except Exception as error:
+                if name == "gspo_moe":
+                    raise
+                why = f"{type(error).__name__}: {error}"[:300]
+                self.errors.append({"op": self._op, "implementation": name, "error": why})
+                del self.able[name]
+
+
+def check_agreement(case: Any, trial: Trial) -> None:
+    """All implementations find the same, as far as a 16-bit result can tell."""
+
+    def compare(name: str, function: Function) -> None:
         case.prepare()
-        mine = run(case, functions["gspo_moe"], False)
+        mine = run(case, trial.able["gspo_moe"], False)
         case.prepare()
-        try:
-            torch.testing.assert_close(run(case, function, False).float(), mine, atol=0.2, rtol=0.02)
-        except (
-            Exception
-        ) as error:  # of a library that is not this project's; the others' figures are wanted all the same
-            if name == "gspo_moe":
-                raise
-            errors[name] = f"{type(error).__name__}: {error}"[:300]
-    return errors
+        torch.testing.assert_close(run(case, function, False).float(), mine, atol=0.2, rtol=0.02)
+
+    trial.each(compare)
 
 
 def measure(op: str, case: Any, functions: dict[str, Function], repeats: int) -> list[dict[str, Any]]:
     on_gpu = case.targets.is_cuda
     time_it = time_on_gpu if on_gpu else time_on_cpu
-    errors = check_agreement(case, functions)
-    rows: list[dict[str, Any]] = [{"op": op, "implementation": name, "error": error} for name, error in errors.items()]
+    trial = Trial(op, functions)
+    check_agreement(case, trial)
+    rows: list[dict[str, Any]] = []
     for backward in (False, True):
-        able = {k: f for k, f in functions.items() if k not in errors and not (backward and k in FORWARD_ONLY)}
         memory: dict[str, int] = {}
-        for implementation, function in able.items():
+        times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+        def weigh(name: str, function: Function) -> None:
             for _ in range(2):  # the first one's memory is also the compiler's and the libraries' own
                 case.prepare()
-                memory[implementation] = extra_bytes(partial(run, case, function, backward), on_gpu)
-        times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+                memory[name] = extra_bytes(partial(run, case, function, backward), on_gpu)  # noqa: B023
+
+        def time_once(name: str, function: Function) -> None:
+            case.prepare()
+            for pass_name, pair in time_it(case, function, backward).items():  # noqa: B023
+                times.setdefault((pass_name, name), []).append(pair)  # noqa: B023
+
+        trial.each(weigh)
         for _ in range(repeats):
-            for implementation, function in able.items():
-                case.prepare()
-                for name, pair in time_it(case, function, backward).items():
-                    times.setdefault((name, implementation), []).append(pair)
+            trial.each(time_once)
         for (name, implementation), pairs in times.items():
             seconds, cpu_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
             rows.append({"op": op, "pass": name, "implementation": implementation, "seconds": seconds})
             rows[-1] |= {"cpu_seconds": cpu_seconds, "extra_bytes": memory[implementation]}
             if on_gpu and isinstance(case, TokenCase):
                 rows[-1]["gbytes_per_second"] = case.buffer.nbytes * LOGITS_MOVED[name] / seconds / 1e9
-    return rows
+    return rows + trial.errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -156,6 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=["token_log_probs", "linear_token_log_probs"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--implementations", nargs="+", help="beside gspo_moe; default all")
+    parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute")
     parser.add_argument(
         "--memory-budget-mib",
@@ -205,19 +227,22 @@ def main() -> None:
         "token_log_probs": (TokenCase, token_implementations(on_gpu, not options.no_compile)),
         "linear_token_log_probs": (LinearCase, linear_implementations(ours_linear)),
     }
-    unknown = set(options.implementations or ()) - {name for op in options.ops for name in suites[op][1]}
+    unknown = {*(options.implementations or ()), *options.without} - {
+        name for op in options.ops for name in suites[op][1]
+    }
     if unknown:
         raise SystemExit(
-            f"--implementations: no {', '.join(sorted(unknown))} here; liger_* need liger-kernel, some a GPU"
+            f"--implementations, --without: no {', '.join(sorted(unknown))} here; liger_* need liger-kernel"
         )
     place = torch.cuda.get_device_name() if on_gpu else f"{options.threads} threads"
-    print(f"kernels: {', '.join(kernels().summary)}; [{options.tokens}, {options.vocab}], {place}")
+    print(f"kernels: {' - '.join(filter(None, kernels().summary))}; [{options.tokens}, {options.vocab}], {place}")
     rows: list[dict[str, Any]] = [copy_row()] if on_gpu else []
     for op in options.ops:
         case_type, functions = suites[op]
         for dtype in options.dtypes:
             case = case_type(options, DTYPES[dtype])
             chosen = {k: f for k, f in functions.items() if dtype != "float32" or not k.endswith("_fp32")}
+            chosen = {k: f for k, f in chosen.items() if k not in options.without}
             if options.implementations:
                 chosen = {k: f for k, f in chosen.items() if k in ("gspo_moe", *options.implementations)}
             found = [{**row, "dtype": dtype} for row in measure(op, case, chosen, options.repeats)]

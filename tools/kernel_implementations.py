@@ -1,4 +1,4 @@
-"""What `benchmark_kernels.py` compares: this project's log-probs and others', with their needs.
+"""What `benchmark_kernels.py` compares: this project's log-probs and others'.
 
 Shape letters: T tokens, V vocabulary, H hidden.
 """
@@ -49,14 +49,6 @@ def liger_cross_entropy(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> tor
     return -loss_T
 
 
-def liger_selective_log_softmax(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """The Triton kernel of Liger's GRPO loss; it has no backward pass of its own."""
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    found: torch.Tensor = fused_selective_log_softmax(logits_TV[None], targets_T[None], temperature=1.0)[0]
-    return found
-
-
 def megatron_vocab_parallel(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
@@ -99,19 +91,13 @@ def liger_chunked(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: t
     return found
 
 
-FORWARD_ONLY = ("liger_selective_log_softmax",)
-
-
 def token_implementations(on_gpu: bool, compiled: bool) -> dict[str, Function]:
-    """Log-probs from logits [T, V], by name; Liger's kernels are Triton's, hence a GPU's."""
+    """Log-probs from logits [T, V], by name; Liger's kernel is Triton's, hence a GPU's."""
     found = dict(TOKEN)
     if compiled:
         found |= {f"compile_{name}": torch.compile(function) for name, function in PLAIN.items()}
     if on_gpu and importlib.util.find_spec("liger_kernel") is not None:
-        found |= {
-            "liger_cross_entropy": liger_cross_entropy,
-            "liger_selective_log_softmax": liger_selective_log_softmax,
-        }
+        found["liger_cross_entropy"] = liger_cross_entropy
     return found
 
 

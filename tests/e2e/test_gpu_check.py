@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.program import ROOT, Program
+from tools.benchmark_kernels import Trial
 from tools.gpu_report import goals, read_parts, render
 from tools.synthetic import Numbers, RandomPrompts
 from tools.watching import time_calls
@@ -177,7 +178,7 @@ def test_the_quickstart_fits_the_gpus(gpus: int, processes: int, tmp_path: Path)
     )
     stub.chmod(0o755)
     run = tmp_path / "run"
-    command = ["bash", ROOT / "launch" / "quickstart.sh", "schedule.steps=3"]
+    command: list[str | Path] = ["bash", ROOT / "launch" / "quickstart.sh", "schedule.steps=3"]
     outcome = Program(command, tmp_path, GSPO_MOE_PYTHON=str(stub), RUN_DIR=str(run)).finish()
     assert outcome.code == 0, outcome.stdout + outcome.stderr
     started = [line for line in log.read_text().splitlines() if "gspo_moe train" in line]
@@ -211,3 +212,16 @@ def test_timed_calls_do_what_they_did() -> None:
     assert len(seconds) == 2
     assert min(seconds) >= 0
     assert len(waits) == 4
+
+
+def test_a_peer_that_fails_leaves_its_error_and_the_others_go_on() -> None:
+    functions: dict[str, Any] = {"gspo_moe": lambda: 1, "peer": lambda: 1 // 0, "other": lambda: 2}
+    trial, found = Trial("op", functions), list[int]()
+    for _ in range(2):
+        trial.each(lambda name, function: found.append(function()))
+    assert found == [1, 2, 1, 2]
+    (error,) = trial.errors
+    assert (error["op"], error["implementation"]) == ("op", "peer")
+    assert "ZeroDivisionError" in error["error"]
+    with pytest.raises(ZeroDivisionError):
+        Trial("op", {"gspo_moe": functions["peer"]}).each(lambda name, function: function())
