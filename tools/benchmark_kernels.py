@@ -25,7 +25,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.kernels import kernels, linear_token_log_probs
 from gspo_moe.kernels.linear import MAPPED
 from gspo_moe.kernels.products import ROWS
-from tools.kernel_implementations import Function, linear_implementations, token_implementations
-from tools.kernel_timing import copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
+from tools.kernel_implementations import linear_implementations, token_implementations
+from tools.kernel_timing import Function, Trial, copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGITS_MOVED = {"forward": 1, "backward": 2, "forward_backward": 3}
@@ -99,27 +98,6 @@ class LinearCase:
         found.float().sum().backward()
         if self.weight.grad is not None:
             self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
-
-
-class Trial:
-    """Runs one implementation after another; what fails of others than this project's becomes a row with its error."""
-
-    def __init__(self, op: str, functions: dict[str, Function]) -> None:
-        self.able = dict(functions)
-        self.errors: list[dict[str, Any]] = []
-        self._op = op
-
-    def each(self, call: Callable[[str, Function], object]) -> None:
-        """Calls with every implementation that has not failed yet."""
-        for name, function in list(self.able.items()):
-            try:
-                call(name, function)
-            except Exception as error:
-                if name == "gspo_moe":
-                    raise
-                why = f"{type(error).__name__}: {error}"[:300]
-                self.errors.append({"op": self._op, "implementation": name, "error": why})
-                del self.able[name]
 
 
 def check_agreement(case: Any, trial: Trial) -> None:

@@ -6,14 +6,12 @@ Shape letters: T tokens, V vocabulary, H hidden.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import token_log_probs
-
-Function = Callable[..., torch.Tensor]
+from tools.kernel_timing import Function
 
 
 def log_softmax_gather(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,31 @@ from typing import Any
 
 import torch
 
-from tools.kernel_implementations import Function
-
+Function = Callable[..., torch.Tensor]
 PASSES = ("forward", "forward_backward")
 HEAD_START = 2_000_000  # clock cycles that a GPU waits before a timed call, in which the host queues all of it
 COPIED_BYTES = 2**31
+
+
+class Trial:
+    """Runs one implementation after another; what fails of others than this project's becomes a row with its error."""
+
+    def __init__(self, op: str, functions: dict[str, Function]) -> None:
+        self.able = dict(functions)
+        self.errors: list[dict[str, Any]] = []
+        self._op = op
+
+    def each(self, call: Callable[[str, Function], object]) -> None:
+        """Calls with every implementation that has not failed yet."""
+        for name, function in list(self.able.items()):
+            try:
+                call(name, function)
+            except Exception as error:
+                if name == "gspo_moe":
+                    raise
+                why = f"{type(error).__name__}: {error}"[:300]
+                self.errors.append({"op": self._op, "implementation": name, "error": why})
+                del self.able[name]
 
 
 def run(case: Any, function: Function, backward: bool) -> torch.Tensor:

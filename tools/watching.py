@@ -25,7 +25,10 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One step with answers of at most `response_tokens`: kernels and graphs that the host launched, and its waits."""
+    """One step with answers of at most `response_tokens`: kernels and graphs that the host launched, and its waits.
+
+    Two waits a phase and two an update are the timers' own.
+    """
 
     response_tokens: int
     launches: int

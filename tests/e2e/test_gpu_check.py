@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.program import ROOT, Program
-from tools.benchmark_kernels import Trial
 from tools.gpu_report import goals, read_parts, render
+from tools.kernel_timing import Trial
 from tools.synthetic import Numbers, RandomPrompts
 from tools.watching import time_calls
 
@@ -216,7 +216,7 @@ def test_timed_calls_do_what_they_did() -> None:
 
 def test_a_peer_that_fails_leaves_its_error_and_the_others_go_on() -> None:
     functions: dict[str, Any] = {"gspo_moe": lambda: 1, "peer": lambda: 1 // 0, "other": lambda: 2}
-    trial, found = Trial("op", functions), list[int]()
+    trial, found = Trial("op", functions), list[Any]()
     for _ in range(2):
         trial.each(lambda name, function: found.append(function()))
     assert found == [1, 2, 1, 2]
