@@ -1,10 +1,16 @@
-"""Times the log-prob kernels against what others do, on this CPU: medians of interleaved runs, and peak extra memory.
+"""Times the log-prob kernels against what others do: medians of interleaved runs, and peak extra memory.
 
     python tools/benchmark_kernels.py --tokens 2048 --vocab 151936 --threads 2 --json kernels.json
+    python tools/benchmark_kernels.py --device cuda --tokens 8192 --dtypes bfloat16 --repeats 20
 
 Rows: op, dtype, pass (forward, or forward_backward), implementation, seconds and cpu_seconds (medians; the second is of
 all threads), extra_bytes (peak resident memory beyond inputs and main_grad). On a machine that others use, seconds
 measure them too; CPU seconds do not under OMP_WAIT_POLICY=passive, without which threads spin while they wait.
+
+On a GPU seconds are the device's, between events, with the host far enough ahead not to count; extra_bytes are of
+allocated memory; `backward` is a pass of its own; a row of op `copy` has the bandwidth of a copy of 2 GiB; and
+token_log_probs has gbytes_per_second, the fewest bytes of logits that the pass must move over its seconds (once read
+forward, once read and once written backward), with copy_share, what that is of the copy's.
 
 Every implementation gets fresh logits that another operation made, hence may overwrite them. With
 `linear_token_log_probs` each one leaves the weight's gradient in a float32 main_grad, as training does; one that has it
@@ -16,93 +22,24 @@ Shape letters: T tokens, V vocabulary, H hidden.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from gspo_moe.kernels import kernels, linear_token_log_probs, token_log_probs
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
+from gspo_moe.kernels import kernels, linear_token_log_probs
 from gspo_moe.kernels.linear import MAPPED
 from gspo_moe.kernels.products import ROWS
+from tools.kernel_implementations import linear_implementations, token_implementations
+from tools.kernel_timing import Function, Trial, copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
 
-Function = Callable[..., torch.Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PASSES = ("forward", "forward_backward")
-
-
-def log_softmax_gather(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits_TV, dim=-1).gather(-1, targets_T[:, None])[:, 0]
-
-
-def log_softmax_gather_fp32(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return log_softmax_gather(logits_TV.float(), targets_T)
-
-
-def logsumexp_gather(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return logits_TV.gather(-1, targets_T[:, None])[:, 0] - logits_TV.logsumexp(dim=-1)
-
-
-def cross_entropy(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(logits_TV, targets_T, reduction="none")
-
-
-def trl_selective_log_softmax(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """TRL's formula: a row at a time, logsumexp for fp32 and log_softmax for 16 bits."""
-    if logits_TV.dtype == torch.float32:
-        log_sums_T = torch.stack([row_V.logsumexp(dim=-1) for row_V in logits_TV])
-        return logits_TV.gather(-1, targets_T[:, None])[:, 0] - log_sums_T
-    rows = zip(logits_TV, targets_T, strict=True)
-    return torch.stack([torch.log_softmax(row_V, dim=-1)[target] for row_V, target in rows])
-
-
-def megatron_vocab_parallel(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-
-    return -vocab_parallel_cross_entropy(logits_TV[:, None], targets_T[:, None])[:, 0]
-
-
-def ours(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return token_log_probs(logits_TV, targets_T).log_probs
-
-
-PLAIN: dict[str, Function] = {
-    "log_softmax_gather": log_softmax_gather,
-    "logsumexp_gather": logsumexp_gather,
-    "cross_entropy": cross_entropy,
-}
-TOKEN: dict[str, Function] = {
-    "gspo_moe": ours,
-    **PLAIN,
-    "log_softmax_gather_fp32": log_softmax_gather_fp32,
-    "trl_selective_log_softmax": trl_selective_log_softmax,
-    "megatron_vocab_parallel": megatron_vocab_parallel,
-}
-
-
-def eager_linear(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return log_softmax_gather(F.linear(hidden_TH, weight_VH), targets_T)
-
-
-def eager_linear_fp32(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    return log_softmax_gather(F.linear(hidden_TH, weight_VH).float(), targets_T)
-
-
-def liger_chunked(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """What Liger's fused linear policy losses take log-probs with; of its package, the part without Triton."""
-    from liger_kernel.chunked_loss import fused_linear_ppo as liger
-
-    found: torch.Tensor = liger._ChunkedSelectiveLogProbFunction.apply(
-        hidden_TH, weight_VH, targets_T, None, 1.0, liger._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
-    )
-    return found
+LOGITS_MOVED = {"forward": 1, "backward": 2, "forward_backward": 3}
 
 
 class Produced(torch.autograd.Function):
@@ -122,93 +59,89 @@ class TokenCase:
 
     def __init__(self, options: argparse.Namespace, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.pristine = torch.randn(options.tokens, options.vocab, generator=generator).mul_(4).to(dtype)
+        rows = torch.randn(min(options.tokens, 2048), options.vocab, generator=generator).mul_(4).to(dtype)
+        repeats = -(-options.tokens // len(rows))
+        self.pristine = rows.to(options.device).repeat(repeats, 1)[: options.tokens]
         self.buffer = torch.empty_like(self.pristine)
-        self.targets = torch.randint(options.vocab, (options.tokens,), generator=generator)
-        self.handle = torch.zeros((), requires_grad=True)
+        self.targets = torch.randint(options.vocab, (options.tokens,), generator=generator).to(options.device)
+        self.handle = torch.zeros((), requires_grad=True, device=options.device)
 
     def prepare(self) -> None:
         self.buffer.copy_(self.pristine)
 
-    def run(self, function: Function, backward: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(backward):
-            found = function(Produced.apply(self.handle, self.buffer), self.targets)
-            if backward:
-                found.float().sum().backward()
-        return found.detach()
+    def forward(self, function: Function) -> torch.Tensor:
+        return function(Produced.apply(self.handle, self.buffer), self.targets)
+
+    def backward(self, found: torch.Tensor) -> None:
+        found.float().sum().backward()
 
 
 class LinearCase:
     """One call on hidden states [T, H] and an output weight [V, H] whose gradient ends in main_grad."""
 
     def __init__(self, options: argparse.Namespace, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator, device = torch.Generator().manual_seed(0), options.device
         shape = (options.tokens, options.hidden)
-        self.hidden = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        self.hidden = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
         weight = torch.randn(options.vocab, options.hidden, generator=generator) * (4 / options.hidden**0.5)
-        self.weight = weight.to(dtype).requires_grad_()
-        self.weight.main_grad = torch.zeros(self.weight.shape)  # type: ignore[attr-defined]
-        self.targets = torch.randint(options.vocab, (options.tokens,), generator=generator)
+        self.weight = weight.to(device, dtype).requires_grad_()
+        self.weight.main_grad = torch.zeros(self.weight.shape, device=device)  # type: ignore[attr-defined]
+        self.targets = torch.randint(options.vocab, (options.tokens,), generator=generator).to(device)
 
     def prepare(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
-    def run(self, function: Function, backward: bool) -> torch.Tensor:
-        with torch.set_grad_enabled(backward):
-            found = function(self.hidden, self.weight, self.targets)
-            if backward:
-                found.float().sum().backward()
-                if self.weight.grad is not None:
-                    self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
-        return found.detach()
+    def forward(self, function: Function) -> torch.Tensor:
+        return function(self.hidden, self.weight, self.targets)
+
+    def backward(self, found: torch.Tensor) -> None:
+        found.float().sum().backward()
+        if self.weight.grad is not None:
+            self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
 
 
-def resident(field: str) -> int:
-    """VmRSS or, since the last reset, VmHWM, in bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def extra_bytes(call: Callable[[], object]) -> int:
-    """Peak resident memory during the call beyond that before it."""
-    ctypes.CDLL(None).malloc_trim(0)  # or the call would find memory that the one before had freed
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    call()
-    return max(resident("VmHWM") - before, 0)
-
-
-def check_agreement(case: Any, functions: dict[str, Function]) -> None:
+def check_agreement(case: Any, trial: Trial) -> None:
     """All implementations find the same, as far as a 16-bit result can tell."""
-    for function in functions.values():
+
+    def compare(name: str, function: Function) -> None:
         case.prepare()
-        mine = case.run(functions["gspo_moe"], False)
+        mine = run(case, trial.able["gspo_moe"], False)
         case.prepare()
-        torch.testing.assert_close(case.run(function, False).float(), mine, atol=0.2, rtol=0.02)
+        torch.testing.assert_close(run(case, function, False).float(), mine, atol=0.2, rtol=0.02)
+
+    trial.each(compare)
 
 
 def measure(op: str, case: Any, functions: dict[str, Function], repeats: int) -> list[dict[str, Any]]:
-    rows = []
-    check_agreement(case, functions)
-    for name in PASSES:
-        backward = name == "forward_backward"
+    on_gpu = case.targets.is_cuda
+    time_it = time_on_gpu if on_gpu else time_on_cpu
+    trial = Trial(op, functions)
+    check_agreement(case, trial)
+    rows: list[dict[str, Any]] = []
+    for backward in (False, True):
         memory: dict[str, int] = {}
-        for implementation, function in functions.items():
+        times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+
+        def weigh(name: str, function: Function) -> None:
             for _ in range(2):  # the first one's memory is also the compiler's and the libraries' own
                 case.prepare()
-                memory[implementation] = extra_bytes(partial(case.run, function, backward))
-        times: dict[str, list[tuple[float, float]]] = {implementation: [] for implementation in functions}
+                memory[name] = extra_bytes(partial(run, case, function, backward), on_gpu)  # noqa: B023
+
+        def time_once(name: str, function: Function) -> None:
+            case.prepare()
+            for pass_name, pair in time_it(case, function, backward).items():  # noqa: B023
+                times.setdefault((pass_name, name), []).append(pair)  # noqa: B023
+
+        trial.each(weigh)
         for _ in range(repeats):
-            for implementation, function in functions.items():
-                case.prepare()
-                start, cpu_start = time.perf_counter(), time.process_time()
-                case.run(function, backward)
-                times[implementation].append((time.perf_counter() - start, time.process_time() - cpu_start))
-        for implementation in functions:
-            seconds, cpu_seconds = (statistics.median(column) for column in zip(*times[implementation], strict=True))
+            trial.each(time_once)
+        for (name, implementation), pairs in times.items():
+            seconds, cpu_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
             rows.append({"op": op, "pass": name, "implementation": implementation, "seconds": seconds})
             rows[-1] |= {"cpu_seconds": cpu_seconds, "extra_bytes": memory[implementation]}
-    return rows
+            if on_gpu and isinstance(case, TokenCase):
+                rows[-1]["gbytes_per_second"] = case.buffer.nbytes * LOGITS_MOVED[name] / seconds / 1e9
+    return rows + trial.errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -218,9 +151,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048, help="of linear_token_log_probs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--ops", nargs="+", default=["token_log_probs", "linear_token_log_probs"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--implementations", nargs="+", help="beside gspo_moe; default all")
+    parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a minute")
     parser.add_argument(
         "--memory-budget-mib",
@@ -265,43 +200,54 @@ def main() -> None:
         found = linear_token_log_probs(hidden_TH, weight_VH, targets_T, memory_budget=budget, into_main_grad=True)
         return found.log_probs
 
-    token = TOKEN | ({} if options.no_compile else {f"compile_{k}": torch.compile(f) for k, f in PLAIN.items()})
-    linear: dict[str, Function] = {"gspo_moe": ours_linear, "eager": eager_linear, "eager_fp32": eager_linear_fp32}
-    if importlib.util.find_spec("liger_kernel") is not None:
-        linear["liger_chunked"] = liger_chunked
+    on_gpu = options.device == "cuda"
     suites: dict[str, tuple[Any, dict[str, Function]]] = {
-        "token_log_probs": (TokenCase, token),
-        "linear_token_log_probs": (LinearCase, linear),
+        "token_log_probs": (TokenCase, token_implementations(on_gpu, not options.no_compile)),
+        "linear_token_log_probs": (LinearCase, linear_implementations(ours_linear)),
     }
-    unknown = set(options.implementations or ()) - {name for op in options.ops for name in suites[op][1]}
+    unknown = {*(options.implementations or ()), *options.without} - {
+        name for op in options.ops for name in suites[op][1]
+    }
     if unknown:
-        raise SystemExit(f"--implementations: no {', '.join(sorted(unknown))} here; liger_chunked needs liger-kernel")
-    print(
-        f"kernels: {kernels().cpu or kernels().missing}; [{options.tokens}, {options.vocab}], {options.threads} threads"
-    )
-    rows: list[dict[str, Any]] = []
+        raise SystemExit(
+            f"--implementations, --without: no {', '.join(sorted(unknown))} here; liger_* need liger-kernel"
+        )
+    place = torch.cuda.get_device_name() if on_gpu else f"{options.threads} threads"
+    print(f"kernels: {' - '.join(filter(None, kernels().summary))}; [{options.tokens}, {options.vocab}], {place}")
+    rows: list[dict[str, Any]] = [copy_row()] if on_gpu else []
     for op in options.ops:
         case_type, functions = suites[op]
         for dtype in options.dtypes:
             case = case_type(options, DTYPES[dtype])
             chosen = {k: f for k, f in functions.items() if dtype != "float32" or not k.endswith("_fp32")}
+            chosen = {k: f for k, f in chosen.items() if k not in options.without}
             if options.implementations:
                 chosen = {k: f for k, f in chosen.items() if k in ("gspo_moe", *options.implementations)}
             found = [{**row, "dtype": dtype} for row in measure(op, case, chosen, options.repeats)]
             del case
+            for row in found:
+                if "gbytes_per_second" in row:
+                    row["copy_share"] = row["gbytes_per_second"] / rows[0]["gbytes_per_second"]
             rows += found
-            for name in PASSES:
-                mine = {row["implementation"]: row for row in found if row["pass"] == name}
-                base = mine["gspo_moe"]
-                for implementation, row in mine.items():
-                    print(
-                        f"{op:<22} {dtype:<9} {name:<17} {implementation:<28} {row['seconds']:9.4f} s "
-                        f"{row['seconds'] / base['seconds']:6.2f}x  {row['cpu_seconds']:9.4f} CPU s "
-                        f"{row['cpu_seconds'] / base['cpu_seconds']:6.2f}x  {row['extra_bytes'] / 2**20:9.1f} MiB",
-                        flush=True,
-                    )
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            show(found)
+            if options.json is not None:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    base = {row["pass"]: row for row in found if row["implementation"] == "gspo_moe"}
+    for row in found:
+        if "error" in row:
+            print(f"{row['op']:<22} {row['dtype']:<9} {row['implementation']} failed: {row['error']}", flush=True)
+            continue
+        mine = base[row["pass"]]
+        rate = f"  {row['gbytes_per_second']:7.0f} GB/s {row['copy_share']:7.1%}" if "copy_share" in row else ""
+        print(
+            f"{row['op']:<22} {row['dtype']:<9} {row['pass']:<17} {row['implementation']:<28} "
+            f"{row['seconds']:9.4f} s {row['seconds'] / mine['seconds']:6.2f}x  {row['cpu_seconds']:9.4f} CPU s "
+            f"{row['cpu_seconds'] / max(mine['cpu_seconds'], 1e-9):6.2f}x  {row['extra_bytes'] / 2**20:9.1f} MiB{rate}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Speed of whole RL steps: tokens/s, TFLOP/s, MFU, time by phase with its spread over ranks, peak memory.
 
-    python tools/benchmark_throughput.py CONFIG.yaml [section.key=value ...] [--json FILE]
+    python tools/benchmark_throughput.py CONFIG.yaml [section.key=value ...] [--json FILE] [--profile FILE]
     bash launch/torchrun.sh --nproc-per-node 8 -- tools/benchmark_throughput.py CONFIG.yaml ...
 
 The steps are those of `gspo-moe train`, from the weights in model.hf or random ones; nothing is logged or saved.
 TFLOP/s are the operations that the model needs (`gspo_moe/config/flops.py`) over the time of the slowest rank.
+With --synthetic N prompts are N random words, rewards random numbers, and only the length limit ends an answer
+(`tools/synthetic.py`): the config's sizes alone decide how much is done. --profile adds a step, with answers of at most
+16 tokens, under torch's profiler, and counts its kernel launches and the host's waits for the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +32,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
+
 from gspo_moe.cli import LIBRARY_NOISE, USER_ERROR
 from gspo_moe.config import Architecture, Config, load_config
 from gspo_moe.config.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.types import RolloutGroup
+from tools.synthetic import open_synthetic_session
+from tools.watching import profile_step, time_calls
 
 if TYPE_CHECKING:
     from gspo_moe.training.rl import StepResult
@@ -60,16 +69,14 @@ def main() -> int:
             config = load_config(options.config, [*options.overrides, f"logging.run_dir={run_dir}"])
             if config.stage != "rl":
                 raise ConfigError(f"stage={config.stage}: only RL steps are measured; set stage=rl")
-            measured = measure(config, options.warmup, options.steps)
+            found = measure(config, options)
     except GspoMoeError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"benchmark_throughput: {type(error).__name__}: {error}", file=sys.stderr)
         return USER_ERROR
-    if measured is not None:
-        found = report(*measured, options.peak_tflops)
+    if found is not None:
         show(found)
-        if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+        write(options.json, found)
     return 0
 
 
@@ -82,45 +89,67 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--peak-tflops", type=float, help="peak of one device, for MFU; known for A100, H100, H200, B200"
     )
+    parser.add_argument("--synthetic", type=int, metavar="N", help="prompts of N random words, random rewards")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a further step's operations there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_intermixed_args()
     if options.steps < 1 or options.warmup < 0 or (options.peak_tflops is not None and options.peak_tflops <= 0):
         parser.error("--steps must be at least 1, --warmup at least 0 and --peak-tflops above 0")
+    if options.synthetic is not None and options.synthetic < 1:
+        parser.error("--synthetic must be at least 1")
     return options
 
 
 @dataclass(frozen=True)
 class RankFigures:
-    """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU."""
+    """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU.
+
+    update_seconds: of the optimizer, part of the training phase.
+    """
 
     seconds: dict[str, float]
+    update_seconds: float
     host_gib: float
     device_gib: float
 
 
-def measure(config: Config, warmup: int, steps: int) -> tuple[Plan, list[StepResult], list[RankFigures]] | None:
-    """Takes the steps; the measured ones' results and every rank's figures, on the first rank. Collective."""
+def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
+    """Takes the steps; their report, on the first rank. Collective."""
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.rl import rl_step
     from gspo_moe.training.session import open_session, open_trainer
 
-    plan = make_plan(config)
-    session = open_session(plan)
+    plan, steps = make_plan(config), options.steps
+    session = open_session(plan) if options.synthetic is None else open_synthetic_session(plan, options.synthetic)
     trainer = open_trainer(session)
-    for _ in range(warmup):
+    updates = time_calls(trainer.optimizer, "update", device().synchronize)
+    for _ in range(options.warmup):
         rl_step(trainer)
     session.timers.take()
+    updates.clear()
     results = [rl_step(trainer) for _ in range(steps)]
     taken = session.timers.take()
-    session.close()
     seconds = {phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)}
     seconds["rest"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
-    mine = RankFigures(seconds, peak_rss_gib(), device().peak_memory_gib())
+    mine = RankFigures(seconds, sum(updates) / steps, peak_rss_gib(), device().peak_memory_gib())
     ranks: list[Any] = [None] * session.groups.world_size
     dist.all_gather_object(ranks, mine)
+    found = report(plan, results, ranks, options.peak_tflops) if session.groups.is_main else None
+    if options.profile is not None:
+        write(options.json, found)  # lest a profiler that fails takes these figures along
+        profile, table = profile_step(session, partial(rl_step, trainer))
+        if found is not None:
+            found["profile"] = dataclasses.asdict(profile)
+            options.profile.write_text(table)
+    session.close()
     shut_down()
-    return (plan, results, ranks) if session.groups.is_main else None
+    return found
+
+
+def write(file: Path | None, found: dict[str, Any] | None) -> None:
+    if file is not None and found is not None:
+        file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def report(
@@ -136,6 +165,7 @@ def report(
     totals = {phase: sum(parts.values()) for phase, parts in tflop.items()}
     totals["step"] = sum(totals.values())
     speed = {phase: total / seconds[phase]["max"] / len(ranks) for phase, total in totals.items()}
+    without_update = max(rank.seconds["training"] - rank.update_seconds for rank in ranks)
     trained, generated = (
         sum(result.metrics[key] for result in results) / len(results) for key in ("throughput/tokens", "rollout/tokens")
     )
@@ -160,9 +190,16 @@ def report(
         "seconds": seconds,
         "tflop": tflop,
         "tflops_per_process": speed,
+        "update_seconds": spread([rank.update_seconds for rank in ranks]),
+        "forward_backward_tflops": totals["training"] / without_update / len(ranks),
         "peak_tflops": peak_tflops,
         "mfu": None if peak_tflops is None else speed["step"] / peak_tflops,
         "peak_memory_gib": memory,
+        "metrics": {
+            key: statistics.fmean(result.metrics[key] for result in results if key in result.metrics)
+            for key in sorted(set().union(*(result.metrics for result in results)))
+        },
+        "profile": None,
     }
 
 
@@ -211,6 +248,10 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(phase, *row)
     console.print(table)
     console.print(
+        f"training without the optimizer's {found['update_seconds']['max']:.3f} s: "
+        f"{found['forward_backward_tflops']:.3g} TFLOP/s a process"
+    )
+    console.print(
         f"{found['tokens_per_second']:,.0f} tokens/s trained on, over the step; "
         f"{found['rollout_tokens_per_second']:,.0f} tokens/s generated, over the rollout"
     )
@@ -218,6 +259,8 @@ def show(found: dict[str, Any]) -> None:
         console.print("MFU: the device's peak is not known here; give it with --peak-tflops")
     else:
         console.print(f"MFU: {found['mfu']:.2%} of {found['peak_tflops']:g} TFLOP/s a process")
+    if found["profile"] is not None:
+        console.print("in the profiled step: {launches:,} launches, {waits:,} waits".format(**found["profile"]))
     for place, gib in found["peak_memory_gib"].items():
         console.print(f"peak memory, {place}: {gib['min']:.2f} to {gib['max']:.2f} GiB a process")
 
