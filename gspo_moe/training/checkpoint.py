@@ -79,9 +79,11 @@ def save_checkpoint(
     dist.barrier()
     if model.groups.is_main:
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
+        earlier = target.with_name(f"{target.name}.earlier")  # of the same step, which stays until it is replaced
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, earlier)
         os.replace(partial, target)
+        shutil.rmtree(earlier, ignore_errors=True)
         for old in checkpoints(folder)[:-keep]:
             if not old.is_symlink():  # which no run makes
                 shutil.rmtree(old)

@@ -15,7 +15,7 @@ from tests.qwen3 import layout
 
 def experts(dtype: torch.dtype = torch.bfloat16) -> Any:
     """Stacked ones without the process groups that make them."""
-    made = GroupedExperts.__new__(GroupedExperts)
+    made: Any = GroupedExperts.__new__(GroupedExperts)
     torch.nn.Module.__init__(made)
     made.linear_fc1 = torch.nn.Module()
     made.linear_fc1.weight = torch.nn.Parameter(torch.empty(4, 6, 2, dtype=dtype))
