@@ -84,6 +84,7 @@ class _Factories(TorchFunctionMode):
             for _ in scalars:
                 wait("torch.tensor of device scalars")
             args = (tree_map(lambda one: one.held.item() if isinstance(one, CudaTensor) else one, args[0]), *args[1:])
+        kwargs.pop("pin_memory", None)  # which asks the driver
         if not on_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         kwargs["device"] = CPU
@@ -230,3 +231,12 @@ def _join_the_project(generator: torch.Generator) -> None:
         return made
 
     _replace(megatron_utils, "_kernel_make_viewless_tensor", viewless)
+    from gspo_moe.model import torch_attention
+
+    def varlen(query_THD: Any, key_TGD: Any, value_TGD: Any, bounds: Any, key_bounds: Any, *_: Any, **__: Any) -> Any:
+        # The kernel reads the bounds on the device, so that nobody waits for them.
+        queries, keys = (each.held.diff().tolist() for each in (bounds, key_bounds))
+        stretches = zip(query_THD.split(queries), key_TGD.split(keys), value_TGD.split(keys), strict=True)
+        return torch.cat([torch_attention.causal_from_the_end(*each) for each in stretches]).view(query_THD.shape)
+
+    _replace(torch_attention, "varlen_attn", varlen)
