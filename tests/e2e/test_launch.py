@@ -152,7 +152,7 @@ def test_dry_run_prints_the_command() -> None:
     command = shlex.split(found.stdout)
     assert command[0] == "env"
     start = command.index("--standalone")
-    assert command[start - 2 : start] == ["-m", "torch.distributed.run"]
+    assert command[start - 1] == str(ROOT / "launch" / "elastic.py")
     assert Path(command[start - 3]).is_file()
     expected = "--standalone --nproc-per-node 3 -m gspo_moe train a.yaml task.options={a:1}"
     assert command[start:] == expected.split()
@@ -170,7 +170,7 @@ def test_a_python_that_has_the_packages_is_taken_as_it_is(tmp_path: Path) -> Non
     found = subprocess.run(["bash", TORCHRUN, *options], cwd=tmp_path, env=given, capture_output=True, text=True)
     command = shlex.split(found.stdout)
     assert f"PYTHONPATH={ROOT}:/elsewhere" in command
-    assert command[command.index("torch.distributed.run") - 2] == f"{tmp_path}/./here"
+    assert command[command.index(str(ROOT / "launch" / "elastic.py")) - 1] == f"{tmp_path}/./here"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,20 @@ class _Stream:
     def __exit__(self, *_: Any) -> None: ...
 
 
+class _Generator(torch.Generator):
+    """One on the CPU, whatever device is asked for."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Generator:
+        return super().__new__(cls)
+
+
+class _Graphs:
+    """In place of `rollout.graphs.GraphPool`: nothing is captured, every step runs."""
+
+    def run(self, _: Any, step: Any) -> Any:
+        return step()
+
+
 class _Factories(TorchFunctionMode):
     """torch.empty(..., device="cuda") and its like, and moves of CPU tensors."""
 
@@ -240,3 +254,7 @@ def _join_the_project(generator: torch.Generator) -> None:
         return torch.cat([torch_attention.causal_from_the_end(*each) for each in stretches]).view(query_THD.shape)
 
     _replace(torch_attention, "varlen_attn", varlen)
+    from gspo_moe.rollout import graphs
+
+    _replace(graphs, "GraphPool", _Graphs)
+    _replace(torch, "Generator", _Generator)

@@ -66,8 +66,7 @@ def decode_step() -> Waits:
         # The budget of the whole cache as of 5 tokens, so that only the steps differ.
         params = SamplingParams(1.0, 1.0, 0, tokens, stop_ids=frozenset(), seed="")
         with counted() as found:
-            engine = MegatronEngine(model, max_batch=8, prefill_tokens=64, cuda_graph="off")
-            engine.generate(requests, params, policy_version=0)
+            MegatronEngine(model, max_batch=8, prefill_tokens=64).generate(requests, params, policy_version=0)
         return found
 
     generate(4)
