@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -43,6 +44,13 @@ def _largest(value: int) -> int:
     return int(largest)
 
 
+def _start_resource_tracker() -> None:
+    """multiprocessing's process that outlives no trainer; it lets signals to its group pass, but SIGUSR1 only so."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGUSR1, before)
+
+
 class StopSignals:
     """While entered, keeps SIGTERM, SIGINT and SIGUSR1 until `check`; a second one ends the process at once.
 
@@ -58,6 +66,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._received, self._entered = 0, True
         if threading.current_thread() is threading.main_thread():
+            _start_resource_tracker()
             self._before = {each: signal.signal(each, self._keep) for each in SIGNALS}
         return self
 
