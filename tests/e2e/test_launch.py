@@ -153,7 +153,7 @@ def test_dry_run_prints_the_command() -> None:
     assert command[0] == "env"
     start = command.index("--standalone")
     assert command[start - 1] == str(ROOT / "launch" / "elastic.py")
-    assert Path(command[start - 3]).is_file()
+    assert Path(command[start - 2]).is_file()
     expected = "--standalone --nproc-per-node 3 -m gspo_moe train a.yaml task.options={a:1}"
     assert command[start:] == expected.split()
 
