@@ -16,6 +16,7 @@ def test_a_signal_loses_no_whole_step(quickstart: FinishedRun, tmp_path: Path) -
     config = ROOT / "examples" / "quickstart.yaml"
     launcher: list[str | Path] = ["bash", ROOT / "launch" / "torchrun.sh", "--nproc-per-node", "2", "--"]
     command = [*launcher, "train", config, model, f"logging.run_dir={run}", *SMALL_RL, "checkpoint.interval=0"]
+    command += ["logging.progress=false"]
     program = Program(command, tmp_path)
     metrics = run / "metrics.jsonl"
     program.wait_for(lambda: metrics.exists() and '"step": 3' in metrics.read_text())
