@@ -32,7 +32,6 @@ MAX_GROUP = 64
 MAX_ROUNDS = 3
 LARGEST_REWARD = 1e6  # beyond it squares and sums of rewards leave float32, and advantages their precision
 POLL_SECONDS = 1.0  # a pool that breaks leaves what it had not handed out yet waiting for ever
-ORPHAN_GRACE_SECONDS = 30.0
 
 MakeTask = Callable[[TaskConfig, int], Task]
 Item = tuple[Prompt, str]
@@ -108,7 +107,7 @@ class RewardPool:
         pool = self._running_pool()
         try:
             futures = [
-                pool.schedule(_score_group, args=(self._task, [items[index] for index in group], limit), timeout=limit)
+                pool.schedule(_score_group, args=(self._task, [items[index] for index in group]), timeout=limit)
                 for group in groups
             ]
         except RuntimeError as error:  # the pool broke while it was being filled
@@ -161,12 +160,8 @@ def _worker_task(make: MakeTask, config: bytes, seed: int) -> Task:
     return make(pickle.loads(config), seed)
 
 
-def _score_group(task: tuple[MakeTask, bytes, int], items: Sequence[Item], limit: float) -> list[Outcome]:
-    # The pool ends a worker that hangs; where the trainer itself was killed, nobody would.
-    signal.setitimer(signal.ITIMER_REAL, limit + ORPHAN_GRACE_SECONDS)
-    outcomes = [_score_one(_worker_task(*task), prompt, answer) for prompt, answer in items]
-    signal.setitimer(signal.ITIMER_REAL, 0.0)
-    return outcomes
+def _score_group(task: tuple[MakeTask, bytes, int], items: Sequence[Item]) -> list[Outcome]:
+    return [_score_one(_worker_task(*task), prompt, answer) for prompt, answer in items]
 
 
 def _score_one(task: Task, prompt: Prompt, answer: str) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.checkpoints import checkpoint_name, newest_checkpoint
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.training.checkpoint import save_checkpoint
@@ -18,7 +18,7 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
     where = f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
     if trainer.optimizer.updates != trainer.progress.policy_version:
         return f"{where}: the step that it was in had changed the weights"
-    if step and (newest is None or int(newest.name.removeprefix("step_")) < step):
+    if step and (newest is None or newest.name < checkpoint_name(step)):
         try:
             where = f"{save(trainer, log)} holds its last whole step"
         except TrainingError as error:
