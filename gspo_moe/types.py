@@ -7,7 +7,7 @@ of a pack holds the input token t, the target that follows it, and the routes th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch  # reward workers import this module and must start fast
@@ -30,26 +30,70 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """One sampled answer.
+class Turn:
+    """What one side of a conversation said behind the prompt."""
 
-    prompt_ids, response_ids: token ids; the response ends with the stop token unless `finished` is False.
-    log_probs: one a response token, of the sampling temperature's untruncated distribution (float, nats).
-    finished: False when the length limit cut it off.
-    policy_version: optimizer steps the sampling weights had taken.
-    routes: integers [tokens - 1, MoE layers, K], the experts that the engine picked for each token of prompt and
-        response but the last, which it never fed back; None where it was not asked for them.
+    role: Literal["policy", "environment"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a rubric gave one rollout.
+
+    total: the reward. parts: by name, for the log. error: why the rubric gave none, `total` then being
+    `task.reward.failure_reward`. timed_out: because it took too long.
+    """
+
+    total: float
+    parts: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    timed_out: bool = False
+
+
+# stop: by an end token; length: cut off by a limit; error: its environment failed; abandoned: its source gave it up.
+Finish = Literal["stop", "length", "error", "abandoned"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and what followed it: one answer, or a conversation whose turns lie end to end in one sequence.
+
+    token_ids: all of it, in order. policy_mask: one a token, 1 where the policy sampled it, end tokens included, 0 on
+        prompt and environment.
+    log_probs: one a sampled token, of the sampling temperature's untruncated distribution (float, nats).
+    versions: (policy version, sampled tokens) of each stretch, in order; a version is how many optimizer steps the
+        weights had taken that sampled.
+    turns: what was said behind the prompt, as text. reward: None until a rubric has given one.
+    routes: integers [tokens - 1, MoE layers, K], the experts that the engine picked for each token but the last, which
+        it never fed back; None where it was not asked for them, and on ranks that the sampling one has told of it.
     """
 
     uid: str
     sample_index: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    policy_mask: tuple[int, ...]
     log_probs: tuple[float, ...]
-    finished: bool
-    policy_version: int
-    text: str = ""
+    finish: Finish
+    versions: tuple[tuple[int, int], ...]
+    turns: tuple[Turn, ...] = ()
+    reward: Reward | None = None
     routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first that the policy sampled."""
+        return self.policy_mask.index(1)
+
+    @property
+    def answer(self) -> str:
+        """The policy's last turn."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "policy"), "")
+
+    @property
+    def total_reward(self) -> float:
+        assert self.reward is not None, "no rubric has seen this rollout"
+        return self.reward.total
 
 
 @dataclass(frozen=True)
@@ -59,6 +103,10 @@ class RolloutGroup:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(rollout.total_reward for rollout in self.rollouts)
+
 
 @dataclass(frozen=True)
 class TrainingSample:
@@ -66,7 +114,7 @@ class TrainingSample:
 
     token_ids: prompt and response together, at least two tokens.
     response_mask: 0 or 1 a token of `token_ids`; 1 on tokens the policy sampled (or is to learn).
-    advantage: A_i of SPEC section 2; 0 for supervised samples.
+    reward: shaped, what the advantage is made of. advantage: A_i of SPEC section 2. Both 0 for supervised samples.
     rollout_log_probs: the engine's log-prob a response token; empty for supervised samples.
     routes: the engine's, as `Rollout` has them.
     """
@@ -76,6 +124,7 @@ class TrainingSample:
     advantage: float = 0.0
     rollout_log_probs: tuple[float, ...] = ()
     routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    reward: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +135,7 @@ class Microbatch:
     cu_seqlens: int64 [N + 1], bounds of the sequences in T.
     response_mask_T: float32, 1 where the *target* is a response token.
     route_mask_T: bool, True where the *input* is a response token (SPEC section 4).
-    advantages_N: float32.
+    advantages_N, rewards_N: float32.
     rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.
     sample_indices: position of each sequence in the mini-batch's sample list.
     routes_TAK: the engine's experts for each input in every MoE layer, any integer dtype; None where not reported.
@@ -100,6 +149,7 @@ class Microbatch:
     route_mask_T: torch.Tensor
     advantages_N: torch.Tensor
     rollout_log_probs_T: torch.Tensor
+    rewards_N: torch.Tensor
     sample_indices: tuple[int, ...]
     routes_TAK: torch.Tensor | None = None
 

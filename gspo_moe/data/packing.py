@@ -32,6 +32,7 @@ def pack(samples: Sequence[TrainingSample], sample_indices: Sequence[int]) -> Mi
         response_mask_T=_flat((sample.response_mask[1:] for sample in chosen), torch.float32),
         route_mask_T=_flat((sample.response_mask[:-1] for sample in chosen), torch.bool),
         advantages_N=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32),
+        rewards_N=torch.tensor([sample.reward for sample in chosen], dtype=torch.float32),
         rollout_log_probs_T=_flat((_by_token(sample)[1:] for sample in chosen), torch.float32),
         sample_indices=tuple(sample_indices),
         routes_TAK=_routes(chosen, sample_indices),
@@ -54,6 +55,7 @@ def subset(pack: Microbatch, sequences: Sequence[int]) -> tuple[Microbatch, torc
         **chosen,
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device),
         advantages_N=pack.advantages_N[torch.tensor(sequences, device=device)],
+        rewards_N=pack.rewards_N[torch.tensor(sequences, device=device)],
         sample_indices=tuple(pack.sample_indices[i] for i in sequences),
     )
     return few, index_T

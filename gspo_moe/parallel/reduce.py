@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.parallel.groups import Groups
+from gspo_moe.platform import device
 
 S = TypeVar("S", bound=Statistics)
 
@@ -48,3 +49,12 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def most(count: int, group: dist.ProcessGroup) -> int:
+    """The largest `count` over the ranks of `group`."""
+    if group.size() == 1:
+        return count
+    value = torch.tensor(count, device=device().torch_device)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+    return int(value)

@@ -1,10 +1,11 @@
 """Rollouts of one policy with their rewards, frozen in one file, so that several runs learn from the very same ones.
 
 A safetensors file. Tensors, rollouts end to end in the order of the groups:
-  token_ids int32 [sum of tokens], prompt and response; prompt_lengths, response_lengths int32 [R];
-  log_probs float64 [sum of response tokens], as `types.Rollout`; rewards float64 [R];
+  token_ids int32 and policy_mask uint8 [sum of tokens], as `types.Rollout`; lengths int32 [R];
+  log_probs float64 [sum of sampled tokens]; rewards float64 [R];
   routes uint8 or int16 [sum of (tokens - 1), MoE layers, K], only where the engine reported them.
-Metadata: `format`, `bank` (JSON: groups' prompts and sizes, rollouts' texts and the like, sampling).
+Metadata: `format`, `bank` (JSON: groups' prompts and sizes, rollouts' turns and the like, sampling).
+Format 1 had prompt_lengths and response_lengths in place of mask and lengths, and rollouts of one turn.
 
 Shape letters: R rollouts.
 """
@@ -24,50 +25,50 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gspo_moe.errors import DataError, RolloutError
-from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.tasks.rewards import LARGEST_REWARD
-from gspo_moe.types import Prompt, Rollout, RolloutGroup
+from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
 
-FORMAT = "gspo_moe bank 1"
+FORMAT = "gspo_moe bank 2"
+FORMAT_1 = "gspo_moe bank 1"
 # What must be the same where a bank is made and where it is used, keys of the config's `rollout`.
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_response_tokens")
-KEPT = ("uid", "sample_index", "finished", "policy_version", "text")
+KEPT = ("uid", "sample_index", "finish", "versions")
 
 
 @dataclass(frozen=True)
 class Bank:
     """groups: one a prompt. sampling: `SAMPLING` and vocab_size that they were made with."""
 
-    groups: tuple[ScoredGroup, ...]
+    groups: tuple[RolloutGroup, ...]
     sampling: dict[str, Any]
 
     @cached_property
-    def _by_uid(self) -> dict[str, ScoredGroup]:
-        return {group.group.prompt.uid: group for group in self.groups}
+    def _by_uid(self) -> dict[str, RolloutGroup]:
+        return {group.prompt.uid: group for group in self.groups}
 
-    def answers(self, prompts: Sequence[Prompt]) -> Answers:
+    def answers(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
         """The frozen answers to these prompts; raises RolloutError where it has none or they answer another text."""
         found = []
         for prompt in prompts:
             group = self._by_uid.get(prompt.uid)
-            if group is None or group.group.prompt != prompt:
+            if group is None or group.prompt != prompt:
                 raise RolloutError(
                     f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.text!r}; make one "
                     "with `gspo-moe bank` from this config, its seed, task and schedule.steps"
                 )
             found.append(group)
-        return Answers(tuple(found), failures=0, timeouts=0, first_error=None)
+        return found
 
 
 def write_bank(path: Path, bank: Bank) -> None:
     """Writes the file at once, so that nobody reads half of it."""
-    rollouts = [rollout for scored in bank.groups for rollout in scored.group.rollouts]
+    rollouts = [rollout for group in bank.groups for rollout in group.rollouts]
     tensors = {
-        "token_ids": torch.tensor([t for r in rollouts for t in (*r.prompt_ids, *r.response_ids)], dtype=torch.int32),
-        "prompt_lengths": torch.tensor([len(r.prompt_ids) for r in rollouts], dtype=torch.int32),
-        "response_lengths": torch.tensor([len(r.response_ids) for r in rollouts], dtype=torch.int32),
+        "token_ids": torch.tensor([token for r in rollouts for token in r.token_ids], dtype=torch.int32),
+        "policy_mask": torch.tensor([flag for r in rollouts for flag in r.policy_mask], dtype=torch.uint8),
+        "lengths": torch.tensor([len(r.token_ids) for r in rollouts], dtype=torch.int32),
         "log_probs": torch.tensor([p for r in rollouts for p in r.log_probs], dtype=torch.float64),
-        "rewards": torch.tensor([reward for scored in bank.groups for reward in scored.rewards], dtype=torch.float64),
+        "rewards": torch.tensor([r.total_reward for r in rollouts], dtype=torch.float64),
     }
     routes = [rollout.routes for rollout in rollouts if rollout.routes is not None]
     if routes:
@@ -76,8 +77,12 @@ def write_bank(path: Path, bank: Bank) -> None:
     described = {
         "sampling": bank.sampling,
         "has_routes": bool(routes),
-        "groups": [{"prompt": asdict(g.group.prompt), "size": len(g.group.rollouts)} for g in bank.groups],
-        "rollouts": [{key: getattr(rollout, key) for key in KEPT} for rollout in rollouts],
+        "groups": [{"prompt": asdict(g.prompt), "size": len(g.rollouts)} for g in bank.groups],
+        "rollouts": [
+            {key: getattr(r, key) for key in KEPT}
+            | {"turns": [asdict(turn) for turn in r.turns], "parts": r.reward.parts if r.reward else {}}
+            for r in rollouts
+        ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -92,7 +97,7 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as a bank ({error}); make one with `gspo-moe bank`") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FORMAT_1):
         raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
     found: dict[str, Any] = json.loads(metadata["bank"])
     return found
@@ -117,29 +122,51 @@ def read_bank(path: str | Path) -> Bank:
             "precision; make another one with `gspo-moe bank`"
         )
     rollouts = _rollouts(tensors, described["rollouts"])
-    rewards = iter(tensors["rewards"].tolist())
-    groups = []
-    for group in described["groups"]:
-        members = tuple(next(rollouts) for _ in range(group["size"]))
-        scored = RolloutGroup(Prompt(**group["prompt"]), members)
-        groups.append(ScoredGroup(scored, tuple(next(rewards) for _ in members)))
+    groups = [
+        RolloutGroup(Prompt(**group["prompt"]), tuple(next(rollouts) for _ in range(group["size"])))
+        for group in described["groups"]
+    ]
     return Bank(tuple(groups), described["sampling"])
 
 
 def _rollouts(tensors: dict[str, torch.Tensor], described: Sequence[dict[str, Any]]) -> Iterator[Rollout]:
-    prompts, responses = tensors["prompt_lengths"].tolist(), tensors["response_lengths"].tolist()
-    lengths = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    tokens = tensors["token_ids"].split(lengths)
-    log_probs = tensors["log_probs"].split(responses)
+    if "lengths" not in tensors:
+        tensors, described = _from_format_1(tensors, described)
+    lengths = tensors["lengths"].tolist()
+    tokens, masks = tensors["token_ids"].split(lengths), tensors["policy_mask"].split(lengths)
+    log_probs = tensors["log_probs"].split([int(mask.sum()) for mask in masks])
+    rewards = tensors["rewards"].tolist()
     routes: Sequence[torch.Tensor | None] = [None] * len(lengths)
     if "routes" in tensors:
         routes = tensors["routes"].split([length - 1 for length in lengths])
     for number, fields in enumerate(described):
-        ids = tokens[number].tolist()
         yield Rollout(
-            prompt_ids=tuple(ids[: prompts[number]]),
-            response_ids=tuple(ids[prompts[number] :]),
+            **{key: fields[key] for key in ("uid", "sample_index", "finish")},
+            token_ids=tuple(tokens[number].tolist()),
+            policy_mask=tuple(masks[number].tolist()),
             log_probs=tuple(log_probs[number].tolist()),
+            versions=tuple((version, count) for version, count in fields["versions"]),
+            turns=tuple(Turn(**turn) for turn in fields["turns"]),
+            reward=Reward(rewards[number], fields["parts"]),
             routes=routes[number],
-            **fields,
         )
+
+
+def _from_format_1(
+    tensors: dict[str, torch.Tensor], described: Sequence[dict[str, Any]]
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    prompts, responses = tensors["prompt_lengths"], tensors["response_lengths"]
+    counts = torch.stack([prompts, responses], dim=1).flatten()
+    mask = torch.tensor([0, 1], dtype=torch.uint8).repeat(len(prompts)).repeat_interleave(counts.long())
+    rollouts = [
+        {
+            "uid": fields["uid"],
+            "sample_index": fields["sample_index"],
+            "finish": "stop" if fields["finished"] else "length",
+            "versions": [(fields["policy_version"], length)],
+            "turns": [{"role": "policy", "text": fields["text"]}],
+            "parts": {},
+        }
+        for fields, length in zip(described, responses.tolist(), strict=True)
+    ]
+    return tensors | {"policy_mask": mask, "lengths": prompts + responses}, rollouts

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gspo_moe.types import Rollout
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to answer `samples` times."""
+    """Tokens to go on from, `samples` times."""
 
     uid: str
     prompt_ids: tuple[int, ...]
@@ -22,7 +22,7 @@ class Request:
 class SamplingParams:
     """temperature 0 is greedy; top_k 0 keeps every token; `seed` with a request's uid fixes its samples.
 
-    report_routes: rollouts bring the experts that the engine picked.
+    max_response_tokens: a request. report_routes: rollouts bring the experts that the engine picked.
     """
 
     temperature: float
@@ -35,6 +35,20 @@ class SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
+    """Samples, and says of each token which policy version sampled it."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective: every rank calls it, each with its own requests."""
+        ...
+
+    def room(self, params: SamplingParams) -> int:
+        """The longest prompt, in tokens, that leaves room for an answer."""
+        ...
+
+
+class WeightSink(Protocol):
+    """Takes the weights that the next rollouts are to come from."""
+
+    def publish(self, model: Any, version: int) -> None:
+        """model: a `model.build.Model`. version: optimizer steps that its weights have taken. Collective."""
         ...

@@ -58,9 +58,20 @@ class MegatronEngine:
         self._cuda_graph = cuda_graph
         self._device = device().torch_device
         self._recorder: RouteRecorder | None = None
+        self.version = 0
+
+    def publish(self, model: Model, version: int) -> None:
+        """Takes note of the version: the weights are the model's own."""
+        assert model is self._model
+        self.version = version
+
+    def room(self, params: SamplingParams) -> int:
+        """The longest prompt whose sequence, answered, fits the model and a micro-batch."""
+        limits = (self._model.architecture.max_positions, self._prefill_tokens)
+        return min(limits) - params.max_response_tokens
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], params: SamplingParams, policy_version: int) -> list[list[Rollout]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
@@ -72,7 +83,7 @@ class MegatronEngine:
             model = self._model
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
         try:
-            generated = self._generate(requests, params, policy_version)
+            generated = self._generate(requests, params)
             raise_everywhere(self._fault)
             return generated
         finally:
@@ -80,16 +91,14 @@ class MegatronEngine:
                 self._recorder.close()
                 self._recorder = None
 
-    def _generate(
-        self, requests: Sequence[Request], params: SamplingParams, policy_version: int
-    ) -> list[list[Rollout]]:
+    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(self._most(len(batches))):
             self._stop.check()
             batch = batches[number] if number < len(batches) else []
             for index, sequence in self._run_batch(batch, params):
-                done[index, sequence.sample_index] = sequence.rollout(policy_version)
+                done[index, sequence.sample_index] = sequence.rollout(self.version)
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:

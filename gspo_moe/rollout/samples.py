@@ -35,15 +35,15 @@ class SampleUnderWay:
         """Of its newest token, which is not fed yet."""
         return len(self.request.prompt_ids) + len(self.response_ids) - 1
 
-    def rollout(self, policy_version: int) -> Rollout:
+    def rollout(self, version: int) -> Rollout:
         return Rollout(
             uid=self.request.uid,
             sample_index=self.sample_index,
-            prompt_ids=self.request.prompt_ids,
-            response_ids=tuple(self.response_ids),
+            token_ids=(*self.request.prompt_ids, *self.response_ids),
+            policy_mask=(0,) * len(self.request.prompt_ids) + (1,) * len(self.response_ids),
             log_probs=tuple(self.log_probs),
-            finished=self.finished,
-            policy_version=policy_version,
+            finish="stop" if self.finished else "length",
+            versions=((version, len(self.response_ids)),),
             routes=self.routes[0] if self.routes else None,
         )
 

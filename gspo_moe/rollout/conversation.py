@@ -1,0 +1,104 @@
+"""Conversations of several turns: what an environment says goes behind the answer, and the policy goes on from there.
+
+One conversation is one sequence: nothing that was sampled is encoded again. A turn's length limit is that of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from gspo_moe.rollout.engine import Request
+from gspo_moe.tasks.protocol import StepError
+from gspo_moe.types import Prompt, Reward, Rollout, Turn
+
+Generate = Callable[[list[Request]], list[Rollout]]
+Step = Callable[[list[tuple[Prompt, tuple[Turn, ...]]]], Sequence[str | StepError | None]]
+
+
+@dataclass
+class Conversation:
+    """open: the policy's turn ended by itself, so that the environment may answer."""
+
+    prompt: Prompt
+    rollout: Rollout
+    open: bool = True
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a conversation needs. Every rank calls `generate` and `most` equally often.
+
+    generate: goes on from each request once. step: the environment's answers, None behind the last turn.
+    render: token ids of what the environment said. most: the largest number that any rank passes.
+    room: the longest sequence, in tokens, that leaves room for another answer. max_turns: of the policy.
+    failure_reward: of a conversation that its environment broke.
+    """
+
+    generate: Generate
+    step: Step
+    render: Callable[[Prompt, tuple[Turn, ...], str], list[int]]
+    most: Callable[[int], int]
+    room: int
+    max_turns: int
+    failure_reward: float
+
+    def carry_on(self, conversations: Sequence[Conversation]) -> None:
+        """Goes on, from the policy's first turn, until every rank's conversations have ended. Collective."""
+        for each in conversations:
+            each.open = each.rollout.finish == "stop"
+        for turn in range(1, self.max_turns + 1):
+            going = self._answered(conversations, last=turn == self.max_turns)
+            if not self.most(len(going)):
+                break
+            requests = [
+                Request(f"{each.rollout.uid}/{each.rollout.sample_index}/{turn}", each.rollout.token_ids, samples=1)
+                for each in going
+            ]
+            for each, more in zip(going, self.generate(requests), strict=True):
+                each.rollout, each.open = joined(each.rollout, more), more.finish == "stop"
+
+    def _answered(self, conversations: Sequence[Conversation], last: bool) -> list[Conversation]:
+        """Those of the open conversations that go on, with the environment's turn in their rollouts."""
+        asked = [each for each in conversations if each.open]
+        going = []
+        for each, said in zip(asked, self.step([(each.prompt, each.rollout.turns) for each in asked]), strict=True):
+            if said is None:
+                each.open = False
+            elif isinstance(said, StepError):
+                reward = Reward(self.failure_reward, error=said.text, timed_out=said.timed_out)
+                each.rollout, each.open = replace(each.rollout, finish="error", reward=reward), False
+            else:
+                ids = self.render(each.prompt, each.rollout.turns, said)
+                if last or len(each.rollout.token_ids) + len(ids) > self.room:
+                    each.rollout, each.open = replace(each.rollout, finish="length"), False
+                else:
+                    each.rollout = with_environment(each.rollout, said, ids)
+                    going.append(each)
+        return going
+
+
+def with_environment(rollout: Rollout, said: str, ids: Sequence[int]) -> Rollout:
+    """The rollout and, behind it, what its environment said, which nobody learns."""
+    return replace(
+        rollout,
+        token_ids=(*rollout.token_ids, *ids),
+        policy_mask=(*rollout.policy_mask, *(0 for _ in ids)),
+        turns=(*rollout.turns, Turn("environment", said)),
+    )
+
+
+def joined(before: Rollout, more: Rollout) -> Rollout:
+    """One rollout of one whose tokens were the other's prompt. Routes are the last pass's, which saw every token."""
+    assert more.token_ids[: len(before.token_ids)] == before.token_ids
+    added = len(more.token_ids) - len(before.token_ids)
+    return replace(
+        before,
+        token_ids=more.token_ids,
+        policy_mask=before.policy_mask + more.policy_mask[-added:],
+        log_probs=before.log_probs + more.log_probs,
+        finish=more.finish,
+        versions=before.versions + more.versions,
+        turns=before.turns + more.turns,
+        routes=more.routes,
+    )
