@@ -1,4 +1,4 @@
-"""The answers that a step learns from, and their advantages: sampling, rewards, shaping, dynamic sampling."""
+"""The rollouts that a step learns from, and their advantages: sampling, rewards, shaping, dynamic sampling."""
 
 from __future__ import annotations
 
@@ -8,155 +8,146 @@ from dataclasses import dataclass, replace
 import torch
 
 from gspo_moe.algorithms import degenerate_groups, group_advantages
-from gspo_moe.algorithms.dapo import overlong_penalty
-from gspo_moe.data.prompts import PromptSource
+from gspo_moe.algorithms.overlong import overlong_penalty
 from gspo_moe.errors import RewardError
-from gspo_moe.rollout.answers import Answers, ScoredGroup
-from gspo_moe.rollout.engine import SamplingParams
+from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.rollout.answers import all_rollouts, check_rewarded
+from gspo_moe.tasks.rewards import part_means
+from gspo_moe.training.batch import Batch
 from gspo_moe.training.session import Session, Trainer
-from gspo_moe.types import Prompt, Rollout
+from gspo_moe.types import Prompt, Rollout, RolloutGroup, TrainingSample
 
 
 @dataclass(frozen=True)
-class Collected:
-    """answers: those to learn from, every rank's, in the order of the prompts. advantages: one a rollout of them,
-        for ppo its reward, of which `critic` makes advantages of tokens.
-    metrics: of everything that was sampled. prompt_position: behind the last prompt drawn.
-    """
+class Came:
+    """A group that has come. owner: the rank of `Groups.data_context` that sampled it, where alone it has its routes."""
 
-    answers: Answers
-    advantages: list[float]
-    metrics: dict[str, float]
-    prompt_position: int
+    group: RolloutGroup
+    owner: int
+
+    @property
+    def differs(self) -> bool:
+        return len(set(self.group.rewards)) > 1
 
 
-def collect(trainer: Trainer) -> Collected:
-    """Samples and scores the step's groups. Collective.
+def collect(trainer: Trainer) -> Batch:
+    """Gets the step's groups from the rollout source. Collective.
 
     With dynamic sampling (2503.14476, equation 11) batches of prompts are drawn until enough groups have rewards that
     differ, at most `algorithm.sampling_rounds` of them; if they do not suffice, groups of equal rewards fill the rest.
-    Raises RewardError where no group's rewards differ at all.
+    Raises RewardError where no group's rewards differ at all, and where every reward failed unless that is allowed.
     """
     config = trainer.session.config
-    source = PromptSource(trainer.session.plan.task, "train", trainer.progress.prompt_position)
-    drawn = _answer(trainer, source)
-    if config.algorithm.samples_dynamically:
-        rounds = 1
-        while _differing(drawn) < config.rollout.prompts_per_step and rounds < config.algorithm.sampling_rounds:
-            drawn = _joined(drawn, _answer(trainer, source))
-            rounds += 1
-    kept = replace(drawn, groups=chosen(drawn.groups, config.rollout.prompts_per_step))
-    if config.algorithm.samples_dynamically and not _differing(kept):
+    count, prompts, came = config.rollout.prompts_per_step, list[Prompt](), list[Came]()
+    for _ in range(config.algorithm.sampling_rounds if config.algorithm.samples_dynamically else 1):
+        new = trainer.prompts.take(count)
+        prompts += new
+        came += draw(trainer.session, new, trainer.progress.step)
+        if sum(each.differs for each in came) >= count:
+            break
+    kept = chosen(came, count)
+    if config.algorithm.samples_dynamically and not any(each.differs for each in kept):
         raise RewardError(
-            f"the answers to each of {len(drawn.groups)} prompts all have the same reward, so that there is nothing to "
+            f"the answers to each of {len(came)} prompts all have the same reward, so that there is nothing to "
             "learn; take easier or harder prompts (task.options), train the model on demonstrations first (stage=sft), "
             "raise rollout.samples_per_prompt or rollout.temperature, or set algorithm.dynamic_sampling=false"
         )
-    advantages, penalty = _advantages(trainer, kept)
-    metrics = _metrics(drawn, kept, config.rollout.samples_per_prompt) | penalty
-    return Collected(kept, advantages, metrics, source.position)
+    samples, penalty = _samples(trainer, [each.group for each in kept])
+    return Batch(
+        groups=tuple(each.group for each in kept),
+        samples=tuple(samples),
+        owners=tuple(each.owner for each in kept for _ in each.group.rollouts),
+        prompts=tuple(prompts),
+        metrics=_metrics([each.group for each in came], [each.group for each in kept]) | penalty,
+    )
 
 
-def _answer(trainer: Trainer, source: PromptSource) -> Answers:
-    """Answers to the next batch of prompts, the frozen ones of `rollout.bank` where there is one."""
-    session, progress = trainer.session, trainer.progress
-    prompts = source.take(session.config.rollout.prompts_per_step)
-    if session.bank is not None:
-        return session.bank.answers(prompts)
-    return sample(session, prompts, progress.step, progress.policy_version)
-
-
-def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_version: int) -> Answers:
-    """Every rank's answers of the policy as it is, with rewards. step: steps taken so far, a seed. Collective.
+def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Came]:
+    """The source's groups of these prompts, in their order, whenever they come. step: a seed. Collective.
 
     Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
     """
-    config = session.config
-    params = SamplingParams(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-        max_response_tokens=config.rollout.max_response_tokens,
-        stop_ids=session.stop_ids,
-        seed=f"{config.seed}/{step}",
-        report_routes=config.routing.reports_engine_routes,
-    )
-    with session.timers("rollout"):
-        share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, policy_version)
-    with session.timers("reward"):
-        return session.answerer.score(share).check(config.task.reward.allow_all_failed)
+    session.source.ask(prompts, step)
+    group, came = session.groups.data_context, dict[str, Came]()
+    while len(came) < len(prompts):
+        share = session.source.take()
+        shares = gather_objects([_without_routes(each) for each in share], group)
+        shares[group.rank()] = share
+        came |= {each.prompt.uid: Came(each, owner) for owner, of_rank in enumerate(shares) for each in of_rank}
+    check_rewarded([each.group for each in came.values()], session.config.task.reward.allow_all_failed)
+    return [came[prompt.uid] for prompt in prompts]
 
 
-def _joined(first: Answers, second: Answers) -> Answers:
-    return Answers(
-        groups=first.groups + second.groups,
-        failures=first.failures + second.failures,
-        timeouts=first.timeouts + second.timeouts,
-        first_error=first.first_error or second.first_error,
-    )
+def _without_routes(group: RolloutGroup) -> RolloutGroup:
+    return replace(group, rollouts=tuple(replace(one, routes=None) for one in group.rollouts))
 
 
-def _differs(group: ScoredGroup) -> bool:
-    return len(set(group.rewards)) > 1
-
-
-def _differing(answers: Answers) -> int:
-    return sum(map(_differs, answers.groups))
-
-
-def chosen(groups: Sequence[ScoredGroup], count: int) -> tuple[ScoredGroup, ...]:
+def chosen(came: Sequence[Came], count: int) -> list[Came]:
     """The first `count` groups whose rewards differ, in order; where they are too few, others in between fill up."""
-    spare = max(count - sum(map(_differs, groups)), 0)
-    kept: list[ScoredGroup] = []
-    for group in groups:
-        if _differs(group):
-            kept.append(group)
+    spare = max(count - sum(each.differs for each in came), 0)
+    kept: list[Came] = []
+    for each in came:
+        if each.differs:
+            kept.append(each)
         elif spare:
-            kept.append(group)
+            kept.append(each)
             spare -= 1
-    return tuple(kept[:count])
+    return kept[:count]
 
 
-def rollouts(answers: Answers) -> list[Rollout]:
-    return [rollout for group in answers.groups for rollout in group.group.rollouts]
-
-
-def _rewards(answers: Answers) -> torch.Tensor:
-    return torch.tensor([reward for group in answers.groups for reward in group.rewards], dtype=torch.float64)
-
-
-def _lengths(answers: Answers) -> torch.Tensor:
-    return torch.tensor([len(rollout.response_ids) for rollout in rollouts(answers)], dtype=torch.float64)
-
-
-def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[str, float]]:
-    """Advantages of rewards with the over-long penalty, for ppo these rewards, and its mean where there is one."""
-    config = trainer.session.config
-    limit, rewards, figures = config.rollout.max_response_tokens, _rewards(answers), dict[str, float]()
+def _samples(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[TrainingSample], dict[str, float]]:
+    """The groups' rollouts with advantages of their rewards, these with the over-long penalty, and its mean."""
+    config, rollouts = trainer.session.config, all_rollouts(groups)
+    limit, figures = config.rollout.max_response_tokens, dict[str, float]()
+    rewards = _rewards(groups)
     buffer = config.algorithm.overlong_tokens(limit)
     if buffer:
-        penalty = overlong_penalty(_lengths(answers), limit, buffer)
+        penalty = overlong_penalty(_lengths(rollouts), limit, buffer)
         rewards = rewards + penalty
         figures["reward/overlong_penalty"] = penalty.mean().item()
-    if config.has_value_head:
-        return rewards.tolist(), figures
-    scale = config.algorithm.name != "dr_grpo"
-    return group_advantages(rewards, config.rollout.samples_per_prompt, scale=scale).tolist(), figures
+    advantages = torch.zeros_like(rewards)  # a value function makes its own, of tokens
+    if not config.has_value_head:
+        scale = config.algorithm.spec.advantages == "group"
+        advantages = group_advantages(rewards, config.rollout.samples_per_prompt, scale=scale)
+    shaped = zip(rollouts, rewards.tolist(), advantages.tolist(), strict=True)
+    return [_sample(rollout, reward, advantage) for rollout, reward, advantage in shaped], figures
 
 
-def _metrics(drawn: Answers, kept: Answers, group_size: int) -> dict[str, float]:
-    rewards, lengths = _rewards(drawn), _lengths(drawn)
+def _sample(rollout: Rollout, reward: float, advantage: float) -> TrainingSample:
+    return TrainingSample(
+        token_ids=rollout.token_ids,
+        response_mask=rollout.policy_mask,
+        advantage=advantage,
+        rollout_log_probs=rollout.log_probs,
+        routes=rollout.routes,
+        reward=reward,
+    )
+
+
+def _rewards(groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
+
+
+def _lengths(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    return torch.tensor([len(rollout.log_probs) for rollout in rollouts], dtype=torch.float64)
+
+
+def _metrics(drawn: Sequence[RolloutGroup], kept: Sequence[RolloutGroup]) -> dict[str, float]:
+    rollouts = all_rollouts(drawn)
+    rewards, lengths, size = _rewards(drawn), _lengths(rollouts), len(drawn[0].rollouts)
+    given = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std().item() if len(rewards) > 1 else 0.0,
-        "reward/failures": drawn.failures,
-        "reward/timeouts": drawn.timeouts,
-        "groups/count": len(kept.groups),
-        "groups/drawn": len(drawn.groups),
-        "groups/degenerate": degenerate_groups(rewards, group_size) if group_size > 1 else 0,
+        "reward/failures": sum(reward.error is not None and not reward.timed_out for reward in given),
+        "reward/timeouts": sum(reward.timed_out for reward in given),
+        **part_means(given),
+        "groups/count": len(kept),
+        "groups/drawn": len(drawn),
+        "groups/degenerate": degenerate_groups(rewards, size) if size > 1 else 0,
         "response/length_mean": lengths.mean().item(),
         "response/length_max": lengths.max().item(),
-        "response/truncated": sum(not rollout.finished for rollout in rollouts(drawn)) / lengths.numel(),
+        "response/truncated": sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts),
         "rollout/tokens": lengths.sum().item(),
-        "throughput/tokens": sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts(kept)),
+        "throughput/tokens": sum(len(rollout.token_ids) for rollout in all_rollouts(kept)),
     }

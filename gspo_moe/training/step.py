@@ -1,206 +1,158 @@
 """One optimizer step on one mini-batch: forward, loss, backward through the pipeline schedule, update.
 
-Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it, X what the last stage gives of each
-token.
+Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
-from gspo_moe.algorithms.loss import ObjectiveFunction
-from gspo_moe.algorithms.ratios import LossInputs, Objective, whole_sequences
+from gspo_moe.algorithms.loss import LossCounts, LossExtras, LossSettings
+from gspo_moe.algorithms.ratios import LossInputs, Objective
+from gspo_moe.algorithms.spec import Algorithm
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.algorithms.value import ValueLoss, value_loss
-from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig, PPOConfig
-from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
+from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
+from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import microbatch_input
-from gspo_moe.parallel.context import ContextSplit, sum_over
+from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
-from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.routing.replay import replay
-from gspo_moe.training.critic import Estimates
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
+from gspo_moe.training.packs import Minibatch, Trained, TrainingPack, recordings_of, replay_of, with_each
 from gspo_moe.training.shift import ShiftOf, router_shift
-from gspo_moe.types import Microbatch
+
+S = TypeVar("S", bound=Statistics)
+K = TypeVar("K")
+# A pack's number and what the last stage gives of it to its loss and what is kept of it, statistics first.
+Head = Callable[[int, LastStage], tuple[torch.Tensor, tuple[S, K]]]
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What the loss of every mini-batch is made with."""
+
+    algorithm: AlgorithmConfig
+    temperature: float
+    max_response_tokens: int
 
 
 @dataclass(frozen=True)
 class MinibatchResult:
-    """statistics: over all ranks. log_probs [T] (last stage) and routes (when recorded): of this rank's packs."""
+    """statistics: over all ranks. packs: this rank's."""
 
     statistics: PolicyStatistics
     update: UpdateResult
-    log_probs: list[torch.Tensor]
-    routes: list[Recording]
+    packs: list[Trained]
 
 
 def train_minibatch(
     model: Model,
     optimizer: Optimizer,
-    microbatches: Sequence[Microbatch],
-    old_log_probs: Sequence[torch.Tensor],
-    algorithm: AlgorithmConfig,
-    num_sequences: int,
-    temperature: float,
+    minibatch: Minibatch,
+    settings: PolicySettings,
     recorder: RouteRecorder | None,
-    *,
-    num_tokens: int | None = None,
-    max_response_tokens: int | None = None,
-    reference_log_probs: Sequence[torch.Tensor] = (),
-    old_routes: Sequence[Recording] = (),
-    estimates: Sequence[Estimates] = (),
-    replayed: Sequence[torch.Tensor] | None = None,
 ) -> MinibatchResult:
-    """Takes one step on the mini-batch whose packs on this rank are `microbatches`.
+    """Takes one step on a mini-batch. Collective.
 
-    old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
-    num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
-    losses that average over them, and max_response_tokens for dr_grpo.
-    old_routes: the old policy's, which the recorder compares with; rspo needs them, with scores.
-    estimates: ppo's, one a pack, needed on the last stage only.
-    replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
+    Its packs have old log-probs on the last stage, and whatever else the algorithm needs: recordings with scores for a
+    router shift, estimates for a value function, reference log-probs for a KL penalty.
     """
-    assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
+    packs = minibatch.packs
+    record = None if recorder is None else recorder.start([one.routes_TLK for one in recordings_of(packs)] or None)
     shift_of: ShiftOf | None = None
-    if algorithm.name == "rspo":
+    if settings.algorithm.spec.router_shift:
         assert recorder is not None
-        shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
-    elif recorder is not None and old_routes:
-        recorder.against([recording.routes_TLK for recording in old_routes])
-    head = _PolicyHead(
-        model,
-        microbatches,
-        algorithm,
-        old_log_probs=old_log_probs,
-        reference_log_probs=reference_log_probs,
-        estimates=estimates,
-        shift_of=shift_of,
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        max_response_tokens=max_response_tokens,
-        temperature=temperature,
+        assert record is not None
+        shift_of = router_shift(model, recorder, packs, record)
+    head = partial(_policy_head, minibatch, settings, shift_of)
+    statistics, log_probs, update = _step(model, optimizer, packs, head, record)
+    recordings = [] if record is None else record.recordings()
+    trained = with_each([Trained(one) for one in packs], log_probs_T=log_probs, recording=recordings)
+    return MinibatchResult(statistics, update, trained)
+
+
+def _policy_head(
+    minibatch: Minibatch, settings: PolicySettings, shift_of: ShiftOf | None, index: int, stage: LastStage
+) -> tuple[torch.Tensor, tuple[PolicyStatistics, torch.Tensor]]:
+    """The loss of a pack, and its log-probs [T]."""
+    one, algorithm = minibatch.packs[index], settings.algorithm
+    pack, split = one.pack, one.split
+    assert one.old_log_probs_T is not None
+    found = stage.log_probs(split.local(pack.target_ids_T), settings.temperature, entropy=True)
+    result = policy_loss(
+        _fused(algorithm.spec, split.bounds) if split.size == 1 else algorithm.spec,
+        found.log_probs,
+        split.local(one.old_log_probs_T),
+        pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
+        one.local_segments,
+        LossSettings(*algorithm.clips, algorithm.allow_wide_clip, algorithm.settings),
+        LossCounts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
+        LossExtras(
+            router_shift=None if shift_of is None else split.local(shift_of(index)),
+            correction=_local_correction(one, algorithm.mismatch),
+            kl=_kl_penalty(one, algorithm),
+            entropy=found.entropy,
+        ),
     )
-    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
-    return MinibatchResult(statistics, update, head.log_probs, routes)
+    kept = split.whole(found.log_probs.detach())
+    if one.estimates is None:
+        return result.loss, (result.sums, kept)
+    value = _value_loss(stage.values(), one, algorithm.settings, minibatch.num_tokens)
+    return result.loss + value.loss.float(), (result.sums.with_values(value.sums), kept)
 
 
-@dataclass(frozen=True)
-class _PolicyHead:
-    """The loss of a pack from what the last stage gives, arguments as in `train_minibatch`; keeps the log-probs."""
-
-    model: Model
-    microbatches: Sequence[Microbatch]
-    algorithm: AlgorithmConfig
-    old_log_probs: Sequence[torch.Tensor]
-    reference_log_probs: Sequence[torch.Tensor]
-    estimates: Sequence[Estimates]
-    shift_of: ShiftOf | None
-    num_sequences: int
-    num_tokens: int | None
-    max_response_tokens: int | None
-    temperature: float
-    log_probs: list[torch.Tensor] = field(default_factory=list)
-
-    def __call__(
-        self, index: int, output_CX: torch.Tensor, split: ContextSplit
-    ) -> tuple[torch.Tensor, PolicyStatistics]:
-        pack, algorithm = self.microbatches[index], self.algorithm
-        targets_C = split.local(pack.target_ids_T)
-        log_probs_C = token_log_probs(self.model, output_CX, targets_C, self.temperature).log_probs
-        self.log_probs.append(split.whole(log_probs_C.detach()))
-        clip_low, clip_high = algorithm.clips
-        split_over_ranks = self.model.groups.layout.context > 1
-        fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
-        result = policy_loss(
-            algorithm.name,
-            log_probs_C,
-            split.local(self.old_log_probs[index]),
-            split.local(self.estimates[index].advantages_T) if self.estimates else pack.advantages_N,
-            split.bounds,
-            split.local(pack.response_mask_T),
-            clip_low=clip_low,
-            clip_high=clip_high,
-            allow_wide_clip=algorithm.allow_wide_clip,
-            num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens,
-            max_response_tokens=self.max_response_tokens,
-            router_shift=None if self.shift_of is None else split.local(self.shift_of(index)),
-            correction=_local_correction(pack, self.old_log_probs[index], algorithm.mismatch, split),
-            kl=self._kl(index, split),
-            sum_over_context=sum_over(self.model.groups.context) if split_over_ranks else whole_sequences,
-            objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
-        )
-        if not self.estimates:
-            return result.loss, result.sums
-        assert self.num_tokens is not None
-        values_C = token_values(self.model, output_CX, len(log_probs_C))
-        value = _value_loss(values_C, self.estimates[index], pack, split, algorithm.ppo, self.num_tokens)
-        return result.loss + value.loss.float(), result.sums.with_values(value.sums)
-
-    def _kl(self, index: int, split: ContextSplit) -> KLPenalty | None:
-        if not self.reference_log_probs:
-            return None
-        kl = self.algorithm.kl
-        return KLPenalty(split.local(self.reference_log_probs[index]), kl.coeff, kl.estimator)
+def _kl_penalty(one: TrainingPack, algorithm: AlgorithmConfig) -> KLPenalty | None:
+    if one.reference_log_probs_T is None:
+        return None
+    return KLPenalty(one.split.local(one.reference_log_probs_T), algorithm.kl.coeff, algorithm.kl.estimator)
 
 
-def _value_loss(
-    values_C: torch.Tensor,
-    estimates: Estimates,
-    pack: Microbatch,
-    split: ContextSplit,
-    config: PPOConfig,
-    num_tokens: int,
-) -> ValueLoss:
-    """ppo's second term, its coefficient in it."""
+def _value_loss(values_C: torch.Tensor, one: TrainingPack, options: ValueOptions, num_tokens: int) -> ValueLoss:
+    """The value function's term, its coefficient in it."""
+    assert one.estimates is not None
     found = value_loss(
         values_C,
-        split.local(estimates.values_T),
-        split.local(estimates.returns_T),
-        split.local(pack.response_mask_T),
-        value_clip=config.value_clip,
+        one.split.local(one.estimates.values_T),
+        one.split.local(one.estimates.returns_T),
+        one.split.local(one.pack.response_mask_T),
+        value_clip=options.value_clip,
         num_tokens=num_tokens,
-        means=estimates.means,
+        means=one.estimates.means,
     )
-    return found._replace(loss=config.value_coeff * found.loss)
+    return found._replace(loss=options.value_coeff * found.loss)
 
 
-def _local_correction(
-    pack: Microbatch, old_log_probs: torch.Tensor, config: MismatchConfig, split: ContextSplit
-) -> Correction | None:
+def _local_correction(one: TrainingPack, config: MismatchConfig) -> Correction | None:
     """The pack's weights on this context rank's tokens; None without a correction."""
     if config.correction == "none":
         return None
-    correction, _ = correction_of(pack, old_log_probs, config)
-    return replace(correction, weights=split.local(correction.weights)) if correction.level == "token" else correction
+    assert one.old_log_probs_T is not None
+    found, _ = correction_of(one, one.old_log_probs_T, config)
+    return replace(found, weights=one.split.local(found.weights)) if found.level == "token" else found
 
 
 def correction_of(
-    pack: Microbatch, log_probs: torch.Tensor, config: MismatchConfig
+    one: TrainingPack, log_probs_T: torch.Tensor, config: MismatchConfig
 ) -> tuple[Correction, CorrectionStatistics]:
-    """The configured weights of a pack; log_probs: the trainer's [T] at the weights that the engine sampled with."""
-    return correct(
-        config.correction,
-        config.level,
-        config.bounds,
-        log_probs,
-        pack.rollout_log_probs_T,
-        pack.cu_seqlens,
-        pack.response_mask_T,
-    )
+    """The configured weights of a pack; log_probs_T: the trainer's at the weights that the engine sampled with."""
+    how = config.correction, config.level, config.bounds
+    return correct(*how, log_probs_T, one.pack.rollout_log_probs_T, one.segments)
 
 
-def _fused_objective(algorithm: str, cu_seqlens: torch.Tensor) -> ObjectiveFunction:
-    """J_i of gspo or gspo_token by one kernel. Algorithms and kernels do not know each other; here they meet."""
+def _fused(spec: Algorithm, cu_seqlens: torch.Tensor) -> Algorithm:
+    """The same, by one kernel where there is one. Algorithms and kernels do not know each other; here they meet."""
+    if spec.fused is None:
+        return spec
 
     def objective(inputs: LossInputs) -> Objective:
         found = sequence_reduce(
@@ -208,14 +160,14 @@ def _fused_objective(algorithm: str, cu_seqlens: torch.Tensor) -> ObjectiveFunct
             torch.zeros_like(inputs.log_ratio_T),
             inputs.segments.response_T,
             cu_seqlens,
-            inputs.advantages_N if algorithm == "gspo" else inputs.advantages_T,
+            inputs.advantages_N if spec.fused == "sequence" else inputs.advantages_T,
             clip_low=inputs.clip_low,
             clip_high=inputs.clip_high,
             scale=1.0,
         )
         return Objective(-found.loss, found.clipped_tokens)
 
-    return objective
+    return replace(spec, objective=objective)
 
 
 class SupervisedStatistics(Statistics):
@@ -230,53 +182,47 @@ class SupervisedStatistics(Statistics):
 
 
 def train_supervised(
-    model: Model, optimizer: Optimizer, microbatches: Sequence[Microbatch], num_tokens: float
+    model: Model, optimizer: Optimizer, packs: Sequence[TrainingPack], num_tokens: float
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
-        pack = microbatches[index]
-        targets_C, mask_C = split.local(pack.target_ids_T), split.local(pack.response_mask_T)
-        found = token_log_probs(model, output_CX, targets_C)
-        log_probs_C = found.log_probs
+    def head(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
+        pack, split = packs[index].pack, packs[index].split
+        mask_C = split.local(pack.response_mask_T)
+        found = stage.log_probs(split.local(pack.target_ids_T))
         sums = {
             "tokens": mask_C.double().sum(),
-            "log_prob": (log_probs_C.detach().double() * mask_C).sum(),
+            "log_prob": (found.log_probs.detach().double() * mask_C).sum(),
             "correct": (found.first_choice * mask_C.double()).sum(),
         }
-        return -(log_probs_C * mask_C).sum() / num_tokens, SupervisedStatistics(sums, {})
+        return -(found.log_probs * mask_C).sum() / num_tokens, (SupervisedStatistics(sums, {}), None)
 
-    statistics, update, _ = _step(model, optimizer, microbatches, head, None)
+    statistics, _, update = _step(model, optimizer, packs, head, None)
     return statistics, update
 
 
 def _step(
-    model: Model,
-    optimizer: Optimizer,
-    microbatches: Sequence[Microbatch],
-    head: Any,
-    recorder: RouteRecorder | None,
-    replayed: Sequence[torch.Tensor] | None = None,
-) -> tuple[Any, UpdateResult, list[Recording]]:
+    model: Model, optimizer: Optimizer, packs: Sequence[TrainingPack], head: Head[S, K], record: RoutePass | None
+) -> tuple[S, list[K], UpdateResult]:
+    """Statistics over all ranks, what was kept of each pack on the last stage, and the update."""
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
     # context-parallel ranks it averages too, which megatron-core's schedules undo.
     data_ranks = model.groups.layout.data
-    splits = [ContextSplit(pack.cu_seqlens, model.groups.context) for pack in microbatches]
 
-    def scaled(index: int, output_CX: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        loss, kept = head(index, output_CX, splits[index])
+    def scaled(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[S, K]]:
+        loss, kept = head(index, stage)
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
-    inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
-    record = no_recording if recorder is None else recorder.scope
-    with replay(model.chunks, model.groups, replayed, record) as scope:
-        kept = run(model, inputs, scaled, backward=True, record=scope, for_log_probs=True)
+    inputs = [microbatch_input(one.pack, one.split) for one in packs]
+    recording = no_recording if record is None else record.scope
+    with replay(model.chunks, model.groups, replay_of(packs), recording) as scope:
+        kept = run(model, inputs, scaled, backward=True, record=scope)
     statistics = None
     if kept:
-        statistics = kept[0]
-        for other in kept[1:]:
+        statistics = kept[0][0]
+        for other, _ in kept[1:]:
             statistics = statistics.merge(other)
         statistics = reduce_statistics(statistics, model.groups.data_context).cpu()
     update = optimizer.update()
-    return from_last_stage(statistics, model.groups), update, [] if recorder is None else recorder.take()
+    return from_last_stage(statistics, model.groups), [each for _, each in kept], update

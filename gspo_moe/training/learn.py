@@ -1,0 +1,138 @@
+"""Learning from a batch, wherever it came from: old policy, mini-batches, and what is measured around them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TypeVar
+
+from gspo_moe.algorithms import Statistics, mismatch
+from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.training.attribution import attribution_figures
+from gspo_moe.training.batch import Batch, share_packs
+from gspo_moe.training.old_policy import with_old_policy
+from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
+from gspo_moe.training.probe import probe_set
+from gspo_moe.training.routing import Figures, Probe, routing_figures
+from gspo_moe.training.session import Trainer
+from gspo_moe.training.step import LossSettings, MinibatchResult, correction_of, train_minibatch
+
+S = TypeVar("S", bound=Statistics)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """figures: over all ranks. updates: optimizer steps taken."""
+
+    figures: Figures
+    updates: int
+
+
+def learn(trainer: Trainer, batch: Batch) -> Learned:
+    """Takes the steps on a batch's mini-batches. Collective."""
+    shared = share_packs(trainer, batch)
+    packs = with_old_policy(trainer, shared.packs)
+    minibatches = replace(shared, packs=packs).minibatches()
+    figures, results = Figures(), list[MinibatchResult]()
+    with trainer.session.timers("training"):
+        for number, minibatch in enumerate(minibatches):
+            with _probed(trainer, batch, figures, first=number == 0):
+                if number == len(minibatches) - 1:
+                    _attribute(trainer, minibatch, figures)
+                results.append(_train(trainer, minibatch))
+    figures.metrics |= _policy_metrics(results)
+    if trainer.recorder is not None:
+        equal_weights = batch.versions == {trainer.progress.policy_version}
+        trained = [result.packs for result in results]
+        figures.add(routing_figures(trainer.session.model, trainer.recorder.layers, trained, equal_weights))
+    figures.metrics |= _mismatch_metrics(trainer, packs, results[0])
+    return Learned(figures, len(minibatches))
+
+
+def _train(trainer: Trainer, minibatch: Minibatch) -> MinibatchResult:
+    session, config = trainer.session, trainer.session.config
+    settings = LossSettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
+    return train_minibatch(session.model, trainer.optimizer, minibatch, settings, trainer.recorder)
+
+
+@contextlib.contextmanager
+def _probed(trainer: Trainer, batch: Batch, figures: Figures, first: bool) -> Iterator[None]:
+    """Measures what the first update does to a fixed set of sequences, in the steps that are to."""
+    session, recorder = trainer.session, trainer.recorder
+    if not first or recorder is None or not _due(trainer, session.config.routing.probe_interval):
+        yield
+        return
+    with session.timers("routing"):
+        probe = Probe(session.model, recorder, _probe_packs(trainer, batch))
+    yield
+    with session.timers("routing"):
+        figures.add(probe.figures())
+
+
+def _probe_packs(trainer: Trainer, batch: Batch) -> list[TrainingPack]:
+    session = trainer.session
+    if trainer.probe_packs is None:
+        chosen = probe_set(
+            session.run_path,
+            batch.samples,
+            session.config.rollout.samples_per_prompt,
+            session.config.routing.probe_sequences,
+            resumed=trainer.progress.step > 0,
+            main=session.groups.is_main,
+        )
+        trainer.probe_packs = pack_share(chosen, session.groups, session.config)
+    return trainer.probe_packs
+
+
+def _attribute(trainer: Trainer, minibatch: Minibatch, figures: Figures) -> None:
+    """Splits the log-ratios that the updates before have made, in the steps that are to."""
+    session, config = trainer.session, trainer.session.config
+    if config.routing.attribution and _due(trainer, config.routing.attribution_interval):
+        seed = config.seed + trainer.progress.step + 1
+        with session.timers("routing"):
+            figures.add(attribution_figures(session.model, config, minibatch.packs, seed))
+
+
+def _due(trainer: Trainer, interval: int) -> bool:
+    return bool(interval) and (trainer.progress.step + 1) % interval == 0
+
+
+def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
+    return {
+        **_merged(result.statistics for result in results).to_metrics(),
+        "optimizer/grad_norm": sum(result.update.grad_norm for result in results) / len(results),
+        "optimizer/learning_rate": results[-1].update.learning_rate,
+        "optimizer/skipped_updates": sum(result.update.skipped for result in results),
+    }
+
+
+def _mismatch_metrics(trainer: Trainer, packs: Sequence[TrainingPack], first: MinibatchResult) -> dict[str, float]:
+    """Rollout engine against trainer at equal weights, SPEC section 3, and the weights that training puts against it.
+
+    Without the trainer's old log-probs only the first mini-batch's own forward has seen the rollout's weights.
+    """
+    algorithm = trainer.session.config.algorithm
+    pairs = [(one, one.old_log_probs_T) for one in packs]
+    if algorithm.old_log_probs == "rollout":
+        pairs = [(one.pack, one.log_probs_T) for one in first.packs]
+    here = [(one, log_probs_T) for one, log_probs_T in pairs if log_probs_T is not None]
+    found = [mismatch(log_probs_T, one.pack.rollout_log_probs_T, one.segments) for one, log_probs_T in here]
+    metrics = _over_ranks(trainer, found)
+    if algorithm.mismatch.correction != "none":
+        corrections = [correction_of(one, log_probs_T, algorithm.mismatch)[1] for one, log_probs_T in here]
+        metrics |= _over_ranks(trainer, corrections)
+    return metrics
+
+
+def _merged(statistics: Iterable[S]) -> S:
+    return reduce(lambda one, other: one.merge(other), statistics)
+
+
+def _over_ranks(trainer: Trainer, found: Sequence[Statistics]) -> dict[str, float]:
+    """The metrics of statistics by pack, which the last stage has. Collective."""
+    groups = trainer.session.groups
+    statistics = reduce_statistics(_merged(found), groups.data).cpu() if found else None
+    reduced: Statistics = from_last_stage(statistics, groups)
+    return dict(reduced.to_metrics())
