@@ -28,11 +28,11 @@ from gspo_moe.routing.replay import check_routes
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.collect import collect, rollouts
 from gspo_moe.training.critic import Estimates, estimate, value_fault
+from gspo_moe.training.packs import TrainingPack, recordings_of, replay_of, training_packs
 from gspo_moe.training.probe import probe_set
 from gspo_moe.training.routing import (
     Figures,
     Probe,
-    compare_packs,
     engine_figures,
     engine_routes,
     load_figures,
@@ -90,11 +90,12 @@ def rl_step(trainer: Trainer) -> StepResult:
         with timers("old_log_probs"):
             old = _old_policy(trainer, minibatches)
         reference_log_probs = _reference_policy(trainer, minibatches)
+        packs = _training_packs(trainer, minibatches, old, reference_log_probs)
         with timers("training"):
-            results, routing = _train(trainer, minibatches, old, reference_log_probs, samples)
+            results, routing = _train(trainer, minibatches, packs, old, reference_log_probs, samples)
         figures |= _policy_metrics(results)
         current = all(rollout.policy_version == trainer.progress.policy_version for rollout in rollouts(answers))
-        routing.add(_routing_figures(trainer, minibatches, old.routes, results, current))
+        routing.add(_routing_figures(trainer, packs, results, current))
         figures |= routing.metrics
         if trainer.session.config.algorithm.old_log_probs == "trainer":
             figures |= _mismatch_metrics(trainer, minibatches, old.log_probs)
@@ -154,7 +155,8 @@ def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config
 
 
 def _old_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> OldPolicy:
-    config, model, recorder = trainer.session.config, trainer.session.model, trainer.recorder
+    config, model = trainer.session.config, trainer.session.model
+    record = None if trainer.recorder is None else trainer.recorder.start()
     packs = [pack for minibatch in minibatches for pack in minibatch.packs]
     nothing: list[list[Estimates]] = [[] for _ in minibatches]
     if config.algorithm.old_log_probs == "rollout":
@@ -163,11 +165,11 @@ def _old_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> OldPolicy
     replayed = engine_routes(model, packs) if config.routing.replay == "r3" else None
     temperature, values = config.rollout.temperature, list[torch.Tensor]()
     if config.has_value_head:
-        found = score_with_values(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
+        found = score_with_values(model, packs, temperature=temperature, record=record, routes=replayed)
         log_probs, values = [one for one, _ in found], [one for _, one in found]
     else:
-        log_probs = score(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
-    routes = [] if recorder is None else recorder.take()
+        log_probs = score(model, packs, temperature=temperature, record=record, routes=replayed)
+    routes = [] if record is None else record.recordings()
     estimates = estimate(packs, values, config.algorithm.ppo, model.groups)
     if config.has_value_head:
         raise_everywhere(value_fault(estimates))
@@ -194,9 +196,29 @@ def _by_minibatch(values: Sequence[T], minibatches: Sequence[Minibatch]) -> list
     return [[next(rest) for _ in minibatch.packs] if values else [] for minibatch in minibatches]
 
 
+def _training_packs(
+    trainer: Trainer,
+    minibatches: Sequence[Minibatch],
+    old: OldPolicy,
+    reference_log_probs: list[list[torch.Tensor]],
+) -> list[list[TrainingPack]]:
+    """Of each mini-batch, with the routes that its training replays."""
+    model, replay = trainer.session.model, trainer.session.config.routing.replay
+    found = []
+    for number, minibatch in enumerate(minibatches):
+        recorded = old.routes[number] if old.routes else []
+        replayed = engine_routes(model, minibatch.packs) if replay == "r3" else None
+        if replay == "r2":
+            replayed = [recording.routes_TLK for recording in recorded]
+        each = (old.log_probs[number], reference_log_probs[number], recorded, replayed, old.estimates[number])
+        found.append(training_packs(minibatch.packs, model.groups, *each))
+    return found
+
+
 def _train(
     trainer: Trainer,
     minibatches: Sequence[Minibatch],
+    packs: list[list[TrainingPack]],
     old: OldPolicy,
     reference_log_probs: list[list[torch.Tensor]],
     samples: Sequence[TrainingSample],
@@ -206,11 +228,6 @@ def _train(
     config, model = session.config, session.model
     results, figures = [], Figures()
     for number, (minibatch, log_probs) in enumerate(zip(minibatches, old.log_probs, strict=True), start=1):
-        recorded = old.routes[number - 1] if old.routes else []
-        own = [recording.routes_TLK for recording in recorded] if recorded else None
-        replayed = {"none": None, "r2": own, "r3": None}[config.routing.replay]
-        if config.routing.replay == "r3":
-            replayed = engine_routes(model, minibatch.packs)
         probe = None
         if number == 1 and recorder is not None and _due(config.routing.probe_interval, step):
             with session.timers("routing"):
@@ -220,10 +237,8 @@ def _train(
             and config.routing.attribution
             and _due(config.routing.attribution_interval, step)
         ):
-            held = own if replayed is None else replayed
-            assert held is not None
             with session.timers("routing"):
-                figures.add(attribution_figures(model, config, minibatch.packs, log_probs, held, config.seed + step))
+                figures.add(attribution_figures(model, config, packs[-1], config.seed + step))
         results.append(
             train_minibatch(
                 model,
@@ -237,9 +252,9 @@ def _train(
                 num_tokens=minibatch.num_tokens,
                 max_response_tokens=config.rollout.max_response_tokens,
                 reference_log_probs=reference_log_probs[number - 1],
-                old_routes=recorded,
+                old_routes=recordings_of(packs[number - 1]),
                 estimates=old.estimates[number - 1],
-                replayed=replayed,
+                replayed=replay_of(packs[number - 1]),
             )
         )
         if probe is not None:
@@ -280,30 +295,21 @@ def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
 
 
 def _routing_figures(
-    trainer: Trainer,
-    minibatches: Sequence[Minibatch],
-    old_routes: list[list[Recording]],
-    results: Sequence[MinibatchResult],
-    equal_weights: bool,
+    trainer: Trainer, packs: Sequence[Sequence[TrainingPack]], results: Sequence[MinibatchResult], equal_weights: bool
 ) -> Figures:
     """The pairs that cost no forward pass, and the load of the training forwards.
 
-    equal_weights: the rollouts were sampled from the weights that the step began with.
+    packs: by mini-batch. equal_weights: the rollouts were sampled from the weights that the step began with.
     """
-    recorder, model, groups = trainer.recorder, trainer.session.model, trainer.session.groups
-    if recorder is None:
+    if trainer.recorder is None:
         return Figures()
-    figures = load_figures(recorder, groups, [recording for result in results for recording in result.routes])
-    if old_routes:
-        sums = [
-            compare_packs(recorder, groups, minibatch.packs, old, result.routes)
-            for minibatch, old, result in zip(minibatches, old_routes, results, strict=True)
-        ]
-        figures.add(staleness(sums))
+    layers, trained = trainer.recorder.layers, [result.routes for result in results]
+    figures = load_figures([recording for routes in trained for recording in routes], layers)
+    if recordings_of(packs[0]):
+        figures.add(staleness(packs, trained, layers))
         if trainer.session.config.routing.reports_engine_routes:
-            packs = [pack for minibatch in minibatches for pack in minibatch.packs]
-            trained = [each for old in old_routes for each in old]
-            figures.add(engine_figures(model, recorder, packs, trained, equal_weights))
+            every = [each for minibatch in packs for each in minibatch]
+            figures.add(engine_figures(trainer.session.model, every, equal_weights, layers))
     return figures
 
 

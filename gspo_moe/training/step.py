@@ -25,10 +25,11 @@ from gspo_moe.model.forward import no_recording, run, token_log_probs, token_val
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
-from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.recorder import Recording, RoutePass, RouteRecorder
 from gspo_moe.routing.replay import replay
 from gspo_moe.training.critic import Estimates
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
+from gspo_moe.training.packs import training_packs
 from gspo_moe.training.shift import ShiftOf, router_shift
 from gspo_moe.types import Microbatch
 
@@ -70,12 +71,13 @@ def train_minibatch(
     replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
     assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
+    record = None if recorder is None else recorder.start([one.routes_TLK for one in old_routes] or None)
     shift_of: ShiftOf | None = None
     if algorithm.name == "rspo":
         assert recorder is not None
-        shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
-    elif recorder is not None and old_routes:
-        recorder.against([recording.routes_TLK for recording in old_routes])
+        assert record is not None
+        packs = training_packs(microbatches, model.groups, recordings=old_routes, replayed=replayed)
+        shift_of = router_shift(model, recorder, packs, record)
     head = _PolicyHead(
         model,
         microbatches,
@@ -89,7 +91,7 @@ def train_minibatch(
         max_response_tokens=max_response_tokens,
         temperature=temperature,
     )
-    statistics, update, routes = _step(model, optimizer, microbatches, head, recorder, replayed)
+    statistics, update, routes = _step(model, optimizer, microbatches, head, record, replayed)
     return MinibatchResult(statistics, update, head.log_probs, routes)
 
 
@@ -255,7 +257,7 @@ def _step(
     optimizer: Optimizer,
     microbatches: Sequence[Microbatch],
     head: Any,
-    recorder: RouteRecorder | None,
+    record: RoutePass | None,
     replayed: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Any, UpdateResult, list[Recording]]:
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
@@ -269,8 +271,8 @@ def _step(
 
     optimizer.zero_grad()
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
-    record = no_recording if recorder is None else recorder.scope
-    with replay(model.chunks, model.groups, replayed, record) as scope:
+    recording = no_recording if record is None else record.scope
+    with replay(model.chunks, model.groups, replayed, recording) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope, for_log_probs=True)
     statistics = None
     if kept:
@@ -279,4 +281,4 @@ def _step(
             statistics = statistics.merge(other)
         statistics = reduce_statistics(statistics, model.groups.data_context).cpu()
     update = optimizer.update()
-    return from_last_stage(statistics, model.groups), update, [] if recorder is None else recorder.take()
+    return from_last_stage(statistics, model.groups), update, [] if record is None else record.recordings()
