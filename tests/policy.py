@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from gspo_moe.model.names import LM_HEAD
 from gspo_moe.model.weights import RandomSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.score import score
+from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import renew_port
@@ -68,6 +71,18 @@ def packs_of(samples: Sequence[TrainingSample], per_pack: int) -> list[Microbatc
     """Every sample once, `per_pack` of them a pack, in order."""
     indices = range(len(samples))
     return [pack(samples, indices[start : start + per_pack]) for start in range(0, len(samples), per_pack)]
+
+
+def score_and_record(
+    model: Model,
+    packs: Sequence[Microbatch],
+    recorder: RouteRecorder,
+    reference: Sequence[torch.Tensor] | None = None,
+    **options: Any,
+) -> tuple[list[torch.Tensor], list[Recording]]:
+    """Log-probs and routes of one scoring pass, recorded with `reference`; options: as `score` takes them."""
+    record = recorder.start(reference)
+    return score(model, packs, record=record, **options), record.recordings()
 
 
 @contextlib.contextmanager

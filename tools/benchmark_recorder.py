@@ -48,6 +48,7 @@ def main() -> int:
 
 def measure(config: Config, pairs: int) -> None:
     from gspo_moe.platform import device
+    from gspo_moe.routing.recorder import RoutePass, RouteRecorder
     from gspo_moe.training import rl
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session, open_trainer
@@ -56,24 +57,21 @@ def measure(config: Config, pairs: int) -> None:
     session = open_session(make_plan(config))
     trainer = open_trainer(session)
     assert trainer.recorder is not None, "the config records nothing"
-    new_recorder = type(trainer.recorder)
     inside = [0.0]
-    for owner, name in ((new_recorder, "_observe"), (new_recorder, "take"), (rl, "_routing_figures")):
+    for owner, name in ((RoutePass, "_choice"), (RoutePass, "recordings"), (rl, "_routing_figures")):
         setattr(owner, name, timed(getattr(owner, name), inside))
-    trainer.recorder.close()
     start, model = trainer.progress, session.model
 
     def seconds(record: bool) -> float:
         trainer.progress = start
-        trainer.recorder = new_recorder(model.chunks, model.architecture, model.groups, scores=True) if record else None
+        trainer.recorder = (
+            RouteRecorder(model.chunks, model.architecture, model.groups, scores=True) if record else None
+        )
         device().synchronize()
         began = clock()
         rl.rl_step(trainer)
         device().synchronize()
-        taken = clock() - began
-        if trainer.recorder is not None:
-            trainer.recorder.close()
-        return taken
+        return clock() - began
 
     for record in (True, False):
         seconds(record)

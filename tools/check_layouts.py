@@ -163,6 +163,7 @@ def _greedy(model: Any) -> list[tuple[int, ...]]:
 def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.model.hf import whole_tensors
     from gspo_moe.rollout.score import score
+    from gspo_moe.routing.comparison import gather_layers
     from gspo_moe.training.optimizer import Optimizer
     from gspo_moe.training.rl import pack_share
     from gspo_moe.training.routing import compare_packs
@@ -185,15 +186,15 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     optimizer = WatchedOptimizer(config, model, STEPS)
     minibatches = [pack_share(_samples(step), model.groups, config) for step in range(STEPS)]
     every = [pack for packs in minibatches for pack in packs]
-    scored = score(model, every, recorder=recorder)
-    old_routes = recorder.take()
+    record = recorder.start()
+    scored = score(model, every, record=record)
+    old_routes = record.recordings()
     noise = [_noise(step, pack) for step, packs in enumerate(minibatches) for pack in packs]
     old_log_probs = [log_probs_T + noise_T for log_probs_T, noise_T in zip(scored, noise, strict=False)]
     start = 0
     for step, packs in enumerate(minibatches):
         stop = start + len(packs)
         own = [recording.routes_TLK for recording in old_routes[start:stop]]
-        recorder.against(own)
         # The last step replays routes that no router picked: every choice moved on by one expert.
         moved = [(routes_TLK + 1) % SIZES["num_experts"] for routes_TLK in own] if step == STEPS - 1 else None
         result = train_minibatch(
@@ -205,16 +206,17 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
             SEQUENCES,
             1.0,
             recorder,
+            old_routes=old_routes[start:stop],
             replayed=moved,
         )
         metrics = result.statistics.to_metrics()
         found["loss"].append([metrics["loss/policy"], metrics["clip_fraction/token"], metrics["ratio/token_max"]])
         found["grad_norm"].append(result.update.grad_norm)
-        sums = compare_packs(recorder, model.groups, packs, old_routes[start:stop], result.routes)
+        sums = compare_packs(packs, old_routes[start:stop], result.routes, recorder.layers)
         found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
         for number, pack in enumerate(packs, start=start):
             bounds = pack.cu_seqlens.tolist()
-            all_layers = recorder.gather_layers(old_routes[number]).sort(dim=-1).values
+            all_layers = gather_layers(old_routes[number].routes_TLK, recorder.layers).sort(dim=-1).values
             for sample, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
                 routes[step, sample] = all_layers[a:b].clone()
                 if scored:

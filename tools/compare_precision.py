@@ -34,10 +34,10 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     session = open_session(make_plan(config))
     samples = samples or answer(session)
     packs = pack_share(samples, session.groups, config)
-    recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups)
-    scored = score(session.model, packs, recorder=recorder)
+    record = RouteRecorder(session.model.chunks, session.model.architecture, session.groups).start()
+    scored = score(session.model, packs, record=record)
     found = {}
-    for pack, log_probs_T, recording in zip(packs, scored, recorder.take(), strict=True):
+    for pack, log_probs_T, recording in zip(packs, scored, record.recordings(), strict=True):
         bounds = pack.cu_seqlens.tolist()
         for index, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
             mask_T, route_mask_T = pack.response_mask_T[a:b].bool(), pack.route_mask_T[a:b]

@@ -28,6 +28,7 @@ from gspo_moe.errors import CheckpointError, GspoMoeError
 from gspo_moe.model.build import Model
 from gspo_moe.model.names import VALUE_HEAD
 from gspo_moe.model.weights import problem_list
+from gspo_moe.parallel.reduce import gather_objects
 
 Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 P = TypeVar("P", bound=torch.Tensor)
@@ -122,8 +123,7 @@ def check_stored(path: Path, shards: Iterable[Shard], architecture: Architecture
             shape, own = found[piece.key].global_shape, piece.global_shape
             problems[piece.key] = f"{piece.key}: shape {list(shape)}, not {list(own)}"
     # Another stage's tensors are unknown to this one, but not to all.
-    known: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(known, {piece.key for piece in pieces})
+    known = gather_objects({piece.key for piece in pieces}, dist.group.WORLD)
     extra = found.keys() - {VALUE_HEAD}.union(*known)
     unknown = [f"{key}: the architecture has no such tensor" for key in sorted(extra)]
     raise_together(path, MISFIT, [*problems.values(), *unknown])
@@ -137,8 +137,7 @@ def _fits(piece: ShardedTensor, shape: tuple[int, ...], vocab_size: int) -> bool
 
 def raise_together(where: object, what: str, problems: list[str], kind: type[GspoMoeError] = CheckpointError) -> None:
     """Raises one error on every rank for what any of them found. Collective."""
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, problems)
+    found = gather_objects(problems, dist.group.WORLD)
     unique = list(dict.fromkeys(problem for part in found for problem in part))
     if unique:
         raise kind(problem_list(where, what, unique))

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_moe.errors import Interrupted, RunError
+from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import device
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -30,9 +31,7 @@ def raise_everywhere(error: RunError | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
     if not _largest(error is not None):
         return
-    found: list[RunError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, error)
-    raise next(each for each in found if each is not None)
+    raise next(each for each in gather_objects(error, dist.group.WORLD) if each is not None)
 
 
 def _largest(value: int) -> int:

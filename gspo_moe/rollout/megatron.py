@@ -30,7 +30,8 @@ from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.graphs import make_graphs
 from gspo_moe.rollout.samples import SampleUnderWay, in_first_rows
 from gspo_moe.rollout.sampling import sample, uniforms
-from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.comparison import gather_layers
+from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
 
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
@@ -79,17 +80,12 @@ class MegatronEngine:
         """
         raise_everywhere(self._misfit(requests, params))
         self._fault = None
+        model, self._recorder = self._model, None
         if params.report_routes:
-            model = self._model
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
-        try:
-            generated = self._generate(requests, params)
-            raise_everywhere(self._fault)
-            return generated
-        finally:
-            if self._recorder is not None:
-                self._recorder.close()
-                self._recorder = None
+        generated = self._generate(requests, params)
+        raise_everywhere(self._fault)
+        return generated
 
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
@@ -147,8 +143,9 @@ class MegatronEngine:
     ) -> list[tuple[int, SampleUnderWay]]:
         capacity = params.max_response_tokens + self._most(max((len(r.prompt_ids) for _, r, _ in batch), default=1))
         cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
-        first_logits = self._prefill([request for _, request, _ in batch], cache)
-        prompt_routes = self._take_routes([len(request.prompt_ids) for _, request, _ in batch])
+        record = self._start_recording()
+        first_logits = self._prefill([request for _, request, _ in batch], cache, record)
+        prompt_routes = _cut_routes(record, [len(request.prompt_ids) for _, request, _ in batch])
         owner = [row for row, (_, _, samples) in enumerate(batch) for _ in samples]
         sequences: list[tuple[int, SampleUnderWay]] = []
         for row, source in enumerate(owner):
@@ -187,16 +184,13 @@ class MegatronEngine:
 
     def _forward(self, item: ModelInput) -> StepOutput:
         """One decode step."""
-        logits = self._logits([item], [item.cu_seqlens[:-1]])
-        routes = None if self._recorder is None else self._recorder.take()[0].routes_TLK
+        record = self._start_recording()
+        logits = self._logits([item], [item.cu_seqlens[:-1]], record)
+        routes = None if record is None else record.recorded(0).routes_TLK
         return StepOutput(None if logits is None else logits[0], routes)
 
-    def _take_routes(self, lengths: Sequence[int]) -> list[torch.Tensor]:
-        """This stage's routes of the last pass, cut into pieces of these lengths; none unless asked to report them."""
-        if self._recorder is None:
-            return []
-        packs = self._recorder.take()
-        return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if lengths else []
+    def _start_recording(self) -> RoutePass | None:
+        return None if self._recorder is None else self._recorder.start()
 
     def _gather_routes(self, sequences: Sequence[SampleUnderWay]) -> None:
         """Leaves each sequence one tensor [tokens - 1, A, K] on the CPU."""
@@ -204,11 +198,11 @@ class MegatronEngine:
             return
         lengths = [sum(map(len, sequence.routes)) for sequence in sequences]
         pieces = torch.cat([piece for sequence in sequences for piece in sequence.routes])
-        routes = self._recorder.gather_layers(Recording(pieces)).cpu()
+        routes = gather_layers(pieces, self._recorder.layers).cpu()
         for sequence, whole in zip(sequences, routes.split(lengths), strict=True):
             sequence.routes = [whole.clone()]
 
-    def _prefill(self, requests: list[Request], cache: KVCache) -> torch.Tensor | None:
+    def _prefill(self, requests: list[Request], cache: KVCache, record: RoutePass | None) -> torch.Tensor | None:
         """Fills each request's row; logits [N, V] behind each prompt on the last stage."""
         packs: list[list[int]] = [[]]
         room = self._prefill_tokens
@@ -220,7 +214,7 @@ class MegatronEngine:
             room -= len(request.prompt_ids)
         packs += [[] for _ in range(self._most(len(packs)) - len(packs))]
         inputs = [self._prefill_input([(row, requests[row].prompt_ids) for row in pack], cache) for pack in packs]
-        logits = self._logits(inputs, [item.cu_seqlens[1:] - 1 for item in inputs])
+        logits = self._logits(inputs, [item.cu_seqlens[1:] - 1 for item in inputs], record)
         return None if logits is None else torch.cat(logits)
 
     def _prefill_input(self, prompts: list[tuple[int, tuple[int, ...]]], cache: KVCache) -> ModelInput:
@@ -236,14 +230,16 @@ class MegatronEngine:
     def _ints(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _logits(self, inputs: list[ModelInput], positions: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    def _logits(
+        self, inputs: list[ModelInput], positions: list[torch.Tensor], record: RoutePass | None
+    ) -> list[torch.Tensor] | None:
         """Every token's logits at the given positions of each pack, on every rank of the last stage."""
 
         def head(index: int, logits_NV: torch.Tensor) -> tuple[None, torch.Tensor]:
             return None, self._gather_vocab(logits_NV)[:, : self._model.vocab]
 
-        record = no_recording if self._recorder is None else self._recorder.scope
-        kept = run(self._model, inputs, head, backward=False, record=record, positions=positions)
+        scope = no_recording if record is None else record.scope
+        kept = run(self._model, inputs, head, backward=False, record=scope, positions=positions)
         return kept if self._model.groups.is_last_stage else None
 
     def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -282,6 +278,12 @@ class MegatronEngine:
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)
             sequence.finished = broken or int(token) in params.stop_ids
+
+
+def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
+    packs = [] if record is None else record.recordings()
+    return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
 
 
 def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:

@@ -11,7 +11,7 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
 from gspo_moe.model.inputs import microbatch_input
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.routing.recorder import RoutePass
 from gspo_moe.routing.replay import replay
 from gspo_moe.types import Microbatch
 
@@ -23,20 +23,20 @@ def score(
     microbatches: Sequence[Microbatch],
     *,
     temperature: float = 1.0,
-    recorder: RouteRecorder | None = None,
+    record: RoutePass | None = None,
     routes: Sequence[torch.Tensor] | None = None,
     depth: int | None = None,
 ) -> list[torch.Tensor]:
     """Log-probs [T] (fp32, nats) of each pack's targets at `temperature`; on the last pipeline stage, else empty.
 
-    Under context parallelism each rank runs its own tokens and gets every token's log-probs. A given recorder keeps
-    the routes of the same pass. routes, depth: what to replay, as `routing.replay` takes it.
+    Under context parallelism each rank runs its own tokens and gets every token's log-probs. record: keeps the
+    routes of this forward. routes, depth: what to replay, as `routing.replay` takes it.
     """
 
     def read(output_CX: torch.Tensor, targets_C: torch.Tensor, split: ContextSplit) -> torch.Tensor:
         return split.whole(token_log_probs(model, output_CX, targets_C, temperature).log_probs)
 
-    return _pass(model, microbatches, read, recorder, routes, depth)
+    return _pass(model, microbatches, read, record, routes, depth)
 
 
 def score_with_values(
@@ -44,7 +44,7 @@ def score_with_values(
     microbatches: Sequence[Microbatch],
     *,
     temperature: float = 1.0,
-    recorder: RouteRecorder | None = None,
+    record: RoutePass | None = None,
     routes: Sequence[torch.Tensor] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """As `score`, and beside the log-probs the value head's V [T] (fp32) of what stands before each target."""
@@ -55,14 +55,14 @@ def score_with_values(
         log_probs_C = token_log_probs(model, output_CX, targets_C, temperature).log_probs
         return split.whole(log_probs_C), split.whole(token_values(model, output_CX, len(targets_C)))
 
-    return _pass(model, microbatches, read, recorder, routes, None)
+    return _pass(model, microbatches, read, record, routes, None)
 
 
 def _pass(
     model: Model,
     microbatches: Sequence[Microbatch],
     read: Callable[[torch.Tensor, torch.Tensor, ContextSplit], T],
-    recorder: RouteRecorder | None,
+    record: RoutePass | None,
     routes: Sequence[torch.Tensor] | None,
     depth: int | None,
 ) -> list[T]:
@@ -73,6 +73,6 @@ def _pass(
         return None, read(output_CX, split.local(microbatches[index].target_ids_T), split)
 
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
-    record = no_recording if recorder is None else recorder.scope
-    with replay(model.chunks, model.groups, routes, record, depth) as scope:
+    recording = no_recording if record is None else record.scope
+    with replay(model.chunks, model.groups, routes, recording, depth) as scope:
         return run(model, inputs, head, backward=False, record=scope, for_log_probs=True)

@@ -23,6 +23,7 @@ from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.platform import choose_backend, device, megatron_version
 from gspo_moe.rollout.score import score
+from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import TrainingSample
 
@@ -112,17 +113,17 @@ def _score(
     mine = plan_microbatches(lengths, groups.layout.data, budget)[groups.data_rank]
     samples = [TrainingSample(sequences[i], (0,) + (1,) * (len(sequences[i]) - 1)) for i in indices]
     packs = [pack(samples, chosen).to(device().torch_device) for chosen in mine]
-    recorder = RouteRecorder(model.chunks, model.architecture, groups) if with_routes else None
-    log_probs = from_last_stage(
-        [log_probs_T.tolist() for log_probs_T in score(model, packs, recorder=recorder)], groups
-    )
-    routes = [recorder.gather_layers(one).tolist() for one in recorder.take()] if recorder else []
+    recorder = RouteRecorder(model.chunks, model.architecture, groups)
+    record = recorder.start() if with_routes else None
+    log_probs = from_last_stage([log_probs_T.tolist() for log_probs_T in score(model, packs, record=record)], groups)
+    recordings = [] if record is None else record.recordings()
+    routes = [gather_layers(one.routes_TLK, recorder.layers).tolist() for one in recordings]
     found: list[tuple[int, dict[str, Any]]] = []
     for number, one in enumerate(packs):
         bounds = one.cu_seqlens.tolist()
         for sample, start, stop in zip(one.sample_indices, bounds, bounds[1:], strict=False):
             record = {"log_probs": log_probs[number][start:stop]}
-            if recorder is not None:
+            if with_routes:
                 record["routes"] = routes[number][start:stop]
             found.append((indices[sample], record))
     for part in gather_over_data(found, groups):

@@ -8,11 +8,12 @@ layers, A all MoE layers, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from gspo_moe.config.architecture import Architecture
 from gspo_moe.parallel.groups import Groups
 
 
@@ -41,11 +42,19 @@ def local_routes(routes_CK: torch.Tensor, count: int, groups: Groups) -> torch.T
     return torch.cat([rows, torch.arange(topk, device=rows.device).expand(missing, topk)])
 
 
-def spread_layers(values_XL: torch.Tensor, layers: Sequence[int], num_layers: int, groups: Groups) -> torch.Tensor:
-    """[X, A, ...] of every pipeline stage's [X, L, ...], which all stages get. Collective over the pipeline."""
-    shape = (values_XL.shape[0], num_layers, *values_XL.shape[2:])
-    values_XA = values_XL.new_zeros(shape)
-    values_XA[:, list(layers)] = values_XL
-    if groups.pipeline.size() > 1:
-        dist.all_reduce(values_XA, group=groups.pipeline)
-    return values_XA
+@dataclass(frozen=True)
+class StageLayers:
+    """This pipeline stage's MoE layers among all of the model's. indices: theirs, from 0, in the order of `[L]`."""
+
+    indices: tuple[int, ...]
+    architecture: Architecture
+    groups: Groups
+
+    def spread(self, values_XL: torch.Tensor) -> torch.Tensor:
+        """[X, A, ...] of every pipeline stage's [X, L, ...], which all stages get. Collective over the pipeline."""
+        shape = (values_XL.shape[0], self.architecture.num_hidden_layers, *values_XL.shape[2:])
+        values_XA = values_XL.new_zeros(shape)
+        values_XA[:, list(self.indices)] = values_XL
+        if self.groups.pipeline.size() > 1:
+            dist.all_reduce(values_XA, group=self.groups.pipeline)
+        return values_XA

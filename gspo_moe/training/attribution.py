@@ -1,6 +1,6 @@
 """Measures the split of SPEC section 5 on a sample of a mini-batch's sequences, before its update.
 
-Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, K experts a token, N sequences.
+Shape letters: T tokens of a pack, L this stage's MoE layers, K experts a token.
 """
 
 from __future__ import annotations
@@ -16,30 +16,20 @@ from gspo_moe.model.build import Model
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.rollout.score import score
 from gspo_moe.routing.attribution import FIGURES, attribution, sequence_sums
+from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.routing import Figures
 from gspo_moe.types import Microbatch
 
 
-def attribution_figures(
-    model: Model,
-    config: Config,
-    packs: Sequence[Microbatch],
-    old_log_probs: Sequence[torch.Tensor],
-    old_routes: Sequence[torch.Tensor],
-    seed: int,
-) -> Figures:
+def attribution_figures(model: Model, config: Config, packs: Sequence[TrainingPack], seed: int) -> Figures:
     """phi and W of these packs' log-ratios between the weights as they are and the old policy. Collective.
 
-    old_log_probs: [T] a pack, on the last stage. old_routes: [T, L, K] a pack, those that old_log_probs were taken
-    with. One forward with own routes and one replayed, on `routing.attribution_sequences` sequences over all ranks.
-    A figure that is not defined, as W where no route moved, is left out.
+    One forward with own routes and one with those of the old log-probs, on `routing.attribution_sequences` sequences
+    over all ranks. A figure that is not defined, as W where no route moved, is left out.
     """
     temperature, groups = config.rollout.temperature, model.groups
-    chosen = _sample(packs, -(-config.routing.attribution_sequences // groups.layout.data), seed + groups.data_rank)
-    pairs = [subset(pack, sequences) for pack, sequences in zip(packs, chosen, strict=True)]
-    few = [pack for pack, _ in pairs]
-    routes = [routes_TLK[index_T] for routes_TLK, (_, index_T) in zip(old_routes, pairs, strict=True)]
-    old = [values_T[index_T] for values_T, (_, index_T) in zip(old_log_probs, pairs, strict=False)]
+    count = -(-config.routing.attribution_sequences // groups.layout.data)
+    few, old, routes = _sample(packs, count, seed + groups.data_rank)
     own = score(model, few, temperature=temperature)
 
     def split(depth: int | None) -> np.ndarray:
@@ -69,8 +59,20 @@ def attribution_figures(
     return figures
 
 
-def _sample(packs: Sequence[Microbatch], count: int, seed: int) -> list[list[int]]:
-    """About `count` sequences of these packs at random, at least one of each: every rank runs as many packs."""
+def _sample(
+    packs: Sequence[TrainingPack], count: int, seed: int
+) -> tuple[list[Microbatch], list[torch.Tensor], list[torch.Tensor]]:
+    """About `count` sequences of these packs at random, at least one of each: every rank runs as many packs.
+
+    With each smaller pack come its old log-probs [T], on the last stage, and the routes [T, L, K] they were taken with.
+    """
     generator = np.random.default_rng(seed)
     each = -(-count // len(packs))
-    return [sorted(generator.permutation(pack.num_sequences)[:each].tolist()) for pack in packs]
+    few, old, routes = [], [], []
+    for one in packs:
+        chosen, index_T = subset(one.pack, sorted(generator.permutation(one.pack.num_sequences)[:each].tolist()))
+        few.append(chosen)
+        routes.append(one.old_routes_TLK[index_T])
+        if one.old_log_probs_T is not None:
+            old.append(one.old_log_probs_T[index_T])
+    return few, old, routes

@@ -1,6 +1,6 @@
 """What one RL step replays and measures of the router: the pairs of SPEC section 4, load, and the layers' figures.
 
-Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, K experts a token, S steps.
+Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, K experts a token, B margin bins.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.rollout.score import score
 from gspo_moe.routing import LoadSums, PairSums
+from gspo_moe.routing.comparison import compare, expert_load_of
 from gspo_moe.routing.recorder import Recording, RouteRecorder, routers_of
+from gspo_moe.routing.shards import StageLayers
+from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of
 from gspo_moe.types import Microbatch
 
 
@@ -45,27 +47,43 @@ def _reported(pack: Microbatch) -> torch.Tensor:
 
 
 def compare_packs(
-    recorder: RouteRecorder,
-    groups: Groups,
-    packs: Sequence[Microbatch],
-    old: Sequence[Recording],
-    new: Sequence[Recording],
+    packs: Sequence[Microbatch], old: Sequence[Recording], new: Sequence[Recording], layers: StageLayers
 ) -> PairSums:
     """One pair's sums over all ranks. Collective."""
-    found = [recorder.compare(*each) for each in zip(packs, old, new, strict=True)]
-    return reduce_statistics(merged(found), groups.data)
+    found = [compare(*each, layers) for each in zip(packs, old, new, strict=True)]
+    return reduce_statistics(_merged(found), layers.groups.data)
 
 
-def merged(sums: Iterable[PairSums]) -> PairSums:
+def _merged(sums: Iterable[PairSums]) -> PairSums:
     return reduce(PairSums.merge, sums)
 
 
-def staleness(sums: Sequence[PairSums]) -> Figures:
-    """sums: of each mini-batch's training forward against the old policy. The first runs at equal weights.
+def routing_figures(
+    model: Model, layers: StageLayers, trained: Sequence[Sequence[Trained]], equal_weights: bool
+) -> Figures:
+    """The pairs that cost no forward pass, and the load of the training forwards, of each mini-batch. Collective.
+
+    equal_weights: the rollouts were sampled from the weights that the step began with.
+    """
+    figures = load_figures([one.recording for each in trained for one in each if one.recording is not None], layers)
+    packs = [one.pack for each in trained for one in each]
+    if recordings_of(packs):
+        figures.add(staleness(trained, layers))
+        if packs[0].pack.routes_TAK is not None:
+            figures.add(engine_figures(model, packs, equal_weights, layers))
+    return figures
+
+
+def staleness(trained: Sequence[Sequence[Trained]], layers: StageLayers) -> Figures:
+    """Each mini-batch's training forward against the old policy. The first runs at equal weights. Collective.
 
     Empty where no token was compared, as in a step whose answers all have one token.
     """
-    figures = pair_figures("staleness", merged(sums), sums[0])
+    sums = []
+    for each in trained:
+        packs = [one.pack for one in each]
+        sums.append(compare_packs(microbatches(packs), recordings_of(packs), recordings_of(each), layers))
+    figures = pair_figures("staleness", _merged(sums), sums[0])
     for number, one in enumerate(sums, start=1):
         for name, value in one.to_metrics().items():
             if isinstance(value, float):
@@ -108,37 +126,31 @@ def with_interval(figures: Figures, pair: str, sums: PairSums) -> Figures:
     return figures
 
 
-def load_figures(recorder: RouteRecorder, groups: Groups, recordings: Sequence[Recording]) -> Figures:
+def load_figures(recordings: Sequence[Recording], layers: StageLayers) -> Figures:
     """Expert load of SPEC section 4 over all tokens of these passes. Collective."""
-    sums = reduce_statistics(LoadSums.from_load(recorder.load(recordings)), groups.data)
+    sums = reduce_statistics(LoadSums.from_load(expert_load_of(recordings, layers)), layers.groups.data)
     return Figures(sums.to_metrics(), {"routing/load/tokens": sums.sums["load_LE"].cpu().numpy()})
 
 
-def engine_figures(
-    model: Model,
-    recorder: RouteRecorder,
-    packs: Sequence[Microbatch],
-    trainer: Sequence[Recording],
-    equal_weights: bool,
-) -> Figures:
+def engine_figures(model: Model, packs: Sequence[TrainingPack], equal_weights: bool, layers: StageLayers) -> Figures:
     """Rollout engine against trainer. At equal weights the pair is its own floor; older rollouts have none."""
-    reported = [Recording(routes) for routes in engine_routes(model, packs)]
-    sums = compare_packs(recorder, model.groups, packs, reported, trainer)
-    floor = sums if equal_weights else None
-    figures = with_interval(pair_figures("engine", sums, floor), "engine", sums)
-    load = reduce_statistics(LoadSums.from_load(recorder.load(reported)), model.groups.data)
+    whole = microbatches(packs)
+    reported = [Recording(routes) for routes in engine_routes(model, whole)]
+    sums = compare_packs(whole, reported, recordings_of(packs), layers)
+    figures = with_interval(pair_figures("engine", sums, sums if equal_weights else None), "engine", sums)
+    load = load_figures(reported, layers)
     for name in ("max_violation", "cv", "entropy"):
-        figures.metrics[f"routing/load/rollout/{name}"] = load.to_metrics()[f"routing/load/{name}"]
-    figures.layers["routing/load/rollout/tokens"] = load.sums["load_LE"].cpu().numpy()
+        figures.metrics[f"routing/load/rollout/{name}"] = load.metrics[f"routing/load/{name}"]
+    figures.layers["routing/load/rollout/tokens"] = load.layers["routing/load/tokens"]
     return figures
 
 
 class Probe:
     """The update pair: a fixed probe set, scored before and after one optimizer step."""
 
-    def __init__(self, model: Model, recorder: RouteRecorder, packs: Sequence[Microbatch]) -> None:
+    def __init__(self, model: Model, recorder: RouteRecorder, packs: Sequence[TrainingPack]) -> None:
         """Scores the packs twice at the weights as they are, before the step. Collective."""
-        self._model, self._recorder, self._packs = model, recorder, packs
+        self._model, self._recorder, self._packs = model, recorder, microbatches(packs)
         self._before = self._routes(None)
         self._floor = self._compare()
 
@@ -149,10 +161,9 @@ class Probe:
 
     def _compare(self) -> PairSums:
         after = self._routes([recording.routes_TLK for recording in self._before])
-        return compare_packs(self._recorder, self._model.groups, self._packs, self._before, after)
+        return compare_packs(self._packs, self._before, after, self._recorder.layers)
 
     def _routes(self, reference: Sequence[torch.Tensor] | None) -> list[Recording]:
-        if reference is not None:
-            self._recorder.against(reference)
-        score(self._model, self._packs, recorder=self._recorder)
-        return self._recorder.take()
+        record = self._recorder.start(reference)
+        score(self._model, self._packs, record=record)
+        return record.recordings()

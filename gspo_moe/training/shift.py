@@ -4,7 +4,7 @@ Strategy: with one pipeline stage, a pack's routers have all run when its loss i
 itself brings the shift. With several, earlier stages' scores of that pack lie on other ranks, which are busy with other
 packs: there a forward pass of its own goes before the step. Weights stand still in between, so both find the same.
 
-Shape letters: T tokens of a pack, L this pipeline stage's MoE layers, K experts a token.
+Shape letters: T tokens of a pack.
 """
 
 from __future__ import annotations
@@ -15,31 +15,25 @@ import torch
 
 from gspo_moe.model.build import Model
 from gspo_moe.rollout.score import score
-from gspo_moe.routing.recorder import Recording, RouteRecorder
-from gspo_moe.types import Microbatch
+from gspo_moe.routing import comparison
+from gspo_moe.routing.recorder import RoutePass, RouteRecorder
+from gspo_moe.training.packs import TrainingPack, recordings_of, replay_of
 
 ShiftOf = Callable[[int], torch.Tensor]
 
 
-def router_shift(
-    model: Model,
-    recorder: RouteRecorder,
-    packs: Sequence[Microbatch],
-    old: Sequence[Recording],
-    replayed: Sequence[torch.Tensor] | None,
-) -> ShiftOf:
-    """What gives gamma [T] (float64) of pack `index` to its loss, and a recorder that compares with old's routes.
+def router_shift(model: Model, recorder: RouteRecorder, packs: Sequence[TrainingPack], training: RoutePass) -> ShiftOf:
+    """What gives gamma [T] (float64) of pack `index` to its loss.
 
-    old: each pack's routes and scores under the old policy. replayed: routes [T, L, K] a pack that training replays.
+    packs: with recordings that have scores. training: what records the training forward against their routes.
     Collective; with one pipeline stage the result's calls are collective over tensor and context ranks.
     """
-    routes = [recording.routes_TLK for recording in old]
-    recorder.against(routes)
+    old, layers = recordings_of(packs), recorder.layers
     if is_one_stage(model):
-        return lambda index: recorder.router_shift(old[index], recorder.recorded(index))
-    score(model, packs, recorder=recorder, routes=replayed)
-    shifts = [recorder.router_shift(*pair) for pair in zip(old, recorder.take(), strict=True)]
-    recorder.against(routes)
+        return lambda index: comparison.router_shift(old[index], training.recorded(index), layers)
+    ahead = recorder.start([one.routes_TLK for one in old])
+    score(model, [each.pack for each in packs], record=ahead, routes=replay_of(packs))
+    shifts = [comparison.router_shift(*pair, layers) for pair in zip(old, ahead.recordings(), strict=True)]
     return shifts.__getitem__
 
 

@@ -21,6 +21,7 @@ from gspo_moe.model.hf import whole_tensors
 from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.routing import LoadSums, expert_load
+from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
@@ -149,7 +150,8 @@ def observe(microbatches: list[Microbatch], folder: Path, config: Config, world:
         recorder, seen = RouteRecorder(model.chunks, SIZES, groups), TokensSeen(model)
         result = train_minibatch(model, optimizer, mine, old, config.algorithm, 2 * len(microbatches), 1.0, recorder)
         gradients = {name: value.clone() for name, value in whole_tensors(model, gradient)}
-        load = reduce_statistics(LoadSums.from_load(recorder.load(result.routes)), groups.data).to_metrics()
+        recorded = LoadSums.from_load(expert_load_of(result.routes, recorder.layers))
+        load = reduce_statistics(recorded, groups.data).to_metrics()
         dist.all_reduce(seen.load)
         return fused(gradients) if gradients else {}, seen.load, load
 

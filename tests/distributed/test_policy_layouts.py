@@ -24,13 +24,14 @@ from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_
 from gspo_moe.platform import prepare_megatron
 from gspo_moe.rollout.megatron import MegatronEngine
 from gspo_moe.rollout.score import score
-from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.routing.comparison import gather_layers
+from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
-from tests.policy import LoudRows, as_sample, requests, sampling, trained
+from tests.policy import LoudRows, as_sample, requests, sampling, score_and_record, trained
 from tests.qwen3 import architecture, layout
 
 # Four layers for an interleaved pipeline. Of 131 rows 61 are tokens: all of the second tensor rank's are padding.
@@ -126,20 +127,19 @@ def observe(
     """
     mine = packs(model.groups, samples)
     recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
-    log_probs = by_sample(score(model, mine, recorder=recorder), mine)
-    old_routes = recorder.take()
-    routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in old_routes]
+    scored, old_routes = score_and_record(model, mine, recorder)
+    log_probs, routes = by_sample(scored, mine), all_layers(old_routes, recorder)
     old = old or {index: value + 0.01 * (-1) ** (index // 2) for index, value in log_probs.items()}
     olds = [torch.cat([old[index] for index in one.sample_indices]) for one in mine]
     reference = score(reference_model(model.groups, parallel), mine)
     result = train_minibatch(
         model, optimizer, mine, olds, GSPO, len(samples), 1.0, recorder, reference_log_probs=reference
     )
-    trained_routes = [recorder.gather_layers(routes).int().sort(dim=-1).values for routes in result.routes]
+    trained_routes = all_layers(result.routes, recorder)
     assert all(torch.equal(a, b) for a, b in zip(routes, trained_routes, strict=True))
     after = by_sample(score(model, mine), mine)
     foreign = [torch.cat([foreign_routes(index, samples) for index in one.sample_indices]) for one in mine]
-    foreign = [routes_TAK[:, list(recorder.layers)] for routes_TAK in foreign]
+    foreign = [routes_TAK[:, list(recorder.layers.indices)] for routes_TAK in foreign]
     held = score(model, mine, routes=foreign)
     replayed = train_minibatch(
         model, optimizer, mine, held, AlgorithmConfig(name="grpo"), len(samples), 1.0, None, replayed=foreign
@@ -159,6 +159,11 @@ def observe(
         "after_held": after_held,
         "old": old,
     }
+
+
+def all_layers(recordings: Sequence[Recording], recorder: RouteRecorder) -> list[torch.Tensor]:
+    found = [gather_layers(one.routes_TLK, recorder.layers) for one in recordings]
+    return [routes_TAK.int().sort(dim=-1).values for routes_TAK in found]
 
 
 def foreign_routes(index: int, samples: Sequence[TrainingSample]) -> torch.Tensor:

@@ -25,6 +25,7 @@ from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.megatron import MegatronEngine
 from gspo_moe.rollout.score import score
+from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.rl import pack_share
@@ -159,8 +160,10 @@ def observe(config: Config, layout: Layout, tensors: dict[str, torch.Tensor] | N
         recorder = RouteRecorder(model.chunks, SIZES, groups)
         optimizer = Optimizer(config, model, total_updates=1)
         packs = pack_share(samples(), groups, config)
-        log_probs = score(model, packs, recorder=recorder)
-        routes = [recorder.gather_layers(one).sort(dim=-1).values for one in recorder.take()]
+        record = recorder.start()
+        log_probs = score(model, packs, record=record)
+        whole = [gather_layers(one.routes_TLK, recorder.layers) for one in record.recordings()]
+        routes = [routes_TAK.sort(dim=-1).values for routes_TAK in whole]
         old = old_log_probs(golden().log_probs)
         old = [torch.cat([old[i] for i in pack.sample_indices]).to(pack.advantages_N) for pack in packs]
         result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0, recorder)

@@ -13,7 +13,6 @@ from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.megatron import MegatronEngine
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.rl import pack_share
@@ -81,8 +80,7 @@ def training_step() -> Waits:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
     optimizer = Optimizer(config, model, total_updates=2)
     packs = pack_share(samples(), model.groups, config)
-    old = score(model, packs, recorder=recorder)
-    recorder.take()
+    old, _ = score_and_record(model, packs, recorder)
 
     def step() -> Waits:
         with counted() as found:

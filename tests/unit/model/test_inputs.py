@@ -11,6 +11,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.hf import whole_tensors
 from gspo_moe.rollout.score import score
 from gspo_moe.routing import LoadSums
+from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
@@ -51,13 +52,14 @@ def observe(dispatcher: str, per_pack: int) -> dict[str, Any]:
         old = [log_probs_T + 1e-3 * (pack.input_ids_T % 3 - 1) for log_probs_T, pack in scored]
         recorder, seen = RouteRecorder(model.chunks, SIZES, model.groups), TokensSeen(model)
         result = train_minibatch(model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0, recorder)
+        load = expert_load_of(result.routes, recorder.layers)
         return {
             "log_probs": by_sample(result.log_probs, packs),
             "routes": by_sample([one.routes_TLK.sort(dim=-1).values for one in result.routes], packs),
             "gradients": {name: value.clone() for name, value in whole_tensors(model, gradient)},
             "metrics": result.statistics.to_metrics(),
-            "load": LoadSums.from_load(recorder.load(result.routes)).to_metrics(),
-            "recorded": recorder.load(result.routes),
+            "load": LoadSums.from_load(load).to_metrics(),
+            "recorded": load,
             "seen": seen.load,
         }
 

@@ -19,7 +19,7 @@ from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import Rollout
-from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling
+from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling, score_and_record
 from tests.qwen3 import built, forward_logits, layout
 
 
@@ -64,13 +64,11 @@ def test_reported_routes_are_those_of_scoring(model: Model, max_batch: int, pref
     params = replace(sampling(), report_routes=True)
     rollouts = flat(generate(model, requests(), params, max_batch, prefill_tokens))
     packs = packs_of([replace(as_sample(rollout), routes=rollout.routes) for rollout in rollouts], per_pack=6)
-    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-    score(model, packs, recorder=recorder)
-    for pack, recording in zip(packs, recorder.take(), strict=True):
+    _, recordings = score_and_record(model, packs, RouteRecorder(model.chunks, SIZES, model.groups))
+    for pack, recording in zip(packs, recordings, strict=True):
         assert pack.routes_TAK is not None
         assert pack.routes_TAK.dtype == recording.routes_TLK.dtype == torch.uint8
         assert torch.equal(*(routes.sort(dim=-1).values for routes in (pack.routes_TAK, recording.routes_TLK)))
-    recorder.close()
     assert all(rollout.routes is None for rollout in flat(generate(model, requests(), sampling())))
 
 

@@ -15,11 +15,10 @@ from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.rollout.score import score
 from gspo_moe.rollout.score_file import read_sequences, score_file
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.types import TrainingSample
-from tests.policy import SIZES, LoudRows, packs_of
+from tests.policy import SIZES, LoudRows, packs_of, score_and_record
 from tests.qwen3 import built, layout, random_sequences
 
 # Ragged, out of order of length, with sequences of one token between them.
@@ -75,8 +74,7 @@ def test_values_and_routes_are_those_of_scoring_each_sequence_alone(
     packs = packs_of([TrainingSample(tuple(ids), (0,) + (1,) * (len(ids) - 1)) for ids in long], per_pack=1)
     with built(SIZES, layout(), RandomSource(SIZES, seed=4)) as model:
         recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-        log_probs = iter(score(model, packs, recorder=recorder))
-        routes = iter(recorder.take())
+        log_probs, routes = map(iter, score_and_record(model, packs, recorder))
     assert len(records) == len(sequences)
     for ids, record in zip(sequences, records, strict=True):
         if len(ids) == 1:

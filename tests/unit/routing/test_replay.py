@@ -19,7 +19,7 @@ from gspo_moe.routing.recorder import RouteRecorder, routers_of
 from gspo_moe.routing.replay import RouterReplay, check_routes, replay
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
-from tests.policy import SIZES, packs_of, trained
+from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import architecture, layout, random_sequences
 
 LENGTHS = (9, 4, 13, 6, 2)
@@ -69,8 +69,8 @@ def test_its_own_routes_in_any_order_give_the_same_bits(num_experts: int, topk: 
     )
     with trained(Config(), layout(), sizes) as (model, _):
         recorder = RouteRecorder(model.chunks, sizes, model.groups)
-        free = score(model, packs(sizes), recorder=recorder)
-        own = [recording.routes_TLK for recording in recorder.take()]
+        free, recordings = score_and_record(model, packs(sizes), recorder)
+        own = [recording.routes_TLK for recording in recordings]
         for routes in (own, [routes.flip(-1) for routes in own]):
             replayed = score(model, packs(sizes), routes=routes)
             assert all(torch.equal(a, b) for a, b in zip(free, replayed, strict=True))
@@ -144,8 +144,8 @@ def test_the_router_learns_through_its_weights() -> None:
 
 def test_depth_holds_the_first_layers_only(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-    free = score(model, packs(), recorder=recorder)
-    own = [recording.routes_TLK.short() for recording in recorder.take()]
+    free, recordings = score_and_record(model, packs(), recorder)
+    own = [recording.routes_TLK.short() for recording in recordings]
     mixed = [torch.stack([mine[:, 0], other[:, 1]], dim=1) for mine, other in zip(own, foreign(), strict=True)]
     held = score(model, packs(), routes=mixed, depth=1)
     assert all(torch.equal(a, b) for a, b in zip(free, held, strict=True))
@@ -155,10 +155,10 @@ def test_depth_holds_the_first_layers_only(model: Model) -> None:
 
 def test_the_recorder_keeps_what_the_router_would_have_picked_itself(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-    score(model, packs(), recorder=recorder)
-    free = [recording.routes_TLK.sort(dim=-1).values for recording in recorder.take()]
-    score(model, packs(), recorder=recorder, routes=foreign())
-    found = [recording.routes_TLK.sort(dim=-1).values for recording in recorder.take()]
+    free, found = (
+        [recording.routes_TLK.sort(dim=-1).values for recording in recordings]
+        for _, recordings in (score_and_record(model, packs(), recorder, routes=routes) for routes in (None, foreign()))
+    )
     assert all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(free, found, strict=True))
     assert not all(torch.equal(a[:, 1], b[:, 1]) for a, b in zip(free, found, strict=True))
 

@@ -14,11 +14,10 @@ import torch
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training import shift
 from gspo_moe.training.step import MinibatchResult, train_minibatch
-from tests.policy import SIZES, packs_of, trained
+from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, reference_model
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, like_gradient_descent, samples
 
@@ -79,8 +78,7 @@ def test_loss_and_gradient_are_those_of_the_formula_on_transformers(tmp_path: Pa
     source = SafetensorsSource(tmp_path / "old")
     with trained(like_gradient_descent(clip_grad=0.0), layout(), SIZES, source) as (model, optimizer):
         recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
-        scored = score(model, packs, temperature=TEMPERATURE, recorder=recorder)
-        routes = recorder.take()
+        scored, routes = score_and_record(model, packs, recorder, temperature=TEMPERATURE)
         load_weights(model, SafetensorsSource(tmp_path / "new"))
         result = train(model, optimizer, scored, recorder, routes)
     loss, shifts = torch.zeros((), dtype=torch.float64), []
@@ -109,8 +107,7 @@ def test_at_equal_weights_the_shift_is_exactly_one() -> None:
     packs = packs_of(samples(), per_pack=3)
     with trained(Config(), layout()) as (model, optimizer):
         recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
-        scored = score(model, packs, temperature=TEMPERATURE, recorder=recorder)
-        routes = recorder.take()
+        scored, routes = score_and_record(model, packs, recorder, temperature=TEMPERATURE)
         first, second = (train(model, optimizer, scored, recorder, routes).statistics.to_metrics() for _ in range(2))
     assert first["router_shift/mean"] == 1
     assert first["router_shift/floored"] == first["ratio/token_std"] == 0
@@ -123,8 +120,7 @@ def test_a_forward_of_its_own_finds_what_the_training_forward_finds(monkeypatch:
     for stages in (1, 2):
         with trained(Config(), layout()) as (model, optimizer):
             recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
-            scored = score(model, packs, temperature=TEMPERATURE, recorder=recorder)
-            routes = recorder.take()
+            scored, routes = score_and_record(model, packs, recorder, temperature=TEMPERATURE)
             train(model, optimizer, scored, recorder, routes)
             if stages == 2:
                 monkeypatch.setattr(shift, "is_one_stage", lambda _: False)

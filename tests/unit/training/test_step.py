@@ -13,10 +13,11 @@ from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.rollout.score import score
+from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.step import MinibatchResult, train_minibatch, train_supervised
 from gspo_moe.types import Microbatch, TrainingSample
-from tests.policy import SIZES, packs_of, trained
+from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, random_sequences, reference_model
 
 LENGTHS = (9, 14, 5, 11, 21, 3, 8, 12)
@@ -219,11 +220,10 @@ def test_the_first_mini_batch_sees_its_own_weights_exactly(algorithm: str) -> No
     with trained(Config(), layout()) as (model, optimizer):
         recorder = RouteRecorder(model.chunks, SIZES, model.groups)
         packs = packs_of(samples(), per_pack=3)
-        old = score(model, packs, temperature=TEMPERATURE, recorder=recorder)
-        old_routes = recorder.take()
+        old, old_routes = score_and_record(model, packs, recorder, temperature=TEMPERATURE)
         first = step(model, optimizer, packs, by_sample(old, packs), algorithm, recorder=recorder)
         second = step(model, optimizer, packs, by_sample(old, packs), algorithm, recorder=recorder)
-        compared = [recorder.compare(*each) for each in zip(packs, old_routes, first.routes, strict=True)]
+        compared = [compare(*each, recorder.layers) for each in zip(packs, old_routes, first.routes, strict=True)]
     metrics = first.statistics.to_metrics()
     for kind in ("token", "sequence"):
         assert metrics[f"ratio/{kind}_min"] == metrics[f"ratio/{kind}_max"] == 1
