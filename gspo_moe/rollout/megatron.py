@@ -23,6 +23,7 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
+from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
@@ -230,11 +231,11 @@ class MegatronEngine:
     def _logits(self, inputs: list[ModelInput], positions: list[torch.Tensor]) -> list[torch.Tensor] | None:
         """Every token's logits at the given positions of each pack, on every rank of the last stage."""
 
-        def head(index: int, logits_NV: torch.Tensor) -> tuple[None, torch.Tensor]:
-            return None, self._gather_vocab(logits_NV)[:, : self._model.vocab]
+        def head(index: int, stage: LastStage) -> tuple[None, torch.Tensor]:
+            return None, self._gather_vocab(stage.logits(positions[index]))[:, : self._model.vocab]
 
         record = no_recording if self._recorder is None else self._recorder.scope
-        kept = run(self._model, inputs, head, backward=False, record=record, positions=positions)
+        kept = run(self._model, inputs, head, backward=False, record=record)
         return kept if self._model.groups.is_last_stage else None
 
     def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:

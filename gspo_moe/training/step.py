@@ -1,14 +1,13 @@
 """One optimizer step on one mini-batch: forward, loss, backward through the pipeline schedule, update.
 
-Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it, X what the last stage gives of each
-token.
+Shape letters: T tokens of a pack, C this context-parallel rank's tokens of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,8 +20,9 @@ from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig, PPOConfig
 from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
+from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import Recording, RouteRecorder
@@ -110,12 +110,10 @@ class _PolicyHead:
     temperature: float
     log_probs: list[torch.Tensor] = field(default_factory=list)
 
-    def __call__(
-        self, index: int, output_CX: torch.Tensor, split: ContextSplit
-    ) -> tuple[torch.Tensor, PolicyStatistics]:
+    def __call__(self, index: int, stage: LastStage, split: ContextSplit) -> tuple[torch.Tensor, PolicyStatistics]:
         pack, algorithm = self.microbatches[index], self.algorithm
         targets_C = split.local(pack.target_ids_T)
-        log_probs_C = token_log_probs(self.model, output_CX, targets_C, self.temperature).log_probs
+        log_probs_C = stage.log_probs(targets_C, self.temperature).log_probs
         self.log_probs.append(split.whole(log_probs_C.detach()))
         clip_low, clip_high = algorithm.clips
         split_over_ranks = self.model.groups.layout.context > 1
@@ -142,7 +140,7 @@ class _PolicyHead:
         if not self.estimates:
             return result.loss, result.sums
         assert self.num_tokens is not None
-        values_C = token_values(self.model, output_CX, len(log_probs_C))
+        values_C = stage.values()
         value = _value_loss(values_C, self.estimates[index], pack, split, algorithm.ppo, self.num_tokens)
         return result.loss + value.loss.float(), result.sums.with_values(value.sums)
 
@@ -234,10 +232,10 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, output_CX: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
+    def head(index: int, stage: LastStage, split: ContextSplit) -> tuple[torch.Tensor, SupervisedStatistics]:
         pack = microbatches[index]
         targets_C, mask_C = split.local(pack.target_ids_T), split.local(pack.response_mask_T)
-        found = token_log_probs(model, output_CX, targets_C)
+        found = stage.log_probs(targets_C)
         log_probs_C = found.log_probs
         sums = {
             "tokens": mask_C.double().sum(),
@@ -250,11 +248,17 @@ def train_supervised(
     return statistics, update
 
 
+class Head(Protocol):
+    """The loss of a pack from what the last stage gives, and the pack's part of the step's statistics."""
+
+    def __call__(self, index: int, stage: LastStage, split: ContextSplit, /) -> tuple[torch.Tensor, Statistics]: ...
+
+
 def _step(
     model: Model,
     optimizer: Optimizer,
     microbatches: Sequence[Microbatch],
-    head: Any,
+    head: Head,
     recorder: RouteRecorder | None,
     replayed: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Any, UpdateResult, list[Recording]]:
@@ -263,15 +267,15 @@ def _step(
     data_ranks = model.groups.layout.data
     splits = [ContextSplit(pack.cu_seqlens, model.groups.context) for pack in microbatches]
 
-    def scaled(index: int, output_CX: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        loss, kept = head(index, output_CX, splits[index])
+    def scaled(index: int, stage: LastStage) -> tuple[torch.Tensor, Any]:
+        loss, kept = head(index, stage, splits[index])
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     record = no_recording if recorder is None else recorder.scope
     with replay(model.chunks, model.groups, replayed, record) as scope:
-        kept = run(model, inputs, scaled, backward=True, record=scope, for_log_probs=True)
+        kept = run(model, inputs, scaled, backward=True, record=scope)
     statistics = None
     if kept:
         statistics = kept[0]

@@ -116,8 +116,10 @@ class Reference:
         return (policy + COEFF * value) / TOKENS, figures
 
 
-def test_losses_and_gradients_are_those_of_the_formula_on_transformers(tmp_path: Path) -> None:
-    reference, config = Reference(tmp_path), configured(clip_grad=0.0)
+@pytest.mark.parametrize("fused", [True, False])
+def test_losses_and_gradients_are_those_of_the_formula_on_transformers(fused: bool, tmp_path: Path) -> None:
+    kind = {"model": {"preset": "tiny", "fused_log_probs": fused}}
+    reference, config = Reference(tmp_path), configured(kind, clip_grad=0.0)
     source: TensorSource = SafetensorsSource(tmp_path)
     with trained(config, layout(), SIZES, source) as (model, optimizer):
         head = dict(model.gpt_chunks[0].named_parameters())[VALUE_HEAD]
