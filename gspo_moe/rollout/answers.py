@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import RewardError
-from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
 from gspo_moe.tasks.rewards import RewardBatch, RewardPool
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    from gspo_moe.parallel.groups import Groups
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answers
-from gspo_moe.rollout.score import score, score_with_values
 from gspo_moe.routing.recorder import Recording
 from gspo_moe.routing.replay import check_routes
+from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.collect import collect, rollouts
 from gspo_moe.training.critic import Estimates, estimate, value_fault

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.types import Microbatch
 
 ShiftOf = Callable[[int], torch.Tensor]

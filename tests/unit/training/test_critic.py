@@ -19,7 +19,7 @@ from gspo_moe.model.names import VALUE_HEAD, hf_shapes
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.rollout.score import score, score_with_values
+from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import Estimates, estimate, value_fault
 from gspo_moe.training.step import MinibatchResult, train_minibatch

@@ -1,10 +1,11 @@
 """The embedded rollout engine: samples from the training weights themselves, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
-each unfinished sequence (`rollout.decoder`). Finished sequences leave the batch at once, and the last rows' sequences
-take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span data-parallel
-ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty pack), also behind
-a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index and the seed alone.
+each unfinished sequence (`rollout.embedded.decoder`). Finished sequences leave the batch at once, and the last rows'
+sequences take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span
+data-parallel ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty
+pack), also behind a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index
+and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
@@ -13,12 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gspo_moe.errors import ConfigError, RolloutError
+from gspo_moe.errors import RolloutError
 from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import no_recording, run
@@ -26,11 +26,11 @@ from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
-from gspo_moe.rollout.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
+from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
+from gspo_moe.rollout.embedded.graphs import make_graphs
+from gspo_moe.rollout.embedded.samples import SampleUnderWay, in_first_rows
+from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.rollout.graphs import make_graphs
-from gspo_moe.rollout.samples import SampleUnderWay, in_first_rows
-from gspo_moe.rollout.sampling import sample, uniforms
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.types import Rollout
 
@@ -274,14 +274,3 @@ class MegatronEngine:
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)
             sequence.finished = broken or int(token) in params.stop_ids
-
-
-def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
-    ids = set(tokenizer.eos_ids)
-    for text in stop:
-        encoded = tokenizer.encode(text)
-        if len(encoded) != 1:
-            raise ConfigError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
-        ids.add(encoded[0])
-    return frozenset(ids)
