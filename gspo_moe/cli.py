@@ -240,7 +240,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     config = load_config(None, ["model.preset=null", f"model.hf={options.model}", *options.overrides])
     from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.rollout.score_file import score_file
+    from gspo_moe.scoring.file import score_file
 
     score_file(config, Path(options.data), Path(options.output), with_routes=options.routes)
     shut_down()

@@ -116,7 +116,7 @@ def packed(sequences: Sequence[torch.Tensor], **more: Any) -> ModelInput:
 def forward_logits(model: Model, packs: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
     """Logits [n, vocabulary] of each sequence of each pack; empty but on the last pipeline stage."""
     inputs = [packed(sequences) for sequences in packs]
-    outputs = run(model, inputs, lambda _, logits_TV: (None, logits_TV), backward=False)
+    outputs = run(model, inputs, lambda _, stage: (None, stage.logits()), backward=False)
     return [
         list(whole_vocabulary(model, logits_TV).split([len(sequence) for sequence in sequences]))
         for logits_TV, sequences in zip(outputs, packs, strict=False)
@@ -129,7 +129,7 @@ def logits_at(
     """Logits [N, vocabulary] at these positions of each pack; empty but on the last pipeline stage."""
     chosen = [torch.tensor(one, dtype=torch.int64) for one in positions]
     inputs = [packed(sequences) for sequences in packs]
-    outputs = run(model, inputs, lambda _, logits_NV: (None, logits_NV), backward=False, positions=chosen)
+    outputs = run(model, inputs, lambda index, stage: (None, stage.logits(chosen[index])), backward=False)
     return [whole_vocabulary(model, logits_NV) for logits_NV in outputs]
 
 
@@ -147,7 +147,7 @@ def cached_logits(
     row_of = list(range(len(sequences)))
 
     def forward(item: ModelInput, owners: Sequence[int]) -> None:
-        for logits_TV in run(model, [item], lambda _, logits_TV: (None, logits_TV), backward=False):
+        for logits_TV in run(model, [item], lambda _, stage: (None, stage.logits()), backward=False):
             for owner, logits_V in zip(owners, whole_vocabulary(model, logits_TV), strict=True):
                 found[owner].append(logits_V)
 

@@ -148,8 +148,8 @@ def _samples(number: int) -> list[Any]:
 
 def _greedy(model: Any) -> list[tuple[int, ...]]:
     from gspo_moe.parallel.reduce import gather_over_data
+    from gspo_moe.rollout.embedded.engine import MegatronEngine
     from gspo_moe.rollout.engine import Request, SamplingParams
-    from gspo_moe.rollout.megatron import MegatronEngine
 
     params = SamplingParams(0.0, 1.0, 0, max_response_tokens=12, stop_ids=frozenset({5}), seed="")
     requests = [Request(str(i), tuple(range(1 + i, 4 + 2 * i)), samples=1) for i in range(8)]
@@ -162,8 +162,8 @@ def _greedy(model: Any) -> list[tuple[int, ...]]:
 
 def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.model.hf import whole_tensors
-    from gspo_moe.rollout.score import score
     from gspo_moe.routing.comparison import gather_layers
+    from gspo_moe.scoring.score import score
     from gspo_moe.training.optimizer import Optimizer
     from gspo_moe.training.rl import pack_share
     from gspo_moe.training.routing import compare_packs

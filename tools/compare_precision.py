@@ -24,8 +24,8 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     """The samples (made where none are given) and, by sample, log-probs [T], response mask [T] and routes [T, L, K]."""
     from gspo_moe.config import load_config
     from gspo_moe.parallel.groups import leave_layout
-    from gspo_moe.rollout.score import score
     from gspo_moe.routing.recorder import RouteRecorder
+    from gspo_moe.scoring.score import score
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.rl import pack_share
     from gspo_moe.training.session import open_session

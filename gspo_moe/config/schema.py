@@ -271,15 +271,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _value_head_sees_hidden_states(self) -> Config:
-        if self.has_value_head and not self.model.fused_log_probs:
-            raise ValueError(
-                "algorithm.name=ppo has a value head on the hidden states that model.fused_log_probs=false does not "
-                "hand on; set model.fused_log_probs=true"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _router_shift_is_recorded(self) -> Config:
         if self.stage == "rl" and self.algorithm.name == "rspo" and not self.routing.record:
             raise ValueError(

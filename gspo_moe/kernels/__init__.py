@@ -1,7 +1,7 @@
 """Fused kernels from logits, or hidden states, to the log-probs of sequences; PyTorch operators where none is built."""
 
 from gspo_moe.kernels.library import Kernels, kernels
-from gspo_moe.kernels.linear import linear_token_log_probs
+from gspo_moe.kernels.linear import VocabShard, linear_token_log_probs
 from gspo_moe.kernels.sequences import SequenceLoss, sequence_reduce
 from gspo_moe.kernels.tokens import TokenLogProbs, token_log_probs
 
@@ -9,6 +9,7 @@ __all__ = [
     "Kernels",
     "SequenceLoss",
     "TokenLogProbs",
+    "VocabShard",
     "kernels",
     "linear_token_log_probs",
     "sequence_reduce",

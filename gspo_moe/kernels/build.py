@@ -16,16 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc" / "cuda"
-LAUNCHERS = ("token_stats.cu", "token_backward.cu", "sequence_reduce.cu", "checks.cu")
 # Ampere, Hopper, Blackwell; PTX of the oldest for what comes later.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 PTX_OF = "compute_80"
 # exp2f is one instruction with -ftz=true only; the sums that matter are far from subnormal numbers.
 FLAGS = ("-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror")
-# 1024 threads of 64 registers are all that a multiprocessor has.
-MAX_REGISTERS = 64
 OLDEST_TOOLKIT = (12, 8)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels of one job. sources: in csrc/cuda; max_registers: that a thread of any of them may have."""
+
+    name: str
+    sources: tuple[str, ...]
+    max_registers: int
+
+
+# 1024 threads, which these blocks may have, of 64 registers are all that a multiprocessor has.
+FAMILIES = (
+    Family("token_log_probs", ("token_stats.cu", "token_backward.cu"), 64),
+    Family("sequence_reduce", ("sequence_reduce.cu",), 64),
+)
+CHECKS = "checks.cu"  # of every family's arguments, on the host
+LAUNCHERS = (*(source for family in FAMILIES for source in family.sources), CHECKS)
 
 
 class BuildError(Exception):
@@ -49,6 +64,7 @@ class Toolkit:
 class KernelUse:
     """What ptxas says of one kernel on one architecture; bytes except `registers`."""
 
+    family: Family
     kernel: str
     architecture: str
     registers: int
@@ -97,7 +113,7 @@ def cuda_objects(build_dir: str | Path) -> list[str]:
     """Compiles the CUDA kernels for every architecture and prints what they use; [] where they are left out.
 
     Returns the object files to link. Raises BuildError for a compile error, a warning, a spill, local memory, or more
-    than MAX_REGISTERS registers.
+    than its family's registers.
     """
     toolkit = cuda_toolkit()
     if toolkit is None:
@@ -134,7 +150,8 @@ def compile_objects(toolkit: Toolkit, build_dir: Path, sources: Path = SOURCES) 
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(compile_one, LAUNCHERS))
-    uses = [use for _, log in done for use in resource_use(log)]
+    log_of = {name: log for name, (_, log) in zip(LAUNCHERS, done, strict=True)}
+    uses = [use for family in FAMILIES for name in family.sources for use in resource_use(family, log_of[name])]
     check_resources(uses)
     return [target for target, _ in done], uses
 
@@ -155,8 +172,8 @@ def run(command: list[str]) -> str:
     return said
 
 
-def resource_use(log: str) -> Iterator[KernelUse]:
-    """Parses what `ptxas -v` prints."""
+def resource_use(family: Family, log: str) -> Iterator[KernelUse]:
+    """Parses what `ptxas -v` prints of a source of the family."""
     entry = re.compile(
         r"Compiling entry function '(?P<kernel>\w+)' for '(?P<architecture>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -165,28 +182,31 @@ def resource_use(log: str) -> Iterator[KernelUse]:
     )
     for found in entry.finditer(log):
         spills = int(found["stores"]) + int(found["loads"])
-        yield KernelUse(found["kernel"], found["architecture"], int(found["registers"]), int(found["stack"]), spills)
+        numbers = int(found["registers"]), int(found["stack"]), spills
+        yield KernelUse(family, found["kernel"], found["architecture"], *numbers)
 
 
 def check_resources(uses: list[KernelUse]) -> None:
-    """Raises BuildError unless every architecture has kernels, and none of them spills or uses too much."""
-    missing = set(ARCHITECTURES) - {use.architecture for use in uses}
+    """Raises BuildError unless every family has kernels for every architecture, and none spills or uses too much."""
+    wanted = {(family.name, architecture) for family in FAMILIES for architecture in ARCHITECTURES}
+    missing = wanted - {(use.family.name, use.architecture) for use in uses}
     if missing:
-        raise BuildError(f"ptxas reported no kernel for {', '.join(sorted(missing))}")
+        raise BuildError(f"ptxas reported no kernel of {', '.join(sorted(map(' for '.join, missing)))}")
     for use in uses:
-        if use.spills or use.stack or use.registers > MAX_REGISTERS:
+        if use.spills or use.stack or use.registers > use.family.max_registers:
             raise BuildError(
-                f"{use.kernel} on {use.architecture}: {use.registers} registers of {MAX_REGISTERS}, "
+                f"{use.kernel} on {use.architecture}: {use.registers} registers of {use.family.max_registers}, "
                 f"{use.stack} bytes of stack, {use.spills} bytes spilled; the kernel must be made smaller"
             )
 
 
 def summarize(uses: list[KernelUse]) -> list[str]:
-    """One line an architecture: kernels, registers from least to most, spills."""
+    """One line an architecture: each family's kernels, registers from least to most, and spills."""
     lines = []
     for architecture in ARCHITECTURES:
-        registers = [use.registers for use in uses if use.architecture == architecture]
-        lines.append(
-            f"{architecture}: {len(registers)} kernels, {min(registers)} to {max(registers)} registers, 0 bytes spilled"
-        )
+        parts = []
+        for family in FAMILIES:
+            registers = [use.registers for use in uses if (use.family, use.architecture) == (family, architecture)]
+            parts.append(f"{len(registers)} {family.name} of {min(registers)} to {max(registers)} registers")
+        lines.append(f"{architecture}: {', '.join(parts)}, 0 bytes spilled")
     return lines

@@ -28,7 +28,8 @@ class TokenLogProbs:
     """What a pass over the vocabulary knows of each target.
 
     log_probs: [T] nats, float32 (float64 for float64 logits), differentiable. entropy: [T] nats of the whole
-    distribution, differentiable, or None where not asked for. first_choice: bool [T], no token is likelier.
+    distribution, None where not asked for; differentiable from `token_log_probs` alone. first_choice: bool [T], no
+    token is likelier.
     """
 
     log_probs: torch.Tensor

@@ -60,6 +60,16 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     return inner
 
 
+class Trunk(GPTModel):
+    """A GPTModel whose last stage gives its final hidden states [1, P, H]; `model.last_stage` runs the output layer.
+
+    Under sequence parallelism they are this rank's part of the pack.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states.transpose(0, 1).contiguous() if self.post_process else hidden_states
+
+
 def build_model(
     config: Config,
     architecture: Architecture,
@@ -92,7 +102,7 @@ def build_model(
             first = first and is_vp_first_stage(stage, layout.virtual_pipeline)
             last = last and is_vp_last_stage(stage, layout.virtual_pipeline)
         with place if on_meta else contextlib.nullcontext():
-            chunk = GPTModel(
+            chunk = Trunk(
                 config=megatron_config,
                 transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
                 vocab_size=padded_vocab,

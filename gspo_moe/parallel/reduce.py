@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gspo_moe.algorithms.statistics import Statistics
-from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import device
+
+if TYPE_CHECKING:
+    from gspo_moe.parallel.groups import Groups
 
 S = TypeVar("S", bound=Statistics)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import ConfigError
 from gspo_moe.types import Rollout
 
 
@@ -45,10 +47,16 @@ class RolloutEngine(Protocol):
         """The longest prompt, in tokens, that leaves room for an answer."""
         ...
 
-
 class WeightSink(Protocol):
     """Takes the weights that the next rollouts are to come from."""
-
     def publish(self, model: Any, version: int) -> None:
         """model: a `model.build.Model`. version: optimizer steps that its weights have taken. Collective."""
-        ...
+def make_stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> frozenset[int]:
+    """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
+    ids = set(tokenizer.eos_ids)
+    for text in stop:
+        encoded = tokenizer.encode(text)
+        if len(encoded) != 1:
+            raise ConfigError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
+        ids.add(encoded[0])
+    return frozenset(ids)

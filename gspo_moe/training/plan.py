@@ -10,7 +10,7 @@ from gspo_moe.errors import ConfigError
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
-from gspo_moe.rollout.megatron import make_stop_ids
+from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
 from gspo_moe.training.session import Plan
 

@@ -23,7 +23,8 @@ from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, Answers
 from gspo_moe.rollout.bank import Bank, read_bank
-from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
+from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import RewardPool

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.rollout.score import score
 from gspo_moe.routing import comparison
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.training.packs import TrainingPack, recordings_of, replay_of
+from gspo_moe.scoring.score import score
 
 ShiftOf = Callable[[int], torch.Tensor]
 

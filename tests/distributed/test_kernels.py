@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_moe.kernels import TokenLogProbs, linear_token_log_probs, token_log_probs
+from gspo_moe.kernels import TokenLogProbs, VocabShard, linear_token_log_probs, token_log_probs
 from tests.launch import launch
 
 # 37 words on columns for 40: padding on the last rank alone.
@@ -52,16 +52,12 @@ def check_ranks() -> None:
     width = COLUMNS // ranks
     start = rank * width
     mine = slice(start, start + width)
-    numbers: dict[str, Any] = {
-        "temperature": 0.7,
-        "vocab_start": start,
-        "vocab": min(width, WORDS - start),
-        "group": group,
-    }
+    words = min(width, WORDS - start)
 
     ((expected * weights[0]).sum() + (entropy * weights[1]).sum()).backward(retain_graph=True)
     assert exact.grad is not None
     logits = torch.nn.functional.pad(exact.detach(), (0, COLUMNS - WORDS), value=9.0)[:, mine].float().requires_grad_()
+    numbers: dict[str, Any] = {"temperature": 0.7, "vocab_start": start, "vocab": words, "group": group}
     found, collectives = counted(token_log_probs, logits, targets, entropy=True, **numbers)
     assert collectives == 1
     assert found.entropy is not None
@@ -72,6 +68,8 @@ def check_ranks() -> None:
     assert logits.grad is not None
     gradient = torch.nn.functional.pad(exact.grad, (0, COLUMNS - WORDS))[:, mine]
     torch.testing.assert_close(logits.grad.double(), gradient, atol=1e-5, rtol=1e-6)
+    tie = token_log_probs(torch.zeros(2, width), torch.tensor([3, WORDS - 1]), **numbers)
+    assert tie.first_choice.all()
     copies = [torch.empty_like(found.log_probs) for _ in range(ranks)]
     dist.all_gather(copies, found.log_probs.detach())
     assert all(torch.equal(copies[0], copy) for copy in copies)
@@ -83,24 +81,27 @@ def check_ranks() -> None:
     rows = slice(rank * len(hidden) // ranks, (rank + 1) * len(hidden) // ranks)
     for sequence_parallel, budget in ((False, 2**20), (True, 1000), (True, 2**20)):
         part = (hidden[rows] if sequence_parallel else hidden).float().requires_grad_()
-        shard = weight[mine].float().requires_grad_()
+        rows_of_weight = weight[mine].float().requires_grad_()
         found, collectives = counted(
             linear_token_log_probs,
             part,
-            shard,
+            rows_of_weight,
             targets,
-            sequence_parallel=sequence_parallel,
+            temperature=0.7,
+            shard=VocabShard(start, words, group, sequence_parallel),
+            entropy=True,
             memory_budget=budget,
-            **numbers,
         )
         assert collectives == 1 + sequence_parallel
         (found.log_probs * weights[0]).sum().backward()
         torch.testing.assert_close(found.log_probs.double(), expected, atol=1e-5, rtol=1e-6)
+        assert found.entropy is not None
+        torch.testing.assert_close(found.entropy.double(), entropy, atol=1e-5, rtol=1e-6)
         assert part.grad is not None
-        assert shard.grad is not None
+        assert rows_of_weight.grad is not None
         own = exact_hidden.grad[rows] if sequence_parallel else exact_hidden.grad
         torch.testing.assert_close(part.grad.double(), own, atol=1e-4, rtol=1e-5)
-        torch.testing.assert_close(shard.grad.double(), exact_weight.grad[mine], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(rows_of_weight.grad.double(), exact_weight.grad[mine], atol=1e-4, rtol=1e-5)
     dist.destroy_process_group()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.config.rope import Yarn
@@ -20,12 +19,11 @@ from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
-from gspo_moe.parallel.vocab import vocab_parallel_first_choice, vocab_parallel_log_probs
 from gspo_moe.platform import prepare_megatron
-from gspo_moe.rollout.megatron import MegatronEngine
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.step import train_minibatch
@@ -272,8 +270,6 @@ def check_collectives() -> None:
     with joined() as groups:
         check_reductions(groups)
         check_uneven_parts(groups)
-    with joined(tensor=2) as groups:
-        check_vocabulary(groups)
     with joined(pipeline=2) as groups:
         value = {"stage": groups.rank, "tensor": torch.full((2,), float(groups.rank))}
         found = from_last_stage(value, groups)
@@ -305,33 +301,6 @@ def check_uneven_parts(groups: Groups) -> None:
     inputs = [part.contiguous() for part in (whole * (groups.rank + 1)).split(sizes)]
     distributed.reduce_scatter(output, inputs, group=groups.data)
     assert torch.equal(output, 3 * whole.split(sizes)[groups.rank])
-
-
-def check_vocabulary(groups: Groups) -> None:
-    """40 tokens, 20 a rank, the last 3 of them padding."""
-    generator = torch.Generator().manual_seed(3)
-    logits = 5 * torch.randn(30, 40, generator=generator)
-    logits[:, 37:] = torch.finfo(torch.float32).min
-    targets = torch.randint(37, (30,), generator=generator)
-    weights = torch.randn(30, generator=generator)
-    exact = logits.double().requires_grad_()
-    expected = torch.log_softmax(exact / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
-    (expected * weights).sum().backward()
-    start = 20 * groups.tensor.rank()
-    mine = logits[:, start : start + 20].clone().requires_grad_()
-    found = vocab_parallel_log_probs(mine, targets, temperature=0.7, vocab_start=start, group=groups.tensor)
-    (found * weights).sum().backward()
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
-    assert mine.grad is not None
-    assert exact.grad is not None
-    torch.testing.assert_close(mine.grad.double(), exact.grad[:, start : start + 20], atol=1e-5, rtol=1e-6)
-    copies = [torch.empty_like(found) for _ in range(2)]
-    dist.all_gather(copies, found.detach(), group=groups.tensor)
-    assert torch.equal(*copies)
-    first = vocab_parallel_first_choice(mine.detach(), targets, vocab_start=start, group=groups.tensor)
-    assert torch.equal(first, logits.argmax(dim=1) == targets)
-    tie = torch.zeros(2, 20)
-    assert vocab_parallel_first_choice(tie, torch.tensor([3, 33]), vocab_start=start, group=groups.tensor).all()
 
 
 def test_collectives_of_two_processes() -> None:

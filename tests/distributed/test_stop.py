@@ -12,7 +12,7 @@ import torch.distributed as dist
 from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
-from gspo_moe.rollout.megatron import MegatronEngine
+from gspo_moe.rollout.embedded.engine import MegatronEngine
 from tests.launch import launch
 from tests.policy import SIZES, requests, sampling
 from tests.qwen3 import built, layout

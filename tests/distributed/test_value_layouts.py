@@ -15,7 +15,7 @@ from gspo_moe.model.names import VALUE_HEAD
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, draw_value_head
 from gspo_moe.parallel.reduce import gather_over_data
-from gspo_moe.rollout.score import score_with_values
+from gspo_moe.scoring.score import score_with_values
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import estimate
 from gspo_moe.training.optimizer import Optimizer

@@ -10,9 +10,9 @@ from gspo_moe.model.build import build_model
 from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.platform import device
+from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.embedded.graphs import GraphPool, graph_obstacle
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.rollout.graphs import GraphPool, graph_obstacle
-from gspo_moe.rollout.megatron import MegatronEngine
 from gspo_moe.types import Rollout
 from tests.gpu.golden import PROMPTS, SIZES, settings, weights
 from tests.launch import launch

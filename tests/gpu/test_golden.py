@@ -44,7 +44,9 @@ def check_an_empty_pack(dtype: str, backend: str) -> None:
     optimizer = Optimizer(config, model, total_updates=1)
     optimizer.zero_grad()
     none = torch.zeros(0, dtype=torch.int64, device=device().torch_device)
-    run(model, [ModelInput(none, none, none.new_zeros(1))], lambda _, logits_TV: (logits_TV.sum(), None), backward=True)
+    run(
+        model, [ModelInput(none, none, none.new_zeros(1))], lambda _, stage: (stage.logits().sum(), None), backward=True
+    )
     gradients: list[Any] = [getattr(parameter, "main_grad", None) for parameter in model.gpt_chunks[0].parameters()]
     assert all(not gradient.any() for gradient in gradients)
     shut_down()

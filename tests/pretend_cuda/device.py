@@ -71,7 +71,7 @@ class _Generator(torch.Generator):
 
 
 class _Graphs:
-    """In place of `rollout.graphs.GraphPool`: nothing is captured, every step runs."""
+    """In place of `rollout.embedded.graphs.GraphPool`: nothing is captured, every step runs."""
 
     def run(self, _: Any, step: Any) -> Any:
         return step()

@@ -13,7 +13,7 @@ FLOORS = (
     {"study", "report"},
     {"training"},
     {"evaluation"},
-    {"rollout"},
+    {"rollout", "scoring"},
     {"model", "routing"},
     {"parallel"},
     {"algorithms", "kernels", "data", "tasks", "observability"},
@@ -24,7 +24,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MEGATRON_ROOMS = {"platform", "parallel", "model", "training"}
-MEGATRON_MODULES = {"routing.recorder", "routing.replay", "rollout.megatron", "rollout.score"}
+MEGATRON_MODULES = {"routing.recorder", "routing.replay"}
 MODULES = sorted((ROOT / "gspo_moe").rglob("*.py"))
 
 
@@ -70,6 +70,7 @@ def test_imports_point_down(path: Path) -> None:
         ("from gspo_moe.training.step import run", "rollout.engine", 1),
         ("from gspo_moe import rollout", "training.loop", 0),
         ("from gspo_moe import training", "rollout.engine", 1),
+        ("from gspo_moe.scoring.score import score", "rollout.embedded.engine", 1),
         ("from gspo_moe.routing import volatility", "model.build", 1),
         ("import gspo_moe.errors", "types", 1),
         ("def f():\n    from ..cli import main", "algorithms.loss", 1),

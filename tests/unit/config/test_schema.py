@@ -68,9 +68,7 @@ def test_rspo_needs_the_recorder() -> None:
     assert load_config(None, ["stage=sft", "algorithm.name=rspo", "routing.record=false"]).stage == "sft"
 
 
-def test_ppo_needs_hidden_states_but_no_groups() -> None:
-    with pytest.raises(ConfigError, match=r"set model\.fused_log_probs=true"):
-        load_config(None, ["algorithm.name=ppo", "model={preset: tiny, fused_log_probs: false}"])
+def test_ppo_needs_no_groups() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.samples_per_prompt=1: algorithm\.name=gspo compares"):
         load_config(None, ["rollout.samples_per_prompt=1"])
     assert load_config(None, ["rollout.samples_per_prompt=1", "algorithm.name=ppo"]).has_value_head

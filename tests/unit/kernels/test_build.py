@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from gspo_moe.kernels import build
-from gspo_moe.kernels.build import ARCHITECTURES, BuildError, Toolkit, check_resources, resource_use
+from gspo_moe.kernels.build import (
+    ARCHITECTURES,
+    FAMILIES,
+    BuildError,
+    Family,
+    KernelUse,
+    Toolkit,
+    check_resources,
+    resource_use,
+)
 
 PTXAS = """ptxas info    : Compiling entry function '_Zk' for '{architecture}'
 ptxas info    : Function properties for _Zk
@@ -19,21 +28,46 @@ def said(architecture: str, registers: int = 40, stack: int = 0, stores: int = 0
 
 
 def test_what_ptxas_says_is_read() -> None:
-    (use,) = resource_use(said("sm_100", registers=63, stack=8, stores=12, loads=4))
+    (use,) = resource_use(FAMILIES[0], said("sm_100", registers=63, stack=8, stores=12, loads=4))
     assert (use.kernel, use.architecture, use.registers, use.stack, use.spills) == ("_Zk", "sm_100", 63, 8, 16)
+
+
+def sound() -> list[KernelUse]:
+    """One kernel of every family on every architecture, each as large as it may be."""
+    return [
+        use
+        for family in FAMILIES
+        for name in ARCHITECTURES
+        for use in resource_use(family, said(name, registers=family.max_registers))
+    ]
 
 
 @pytest.mark.parametrize("fault", [{"registers": 65}, {"stack": 8}, {"stores": 4}, {"loads": 4}])
 def test_spills_local_memory_and_too_many_registers_are_refused(fault: dict[str, int]) -> None:
-    sound = [use for architecture in ARCHITECTURES for use in resource_use(said(architecture))]
-    check_resources(sound)
+    check_resources(sound())
     with pytest.raises(BuildError, match="sm_80"):
-        check_resources([*sound, *resource_use(said("sm_80", **fault))])
+        check_resources([*sound(), *resource_use(FAMILIES[0], said("sm_80", **fault))])
+
+
+def test_each_family_has_its_own_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Family("wide", ("wide.cu",), 255)
+    monkeypatch.setattr(build, "FAMILIES", (*FAMILIES, wide))
+    uses = [*sound(), *(use for name in ARCHITECTURES for use in resource_use(wide, said(name, registers=255)))]
+    check_resources(uses)
+    assert "1 wide of 255 to 255 registers" in build.summarize(uses)[0]
+    with pytest.raises(BuildError, match="255 registers of 64"):
+        check_resources([*uses, *resource_use(FAMILIES[1], said("sm_80", registers=255))])
+
+
+def test_every_cuda_source_belongs_to_a_family() -> None:
+    assert sorted(build.LAUNCHERS) == sorted(path.name for path in build.SOURCES.glob("*.cu"))
 
 
 def test_an_architecture_without_kernels_is_refused() -> None:
     with pytest.raises(BuildError, match="sm_100"):
-        check_resources([use for name in ("sm_80", "sm_90a") for use in resource_use(said(name))])
+        check_resources([use for use in sound() if use.architecture != "sm_100"])
+    with pytest.raises(BuildError, match="sequence_reduce for sm_80"):
+        check_resources([use for use in sound() if use.family is not FAMILIES[1]])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch.library import opcheck
 
 from gspo_moe.errors import KernelError
-from gspo_moe.kernels import linear_token_log_probs
-from gspo_moe.kernels.linear import _linear_token_log_probs, block_columns
+from gspo_moe.kernels import VocabShard, linear_token_log_probs
+from gspo_moe.kernels.blocks import block_columns
+from gspo_moe.kernels.linear import _linear_token_log_probs
 
 ROWS, TOKENS, HIDDEN, COLUMNS, WORDS = 23, 19, 16, 131, 120
 # From one column at a time, over blocks of which some are kept, to all at once.
@@ -35,7 +37,7 @@ def test_values_and_gradients_do_not_depend_on_the_blocks(dtype: torch.dtype, er
     logits = exact[:TOKENS] @ exact_weight[:WORDS].T
     expected = torch.log_softmax(logits / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
     (expected * weights).sum().backward()
-    options: dict[str, Any] = {"temperature": 0.7, "vocab": WORDS, "memory_budget": budget}
+    options: dict[str, Any] = {"temperature": 0.7, "shard": VocabShard(vocab=WORDS), "memory_budget": budget}
     found = linear_token_log_probs(hidden, weight, targets, **options)
     torch.testing.assert_close(found.log_probs.double(), expected, atol=2 * error, rtol=error)
     if dtype != torch.bfloat16:
@@ -58,6 +60,36 @@ def test_values_and_gradients_do_not_depend_on_the_blocks(dtype: torch.dtype, er
     assert weight.grad is None
     main_grad: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
     torch.testing.assert_close(main_grad.double() - 1, exact_weight.grad, atol=2 * error, rtol=error)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_comes_of_the_same_pass_and_changes_nothing_else(
+    temperature: float, dtype: torch.dtype, error: float, budget: int
+) -> None:
+    hidden, weight, targets, weights = drawn(dtype)
+    logits = hidden[:TOKENS].detach().double() @ weight[:WORDS].detach().double().T
+    log_p = torch.log_softmax(logits / temperature, dim=1)
+    options: dict[str, Any] = {"temperature": temperature, "shard": VocabShard(vocab=WORDS), "memory_budget": budget}
+    found, without = (
+        linear_token_log_probs(hidden, weight, targets, entropy=asked, **options) for asked in (True, False)
+    )
+    assert found.entropy is not None
+    assert without.entropy is None
+    assert not found.entropy.requires_grad
+    torch.testing.assert_close(found.entropy.double(), -(log_p.exp() * log_p).sum(dim=1), atol=2 * error, rtol=error)
+    gradients = [torch.autograd.grad((each.log_probs * weights).sum(), (hidden, weight)) for each in (found, without)]
+    assert torch.equal(found.log_probs, without.log_probs)
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_word_without_probability_adds_nothing_to_the_entropy() -> None:
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [0.0], [-torch.inf], [-torch.inf]])
+    for budget in BUDGETS:
+        found = linear_token_log_probs(hidden, weight, torch.tensor([0]), entropy=True, memory_budget=budget)
+        assert found.entropy is not None
+        assert found.entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_bf16_gradients_are_summed_in_float32() -> None:
@@ -110,18 +142,19 @@ def test_wrong_arguments_say_what_fits() -> None:
         ((hidden, weight.bfloat16(), targets), {}, "one dtype"),
         ((hidden[:, :5], weight, targets), {}, "one dtype"),
         ((hidden[:5], weight, targets), {}, r"\[19\] targets do not fit 5 rows"),
-        ((hidden, weight, targets), {"vocab": 132}, "vocab=132"),
+        ((hidden, weight, targets), {"shard": VocabShard(vocab=132)}, "vocab=132"),
         ((hidden, weight, targets), {"into_main_grad": True}, "no main_grad"),
     ):
         with pytest.raises(KernelError, match=message):
             linear_token_log_probs(*arguments, **options)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("kept", [0, 50, COLUMNS])
-def test_the_op_keeps_torchs_rules(kept: int) -> None:
+def test_the_op_keeps_torchs_rules(kept: int, entropy: bool) -> None:
     hidden, weight, targets, _ = drawn(torch.float32)
     block = COLUMNS if kept == COLUMNS else 25
-    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, block, kept, False)
+    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, block, kept, False, entropy)
     opcheck(
         _linear_token_log_probs, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

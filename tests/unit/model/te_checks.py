@@ -18,7 +18,7 @@ from gspo_moe.model.torch_attention import TorchAttention
 from gspo_moe.model.weights import RandomSource, SafetensorsSource
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.platform import Backend
-from gspo_moe.rollout.score import score
+from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.step import train_minibatch

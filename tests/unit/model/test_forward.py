@@ -8,8 +8,8 @@ import torch
 
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
-from gspo_moe.rollout.megatron import MegatronEngine
-from gspo_moe.rollout.score import score
+from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.scoring.score import score
 from gspo_moe.types import Rollout, TrainingSample
 from tests.memory import memory_profile, peak_bytes
 from tests.policy import LoudRows, as_sample, packs_of, requests, sampling

@@ -9,10 +9,10 @@ import torch
 
 from gspo_moe.config.schema import Config
 from gspo_moe.model.hf import whole_tensors
-from gspo_moe.rollout.score import score
 from gspo_moe.routing import LoadSums
 from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.experts import TokensSeen

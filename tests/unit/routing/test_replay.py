@@ -14,9 +14,9 @@ from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder, routers_of
 from gspo_moe.routing.replay import RouterReplay, check_routes, replay
+from gspo_moe.scoring.score import score
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained

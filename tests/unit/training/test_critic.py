@@ -19,7 +19,7 @@ from gspo_moe.model.names import VALUE_HEAD, hf_shapes
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.rollout.score import score, score_with_values
+from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import Estimates, estimate, value_fault
 from gspo_moe.training.step import MinibatchResult, train_minibatch
@@ -116,8 +116,10 @@ class Reference:
         return (policy + COEFF * value) / TOKENS, figures
 
 
-def test_losses_and_gradients_are_those_of_the_formula_on_transformers(tmp_path: Path) -> None:
-    reference, config = Reference(tmp_path), configured(clip_grad=0.0)
+@pytest.mark.parametrize("fused", [True, False])
+def test_losses_and_gradients_are_those_of_the_formula_on_transformers(fused: bool, tmp_path: Path) -> None:
+    kind = {"model": {"preset": "tiny", "fused_log_probs": fused}}
+    reference, config = Reference(tmp_path), configured(kind, clip_grad=0.0)
     source: TensorSource = SafetensorsSource(tmp_path)
     with trained(config, layout(), SIZES, source) as (model, optimizer):
         head = dict(model.gpt_chunks[0].named_parameters())[VALUE_HEAD]

@@ -12,9 +12,9 @@ from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.training.step import MinibatchResult, train_minibatch, train_supervised
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained

@@ -1,10 +1,11 @@
 """The embedded rollout engine: samples from the training weights themselves, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
-each unfinished sequence (`rollout.decoder`). Finished sequences leave the batch at once, and the last rows' sequences
-take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span data-parallel
-ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty pack), also behind
-a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index and the seed alone.
+each unfinished sequence (`rollout.embedded.decoder`). Finished sequences leave the batch at once, and the last rows'
+sequences take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span
+data-parallel ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty
+pack), also behind a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index
+and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
@@ -13,23 +14,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gspo_moe.errors import ConfigError, RolloutError
+from gspo_moe.errors import RolloutError
 from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
+from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
-from gspo_moe.rollout.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
+from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
+from gspo_moe.rollout.embedded.graphs import make_graphs
+from gspo_moe.rollout.embedded.samples import SampleUnderWay, in_first_rows
+from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.rollout.graphs import make_graphs
-from gspo_moe.rollout.samples import SampleUnderWay, in_first_rows
-from gspo_moe.rollout.sampling import sample, uniforms
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
@@ -235,11 +236,11 @@ class MegatronEngine:
     ) -> list[torch.Tensor] | None:
         """Every token's logits at the given positions of each pack, on every rank of the last stage."""
 
-        def head(index: int, logits_NV: torch.Tensor) -> tuple[None, torch.Tensor]:
-            return None, self._gather_vocab(logits_NV)[:, : self._model.vocab]
+        def head(index: int, stage: LastStage) -> tuple[None, torch.Tensor]:
+            return None, self._gather_vocab(stage.logits(positions[index]))[:, : self._model.vocab]
 
         scope = no_recording if record is None else record.scope
-        kept = run(self._model, inputs, head, backward=False, record=scope, positions=positions)
+        kept = run(self._model, inputs, head, backward=False, record=scope)
         return kept if self._model.groups.is_last_stage else None
 
     def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -284,14 +285,3 @@ def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.
     """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
     packs = [] if record is None else record.recordings()
     return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
-
-
-def make_stop_ids(tokenizer: Any, stop: Sequence[str]) -> frozenset[int]:
-    """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
-    ids = set(tokenizer.eos_ids)
-    for text in stop:
-        encoded = tokenizer.encode(text)
-        if len(encoded) != 1:
-            raise ConfigError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
-        ids.add(encoded[0])
-    return frozenset(ids)

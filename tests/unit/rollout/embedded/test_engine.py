@@ -3,21 +3,20 @@
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gspo_moe.errors import ConfigError, Interrupted, RolloutError
+from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.stop import StopSignals
-from gspo_moe.rollout import megatron
+from gspo_moe.rollout.embedded import engine
+from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.types import Rollout
 from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling, score_and_record
 from tests.qwen3 import built, forward_logits, layout
@@ -141,8 +140,8 @@ def test_every_token_is_fed_once_and_finished_sequences_leave(
         fed.extend(item.num_tokens for item in inputs)
         return forward(model, inputs, *rest, **more)
 
-    forward = megatron.run
-    monkeypatch.setattr(megatron, "run", counting)
+    forward = engine.run
+    monkeypatch.setattr(engine, "run", counting)
     rollouts = flat(generate(model, requests(), sampling(), max_batch, prefill_tokens=8))
     prompts = sum(len(prompt) for prompt in PROMPTS)
     assert len({len(rollout.response_ids) for rollout in rollouts}) > 3
@@ -152,13 +151,13 @@ def test_every_token_is_fed_once_and_finished_sequences_leave(
 
 def test_unfinished_sequences_have_the_first_rows_of_the_cache(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[Any] = []
-    forward = megatron.run
+    forward = engine.run
 
     def watching(model: Model, inputs: Sequence[Any], *rest: Any, **more: Any) -> Any:
         fed.extend(item for item in inputs if item.used is not None)
         return forward(model, inputs, *rest, **more)
 
-    monkeypatch.setattr(megatron, "run", watching)
+    monkeypatch.setattr(engine, "run", watching)
     rollouts = flat(generate(model, requests(), sampling()))
     assert len({item.num_tokens for item in fed}) > 3
     for step, item in enumerate(fed):
@@ -218,11 +217,3 @@ def test_a_signal_ends_a_generation_before_its_next_batch(model: Model, monkeypa
     with StopSignals() as stop, pytest.raises(Interrupted, match="ended by SIGUSR1"):
         MegatronEngine(model, 2, 64, stop).generate(requests(2, PROMPTS), sampling(), 0)
     assert ran == [1]
-
-
-def test_stop_strings_are_single_tokens() -> None:
-    tokenizer = SimpleNamespace(eos_ids=(2, 3), encode=lambda text: [ord(letter) for letter in text])
-    assert make_stop_ids(tokenizer, ()) == {2, 3}
-    assert make_stop_ids(tokenizer, ("\n", ";")) == {2, 3, 10, 59}
-    with pytest.raises(ConfigError, match=r"rollout\.stop: 'ab' is 2 tokens; a stop string must be a single token"):
-        make_stop_ids(tokenizer, ("ab",))

@@ -11,8 +11,8 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.weights import RandomSource
-from gspo_moe.rollout.decoder import Decoder, StepOutput, bucket
-from gspo_moe.rollout.megatron import MegatronEngine
+from gspo_moe.rollout.embedded.decoder import Decoder, StepOutput, bucket
+from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.types import Rollout
 from tests.policy import SIZES, requests, sampling
 from tests.qwen3 import built, layout

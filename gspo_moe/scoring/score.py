@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 
 from gspo_moe.model.build import Model
-from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
+from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RoutePass
 from gspo_moe.routing.replay import replay
@@ -33,8 +34,8 @@ def score(
     routes of this forward. routes, depth: what to replay, as `routing.replay` takes it.
     """
 
-    def read(output_CX: torch.Tensor, targets_C: torch.Tensor, split: ContextSplit) -> torch.Tensor:
-        return split.whole(token_log_probs(model, output_CX, targets_C, temperature).log_probs)
+    def read(stage: LastStage, targets_C: torch.Tensor, split: ContextSplit) -> torch.Tensor:
+        return split.whole(stage.log_probs(targets_C, temperature).log_probs)
 
     return _pass(model, microbatches, read, record, routes, depth)
 
@@ -49,11 +50,9 @@ def score_with_values(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """As `score`, and beside the log-probs the value head's V [T] (fp32) of what stands before each target."""
 
-    def read(
-        output_CX: torch.Tensor, targets_C: torch.Tensor, split: ContextSplit
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs_C = token_log_probs(model, output_CX, targets_C, temperature).log_probs
-        return split.whole(log_probs_C), split.whole(token_values(model, output_CX, len(targets_C)))
+    def read(stage: LastStage, targets_C: torch.Tensor, split: ContextSplit) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs_C = stage.log_probs(targets_C, temperature).log_probs
+        return split.whole(log_probs_C), split.whole(stage.values())
 
     return _pass(model, microbatches, read, record, routes, None)
 
@@ -61,18 +60,18 @@ def score_with_values(
 def _pass(
     model: Model,
     microbatches: Sequence[Microbatch],
-    read: Callable[[torch.Tensor, torch.Tensor, ContextSplit], T],
+    read: Callable[[LastStage, torch.Tensor, ContextSplit], T],
     record: RoutePass | None,
     routes: Sequence[torch.Tensor] | None,
     depth: int | None,
 ) -> list[T]:
     splits = [ContextSplit(microbatch.cu_seqlens, model.groups.context) for microbatch in microbatches]
 
-    def head(index: int, output_CX: torch.Tensor) -> tuple[None, T]:
+    def head(index: int, stage: LastStage) -> tuple[None, T]:
         split = splits[index]
-        return None, read(output_CX, split.local(microbatches[index].target_ids_T), split)
+        return None, read(stage, split.local(microbatches[index].target_ids_T), split)
 
     inputs = [microbatch_input(*each) for each in zip(microbatches, splits, strict=True)]
     recording = no_recording if record is None else record.scope
     with replay(model.chunks, model.groups, routes, recording, depth) as scope:
-        return run(model, inputs, head, backward=False, record=scope, for_log_probs=True)
+        return run(model, inputs, head, backward=False, record=scope)

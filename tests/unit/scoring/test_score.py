@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_moe.model.weights import SafetensorsSource
-from gspo_moe.rollout.score import score
+from gspo_moe.scoring.score import score
 from gspo_moe.types import TrainingSample
 from tests.policy import packs_of
 from tests.qwen3 import architecture, built, layout, random_sequences, reference_logits, reference_model

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gspo_moe.rollout.sampling import sample, uniforms
+from gspo_moe.rollout.embedded.sampling import sample, uniforms
 
 # Probabilities 0.4, 0.1, 0.3, 0.2 and the bounds of their cumulative sum.
 PROBS = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)

@@ -16,7 +16,7 @@ import torch
 
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.inputs import ModelInput
-from gspo_moe.rollout.graphs import GraphPool
+from gspo_moe.rollout.embedded.graphs import GraphPool
 
 SHORTEST = 64  # positions; fewer are not worth a bucket, and kernels like the mask's rows aligned
 POSITIONS_MULTIPLE = 16
