@@ -52,8 +52,8 @@ class Bank:
             group = self._by_uid.get(prompt.uid)
             if group is None or group.group.prompt != prompt:
                 raise RolloutError(
-                    f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.text!r}; make one "
-                    "with `gspo-moe bank` from this config, its seed, task and schedule.steps"
+                    f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.shown!r}; make "
+                    "one with `gspo-moe bank` from this config, its seed, task and schedule.steps"
                 )
             found.append(group)
         return Answers(tuple(found), failures=0, timeouts=0, first_error=None)
@@ -121,7 +121,7 @@ def read_bank(path: str | Path) -> Bank:
     groups = []
     for group in described["groups"]:
         members = tuple(next(rollouts) for _ in range(group["size"]))
-        scored = RolloutGroup(Prompt(**group["prompt"]), members)
+        scored = RolloutGroup(Prompt.from_json(group["prompt"]), members)
         groups.append(ScoredGroup(scored, tuple(next(rewards) for _ in members)))
     return Bank(tuple(groups), described["sampling"])
 

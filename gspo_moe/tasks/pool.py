@@ -50,7 +50,7 @@ class TaskPool:
         self._task = (make, pickle.dumps(config), seed)
         self._pool: ProcessPool | None = None
 
-    def __enter__(self) -> RewardPool:
+    def __enter__(self) -> TaskPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -47,6 +47,9 @@ class SingleTurn:
         return None
 
 
+SINGLE_TURN = SingleTurn()
+
+
 @dataclass(frozen=True)
 class Task:
     """demonstrate: gives an answer to learn in supervised training; None where the task has none.
@@ -57,7 +60,7 @@ class Task:
     name: str
     prompts: Prompts
     rubric: Rubric
-    environment: Environment = SingleTurn()
+    environment: Environment = SINGLE_TURN
     demonstrate: Callable[[Prompt], str] | None = None
 
     @property

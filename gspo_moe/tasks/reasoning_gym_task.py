@@ -36,7 +36,7 @@ SHORT_PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 class ReasoningGym:
-    """Prompts without end and rewards of one dataset; `options` are the fields of its config, apart from `seed` and `size`.
+    """Prompts without end and rewards of one dataset; `options` are its config's fields, apart from `seed` and `size`.
 
     Raises ConfigError for an unknown dataset or option, a value that the dataset refuses, and a dataset that cannot
     give unlimited, reproducible entries.

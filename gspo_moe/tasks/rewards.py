@@ -44,9 +44,7 @@ def give_reward(task: Task, prompt: Prompt, turns: Conversation) -> Reward | str
     for name, value in parts.items():
         if not isinstance(value, Real) or not abs(value) <= LARGEST_REWARD:
             part = "" if parts is not given else f" as {name!r}"
-            return (
-                f"reward gave {value!r}{part}, which is no number from {-LARGEST_REWARD:.0f} to {LARGEST_REWARD:.0f}"
-            )
+            return f"reward gave {value!r}{part}, which is no number from {-LARGEST_REWARD:.0f} to {LARGEST_REWARD:.0f}"
     if not parts or not all(isinstance(name, str) for name in parts):
         return f"reward gave {given!r}; give a number, or at least one part by its name"
     numbers = {name: float(value) for name, value in parts.items()}

@@ -25,11 +25,13 @@ def make_bank(plan: Plan, path: Path) -> int:
     if fault is not None:
         raise ConfigError(fault)
     config, session = plan.config, open_session(plan)
-    source = PromptSource(plan.task, "train")
+    source = PromptSource(plan.task.prompts, "train")
     groups: list[ScoredGroup] = []
     with Progress(config.schedule.steps, enabled=session.groups.is_main and config.logging.progress) as progress:
         for step in range(config.schedule.steps):
-            groups += sample(session, source.take(config.rollout.prompts_per_step), step, policy_version=0).groups
+            prompts = source.take(config.rollout.prompts_per_step)
+            groups += sample(session, prompts, step, policy_version=0).groups
+            source.done(prompts)
             progress.update(step + 1, {})
     session.close()
     if session.groups.is_main:

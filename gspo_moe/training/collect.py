@@ -9,7 +9,7 @@ import torch
 
 from gspo_moe.algorithms import degenerate_groups, group_advantages
 from gspo_moe.algorithms.dapo import overlong_penalty
-from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.prompts import PromptPosition, PromptSource
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.rollout.engine import SamplingParams
@@ -21,24 +21,24 @@ from gspo_moe.types import Prompt, Rollout
 class Collected:
     """answers: those to learn from, every rank's, in the order of the prompts. advantages: one a rollout of them,
         for ppo its reward, of which `critic` makes advantages of tokens.
-    metrics: of everything that was sampled. prompt_position: behind the last prompt drawn.
+    metrics: of everything that was sampled. prompts: behind the last prompt drawn.
     """
 
     answers: Answers
     advantages: list[float]
     metrics: dict[str, float]
-    prompt_position: int
+    prompts: PromptPosition
 
 
 def collect(trainer: Trainer) -> Collected:
-    """Samples and scores the step's groups. Collective.
+    """Samples and rewards the step's groups. Collective.
 
     With dynamic sampling (2503.14476, equation 11) batches of prompts are drawn until enough groups have rewards that
     differ, at most `algorithm.sampling_rounds` of them; if they do not suffice, groups of equal rewards fill the rest.
     Raises RewardError where no group's rewards differ at all.
     """
     config = trainer.session.config
-    source = PromptSource(trainer.session.plan.task, "train", trainer.progress.prompt_position)
+    source = PromptSource(trainer.session.plan.task.prompts, "train", trainer.progress.prompts)
     drawn = _answer(trainer, source)
     if config.algorithm.samples_dynamically:
         rounds = 1
@@ -62,8 +62,11 @@ def _answer(trainer: Trainer, source: PromptSource) -> Answers:
     session, progress = trainer.session, trainer.progress
     prompts = source.take(session.config.rollout.prompts_per_step)
     if session.bank is not None:
-        return session.bank.answers(prompts)
-    return sample(session, prompts, progress.step, progress.policy_version)
+        answers = session.bank.answers(prompts)
+    else:
+        answers = sample(session, prompts, progress.step, progress.policy_version)
+    source.done(prompts)
+    return answers
 
 
 def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_version: int) -> Answers:
@@ -84,7 +87,8 @@ def sample(session: Session, prompts: Sequence[Prompt], step: int, policy_versio
     with session.timers("rollout"):
         share = session.answerer.generate(prompts, config.rollout.samples_per_prompt, params, policy_version)
     with session.timers("reward"):
-        return session.answerer.score(share).check(config.task.reward.allow_all_failed)
+        answers = session.answerer.rewards(share)
+    return session.checked(answers, f"step {step + 1}")
 
 
 def _joined(first: Answers, second: Answers) -> Answers:

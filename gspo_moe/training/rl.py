@@ -105,7 +105,8 @@ def rl_step(trainer: Trainer) -> StepResult:
     trainer.progress = replace(
         progress,
         step=progress.step + 1,
-        prompt_position=collected.prompt_position,
+        prompt_position=collected.prompts.next,
+        prompts_pending=collected.prompts.pending,
         policy_version=progress.policy_version + len(minibatches),
     )
     metrics = figures | {"policy_version": trainer.progress.policy_version}

@@ -17,6 +17,7 @@ from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, draw_value_head, load_weights
+from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.parallel.stop import StopSignals
@@ -25,8 +26,8 @@ from gspo_moe.rollout.answers import Answerer, Answers
 from gspo_moe.rollout.bank import Bank, read_bank
 from gspo_moe.rollout.megatron import MegatronEngine, make_stop_ids
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
-from gspo_moe.tasks.rewards import RewardPool
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.types import Microbatch, Prompt
@@ -69,15 +70,30 @@ class Session:
         return None if self.config.rollout.bank is None else read_bank(self.config.rollout.bank)
 
     @cached_property
+    def reward_errors(self) -> RewardErrors:
+        return RewardErrors(self.run_path)
+
+    @cached_property
     def held_out(self) -> list[Prompt]:
         return held_out_prompts(self.config, self.plan.task)
 
     def evaluate(self, policy_version: int) -> Answers:
-        """Answers the held-out prompts with the weights as they are. Collective."""
-        return evaluate(self.config, self.answerer, self.held_out, self.stop_ids, policy_version)
+        """Answers the held-out prompts with the weights as they are. Collective. Raises RewardError as `checked`."""
+        answers = evaluate(self.config, self.answerer, self.held_out, self.stop_ids, policy_version)
+        return self.checked(answers, f"evaluation of policy version {policy_version}")
+
+    def checked(self, answers: Answers, when: str) -> Answers:
+        """The answers, once their first reward that failed is shown and kept.
+
+        Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
+        """
+        if answers.first_error is not None and self.groups.is_main:
+            failed = answers.failures + answers.timeouts
+            self.reward_errors.tell(when, failed, answers.count, answers.first_error)
+        return answers.check(self.config.task.reward.allow_all_failed)
 
     def close(self) -> None:
-        self.answerer.rewards.close()
+        self.answerer.pool.close()
 
 
 def open_session(plan: Plan) -> Session:
@@ -94,7 +110,7 @@ def open_session(plan: Plan) -> Session:
         plan=plan,
         groups=groups,
         model=model,
-        answerer=Answerer(engine, plan.tokenizer, RewardPool(config.task, config.seed), groups),
+        answerer=Answerer(engine, plan.tokenizer, TaskPool(config.task, config.seed), groups),
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
         timers=Timers(device().synchronize),
         stop=stop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.rendering import render_prompt
 from gspo_moe.errors import TrainingError
 from gspo_moe.training.rl import pack_share
 from gspo_moe.training.session import Plan, Trainer
@@ -17,15 +18,18 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
     session, progress = trainer.session, trainer.progress
     config, groups = session.config, session.groups
     with session.timers("step"):
-        source = PromptSource(session.plan.task, "sft", progress.prompt_position)
-        samples = [demonstration(session.plan, prompt) for prompt in source.take(config.schedule.sft_batch)]
+        source = PromptSource(session.plan.task.prompts, "sft", progress.prompts)
+        prompts = source.take(config.schedule.sft_batch)
+        samples = [demonstration(session.plan, prompt) for prompt in prompts]
         packs = pack_share(samples, groups, config)
         num_tokens = sum(sum(sample.response_mask) for sample in samples)
         statistics, update = train_supervised(session.model, trainer.optimizer, packs, num_tokens)
+    source.done(prompts)
     trainer.progress = replace(
         progress,
         step=progress.step + 1,
-        prompt_position=source.position,
+        prompt_position=source.position.next,
+        prompts_pending=source.position.pending,
         policy_version=progress.policy_version + 1,
     )
     return {
@@ -39,7 +43,7 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
     """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
-    question = plan.tokenizer.encode(prompt.text)
+    question = render_prompt(plan.tokenizer, prompt)
     if not question:
         raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
     answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]

@@ -34,7 +34,8 @@ def test_accuracy_counts_full_rewards_and_reward_is_the_mean() -> None:
 
 
 def test_held_out_prompts_are_the_first_of_their_split() -> None:
-    task: Any = SimpleNamespace(prompt=lambda split, index: Prompt(f"{split}/{index}", "?", "t"))
+    prompts = SimpleNamespace(prompt=lambda split, index: Prompt(f"{split}/{index}", "?", "t"))
+    task: Any = SimpleNamespace(prompts=prompts)
     config = Config.model_validate({"evaluation": {"prompts": 3}})
     assert [prompt.uid for prompt in held_out_prompts(config, task)] == ["eval/0", "eval/1", "eval/2"]
 
@@ -47,7 +48,7 @@ def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
         return "share"
 
     answered = Answers((scored("eval/0", (1.0, 0.0), (1, 1), (True, True)),), 1, 0, "eval/0 broke")
-    answerer: Any = SimpleNamespace(generate=generate, score=lambda share: answered)
+    answerer: Any = SimpleNamespace(generate=generate, rewards=lambda share: answered)
     config = Config.model_validate(
         {
             "seed": 5,
