@@ -229,11 +229,11 @@ def _eval(options: argparse.Namespace) -> None:
         raise ConfigError("evaluation.prompts=0 leaves nothing to evaluate; set it to 512, for example")
     plan = make_plan(config)
     session = open_session(plan)
-    answers = session.evaluate(policy_version=0)
+    groups = session.evaluate("of the model as it is")
     session.close()
     shut_down()
     if session.groups.is_main:
-        for name, value in evaluation_metrics(answers).items():
+        for name, value in evaluation_metrics(groups).items():
             print(f"{name} {value:.6g}")
 
 

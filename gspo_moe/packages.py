@@ -42,7 +42,7 @@ PACKAGES = (
     Package("sentencepiece", "sentencepiece", "tokenizers of kind sentencepiece"),
     Package("tokenizers", "tokenizers", "tokenizers of kind hf"),
     Package("reasoning-gym", "reasoning_gym", "task.name=reasoning_gym/..."),
-    Package("Jinja2", "jinja2", "gspo-moe report"),
+    Package("Jinja2", "jinja2", "gspo-moe report, chat templates"),
     Package("plotly", "plotly", "gspo-moe report"),
 )
 

@@ -6,47 +6,84 @@ of a pack holds the input token t, the target that follows it, and the routes th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch  # reward workers import this module and must start fast
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One question.
+class Message:
+    """One message of a chat: who says it ("system", "user", "assistant", "tool") and what."""
 
-    uid: names the prompt for good, `<split>/<index>`; seeds its sampling.
-    text: what the model reads.
-    task: the task that made it and scores its answers.
-    reference: what the task needs to score an answer (JSON values only); empty when the text says it all.
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, as text or as the messages of a chat, not both.
+
+    uid: names the prompt for good, `<split>/<index>`, no two of a split alike; seeds its sampling.
+    text: what the model reads, as it is.
+    task: the task that made it and rewards its answers.
+    reference: what the task needs to reward an answer (JSON values only); empty when the prompt says it all.
+    messages: what the model reads through its tokenizer's chat template.
     """
 
     uid: str
     text: str
     task: str
     reference: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Prompt:
+        """The prompt whose `asdict` went through JSON."""
+        return cls(**{**values, "messages": tuple(Message(**one) for one in values.get("messages", ()))})
+
+    @property
+    def shown(self) -> str:
+        """For a person to read."""
+        return self.text or "\n".join(f"{message.role}: {message.content}" for message in self.messages)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side of a conversation said behind the prompt."""
+    """What one of the two said behind the prompt; an answer's text stands without its stop token."""
 
     role: Literal["policy", "environment"]
     text: str
+
+
+Conversation = tuple[Turn, ...]  # behind one prompt, in order
+
+
+class Prompts(Protocol):
+    """Prompts by number, the same ones in every process and run; splits are "train", "sft" and "eval"."""
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        """Prompt number `index`, from 0. Raises ConfigError where there is none."""
+        ...
+
+    def size(self, split: str) -> int | None:
+        """How many prompts the split has; None where they never end."""
+        ...
 
 
 @dataclass(frozen=True)
 class Reward:
     """What a rubric gave one rollout.
 
-    total: the reward. parts: by name, for the log. error: why the rubric gave none, `total` then being
-    `task.reward.failure_reward`. timed_out: because it took too long.
+    total: what the policy learns from. parts: the rubric's named parts, none where it gave a number.
+    error: why `total` is `task.reward.failure_reward`, with the rubric's stack trace where it raised; else None.
+    timed_out: the error is that it took longer than `task.reward.timeout_seconds`.
     """
 
     total: float
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     timed_out: bool = False
 
@@ -76,7 +113,7 @@ class Rollout:
     log_probs: tuple[float, ...]
     finish: Finish
     versions: tuple[tuple[int, int], ...]
-    turns: tuple[Turn, ...] = ()
+    turns: Conversation = ()
     reward: Reward | None = None
     routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -86,9 +123,11 @@ class Rollout:
         return self.policy_mask.index(1)
 
     @property
-    def answer(self) -> str:
-        """The policy's last turn."""
-        return next((turn.text for turn in reversed(self.turns) if turn.role == "policy"), "")
+    def text(self) -> str:
+        """What was said behind the prompt; in a conversation, each turn behind its role."""
+        if len(self.turns) == 1:
+            return self.turns[0].text
+        return "\n".join(f"{turn.role}: {turn.text}" for turn in self.turns)
 
     @property
     def total_reward(self) -> float:

@@ -53,7 +53,7 @@ def answer(session: Any) -> list[Any]:
 
     limit = session.config.rollout.max_response_tokens
     params = SamplingParams(1.0, 1.0, 0, limit, session.stop_ids, seed="precision")
-    prompts = [session.plan.task.prompt("eval", index) for index in range(PROMPTS)]
+    prompts = [session.plan.task.prompts.prompt("eval", index) for index in range(PROMPTS)]
     groups = session.answerer.generate(prompts, 4, params, policy_version=0)
     return [
         TrainingSample(

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gspo_moe.tasks.rewards import RewardBatch, RewardPool
-from gspo_moe.types import Prompt
+from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.protocol import Task
+from gspo_moe.tasks.rewards import Reward
+from gspo_moe.types import Conversation, Prompt
 
 if TYPE_CHECKING:
     from gspo_moe.training.session import Plan, Session
@@ -22,6 +24,7 @@ class Numbers:
     eos_id: int = 0
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    chat_template: None = None
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -42,20 +45,20 @@ class RandomPrompts:
         words = random.Random(f"{split}/{index}").choices(range(self.vocab_size), k=self.length)
         return Prompt(f"{split}/{index}", " ".join(map(str, words)), self.name)
 
-    def demonstration(self, prompt: Prompt) -> str:
-        raise NotImplementedError("random prompts have no right answers")
+    def size(self, split: str) -> None:
+        return None
 
-    def score(self, prompt: Prompt, answer: str) -> float:
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
         """A number from 0 to 1 that prompt and answer decide."""
-        return random.Random(f"{prompt.uid}/{answer}").random()
+        return random.Random(f"{prompt.uid}/{turns[-1].text}").random()
 
 
-class RandomRewards(RewardPool):
-    """`RandomPrompts.score` without worker processes."""
+class RandomRewards(TaskPool):
+    """`RandomPrompts.reward` without worker processes."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> RewardBatch:
+    def rewards(self, items: Sequence[Item]) -> list[Reward]:
         task = RandomPrompts(1, 1)
-        return RewardBatch(tuple(task.score(prompt, answer) for prompt, answer in items), 0, 0, None)
+        return [Reward(task.reward(prompt, turns)) for prompt, turns in items]
 
 
 def open_synthetic_session(plan: Plan, prompt_tokens: int) -> Session:
@@ -64,7 +67,9 @@ def open_synthetic_session(plan: Plan, prompt_tokens: int) -> Session:
 
     vocab = plan.architecture.vocab_size
     tokenizer: Any = Numbers(vocab)
-    session = open_session(replace(plan, tokenizer=tokenizer, task=RandomPrompts(prompt_tokens, vocab)))
+    prompts = RandomPrompts(prompt_tokens, vocab)
+    task = Task(prompts.name, prompts=prompts, rubric=prompts)
+    session = open_session(replace(plan, tokenizer=tokenizer, task=task))
     session.close()
-    session.answerer = replace(session.answerer, rewards=RandomRewards(plan.config.task, plan.config.seed))
+    session.answerer = replace(session.answerer, pool=RandomRewards(plan.config.task, plan.config.seed))
     return session

@@ -7,12 +7,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gspo_moe.config.schema import TokenizerConfig
 from gspo_moe.data.end_tokens import GENERATION_FILE, NO_END_TOKENS, EndTokens, read_end_tokens, read_json
 from gspo_moe.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from gspo_moe.data.chat_template import ChatTemplate
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -60,6 +64,9 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: nothing is put before or after it."""
         ...
@@ -76,8 +83,11 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model. With one that `train` made, `decode(encode(text)) == text` for any text.
 
+    It takes no part of a text for a special token, so it has no chat template.
     Raises DataError where it has no end-of-text piece, or `ends` one that it does not know.
     """
+
+    chat_template = None
 
     def __init__(self, model: bytes, ends: EndTokens = NO_END_TOKENS) -> None:
         import sentencepiece  # each kind of tokenizer does without the other's library
@@ -171,6 +181,12 @@ class HFTokenizer:
         self.eos_ids = ends.with_own(self.eos_id, self.vocab_size)
         pad_id = self._token_id(settings[0].get("pad_token"))
         self.pad_id = self.eos_id if pad_id is None else pad_id
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        from gspo_moe.data.chat_template import read_chat_template  # text prompts do without Jinja2
+
+        return read_chat_template(self._folder)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

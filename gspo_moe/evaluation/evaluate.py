@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gspo_moe.config.schema import Config
-from gspo_moe.rollout.answers import Answerer, Answers
+from gspo_moe.errors import ConfigError
+from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.rollout.answers import Answerer, all_rollouts
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.tasks.protocol import Task
-from gspo_moe.types import Prompt
+from gspo_moe.types import Prompt, RolloutGroup
 
 CORRECT = 1.0
 
 
 def held_out_prompts(config: Config, task: Task) -> list[Prompt]:
     """The task's first held-out prompts; make them once, some tasks take long."""
-    return [task.prompt("eval", index) for index in range(config.evaluation.prompts)]
+    return [task.prompts.prompt("eval", index) for index in range(config.evaluation.prompts)]
+
+
+def check_held_out(config: Config, task: Task) -> None:
+    """Raises ConfigError where the task has fewer held-out prompts than the config wants."""
+    size = task.prompts.size("eval")
+    if size is not None and config.evaluation.prompts > size:
+        raise ConfigError(
+            f"evaluation.prompts={config.evaluation.prompts} exceeds the {size} held-out prompts of task.name="
+            f"{task.name}; set it to at most {size}"
+        )
 
 
 def evaluate(
-    config: Config, answerer: Answerer, prompts: Sequence[Prompt], stop_ids: frozenset[int], policy_version: int
-) -> Answers:
-    """Answers held-out prompts, with the same randomness at every call. Collective.
-
-    Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
-    """
+    config: Config, answerer: Answerer, prompts: Sequence[Prompt], stop_ids: frozenset[int]
+) -> list[RolloutGroup]:
+    """Every rank's answers to held-out prompts, with the same randomness at every call. Collective."""
     params = SamplingParams(
         temperature=config.evaluation.temperature,
         top_p=1.0,
@@ -33,17 +42,17 @@ def evaluate(
         stop_ids=stop_ids,
         seed=f"{config.seed}/eval",
     )
-    answers = answerer.score(answerer.generate(prompts, config.evaluation.samples, params, policy_version))
-    return answers.check(config.task.reward.allow_all_failed)
+    share = answerer.reward(answerer.generate(prompts, config.evaluation.samples, params))
+    return [group for part in gather_objects(share, answerer.groups.data_context) for group in part]
 
 
-def evaluation_metrics(answers: Answers) -> dict[str, float]:
+def evaluation_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """`eval/accuracy` is avg@k: the mean over prompts of the share of a prompt's answers whose reward is 1 or more."""
-    rewards = [reward for group in answers.groups for reward in group.rewards]
-    rollouts = [rollout for group in answers.groups for rollout in group.group.rollouts]
+    rollouts = all_rollouts(groups)
+    rewards = [rollout.total_reward for rollout in rollouts]
     return {
         "eval/accuracy": sum(reward >= CORRECT for reward in rewards) / len(rewards),
         "eval/reward": sum(rewards) / len(rewards),
-        "eval/response_length": sum(len(rollout.response_ids) for rollout in rollouts) / len(rollouts),
-        "eval/truncated": sum(not rollout.finished for rollout in rollouts) / len(rollouts),
+        "eval/response_length": sum(len(rollout.log_probs) for rollout in rollouts) / len(rollouts),
+        "eval/truncated": sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts),
     }

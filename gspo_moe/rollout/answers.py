@@ -10,11 +10,10 @@ import torch.distributed as dist
 
 from gspo_moe.data.rendering import render_prompt, render_turn
 from gspo_moe.data.tokenizers import Tokenizer
-from gspo_moe.errors import RewardError
-from gspo_moe.parallel.reduce import gather_objects, most
-from gspo_moe.rollout.conversation import Conversation, Exchange
+from gspo_moe.parallel.reduce import most
+from gspo_moe.rollout.conversation import Exchange, Talk, opened
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
-from gspo_moe.tasks.rewards import RewardPool
+from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.types import Prompt, Rollout, RolloutGroup, Turn
 
 if TYPE_CHECKING:
@@ -39,20 +38,38 @@ class Answerer:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
-    pool: RewardPool
+    pool: TaskPool
     groups: Groups
     max_turns: int | None = None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, params: SamplingParams) -> list[RolloutGroup]:
         """This rank's share of the prompts, each answered `samples` times, without rewards. Collective."""
         share = share_of(prompts, self.groups.data_context)
-        requests = [Request(p.uid, tuple(render_prompt(self.tokenizer, p)), samples) for p in share]
+        if self.max_turns is None:
+            requests = [Request(one.uid, tuple(render_prompt(self.tokenizer, one)), samples) for one in share]
+            answered = zip(share, self._sampled(requests, params), strict=True)
+            return [RolloutGroup(prompt, tuple(rollouts)) for prompt, rollouts in answered]
+        return self._conversations(share, samples, params, self.max_turns)
+
+    def _conversations(
+        self, share: Sequence[Prompt], samples: int, params: SamplingParams, max_turns: int
+    ) -> list[RolloutGroup]:
+        openings = self._by_one_process(self.pool.steps, [(prompt, ()) for prompt in share])
+        asked = list(zip(share, openings, strict=True))
+        requests = [Request(p.uid, tuple(render_prompt(self.tokenizer, p, said.text)), samples) for p, said in asked]
         found = [
-            [Conversation(prompt, rollout) for rollout in rollouts]
-            for prompt, rollouts in zip(share, self._sampled(requests, params), strict=True)
+            [Talk(prompt, opened(rollout, said, self.pool.failed)) for rollout in rollouts]
+            for (prompt, said), rollouts in zip(asked, self._sampled(requests, params), strict=True)
         ]
-        if self.max_turns is not None:
-            self._exchange(params, self.max_turns).carry_on([each for group in found for each in group])
+        Exchange(
+            generate=lambda requests: [one for (one,) in self._sampled(requests, params)],
+            step=lambda items: self._by_one_process(self.pool.steps, items),
+            render=lambda prompt, one, said: render_turn(self.tokenizer, prompt, one.turns, said, one.token_ids[-1]),
+            most=lambda count: most(count, self.groups.data_context),
+            room=self.engine.room(params),
+            max_turns=max_turns,
+            failed=self.pool.failed,
+        ).carry_on([each for group in found for each in group])
         return [
             RolloutGroup(prompt, tuple(each.rollout for each in group))
             for prompt, group in zip(share, found, strict=True)
@@ -70,11 +87,6 @@ class Answerer:
             for group in share
         ]
 
-    def gather(self, share: Sequence[RolloutGroup]) -> list[list[RolloutGroup]]:
-        """Every rank's groups without their routes, by rank of `Groups.data_context`. Collective."""
-        light = [replace(g, rollouts=tuple(replace(r, routes=None) for r in g.rollouts)) for g in share]
-        return gather_objects(light, self.groups.data_context)
-
     def _sampled(self, requests: list[Request], params: SamplingParams) -> list[list[Rollout]]:
         answered = self.engine.generate(requests, params)
         return [[self._with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
@@ -84,17 +96,6 @@ class Answerer:
         if ids and ids[-1] in params.stop_ids:
             ids = ids[:-1]
         return replace(rollout, turns=(Turn("policy", self.tokenizer.decode(ids)),))
-
-    def _exchange(self, params: SamplingParams, max_turns: int) -> Exchange:
-        return Exchange(
-            generate=lambda requests: [one for (one,) in self._sampled(requests, params)],
-            step=lambda items: self._by_one_process(self.pool.steps, items),
-            render=lambda prompt, turns, said: render_turn(self.tokenizer, prompt, turns, said),
-            most=lambda count: most(count, self.groups.data_context),
-            room=self.engine.room(params),
-            max_turns=max_turns,
-            failure_reward=self.pool.failure_reward,
-        )
 
     def _by_one_process(self, ask: Callable[[list[Item]], list[Found]], items: list[Item]) -> list[Found]:
         """What one process of each model replica finds; the others would only repeat it."""
@@ -110,17 +111,6 @@ def all_rollouts(groups: Iterable[RolloutGroup]) -> list[Rollout]:
     return [rollout for group in groups for rollout in group.rollouts]
 
 
-def first_error(groups: Iterable[RolloutGroup]) -> str | None:
-    """Why the first rollout without a reward of its own got none."""
-    return next((r.reward.error for r in all_rollouts(groups) if r.reward is not None and r.reward.error), None)
-
-
-def check_rewarded(groups: Sequence[RolloutGroup], allow_all_failed: bool) -> None:
-    """Raises RewardError where not one rollout got a reward of its own, unless that is allowed."""
-    rewards = [rollout.reward for rollout in all_rollouts(groups)]
-    if allow_all_failed or not rewards or any(reward is None or reward.error is None for reward in rewards):
-        return
-    raise RewardError(
-        f"none of {len(rewards)} answers got a reward; the first: {first_error(groups)}\nMend the reward, or set "
-        "task.reward.allow_all_failed=true to go on with task.reward.failure_reward for all of them"
-    )
+def failures(groups: Iterable[RolloutGroup]) -> list[str]:
+    """Why rollouts got no reward of their own, in their order."""
+    return [one.reward.error for one in all_rollouts(groups) if one.reward is not None and one.reward.error is not None]

@@ -53,8 +53,8 @@ class Bank:
             group = self._by_uid.get(prompt.uid)
             if group is None or group.prompt != prompt:
                 raise RolloutError(
-                    f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.text!r}; make one "
-                    "with `gspo-moe bank` from this config, its seed, task and schedule.steps"
+                    f"the bank of {len(self.groups)} prompts has no answers to {prompt.uid}, {prompt.shown!r}; make "
+                    "one with `gspo-moe bank` from this config, its seed, task and schedule.steps"
                 )
             found.append(group)
         return found
@@ -123,7 +123,7 @@ def read_bank(path: str | Path) -> Bank:
         )
     rollouts = _rollouts(tensors, described["rollouts"])
     groups = [
-        RolloutGroup(Prompt(**group["prompt"]), tuple(next(rollouts) for _ in range(group["size"])))
+        RolloutGroup(Prompt.from_json(group["prompt"]), tuple(next(rollouts) for _ in range(group["size"])))
         for group in described["groups"]
     ]
     return Bank(tuple(groups), described["sampling"])

@@ -9,15 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gspo_moe.rollout.engine import Request
-from gspo_moe.tasks.protocol import StepError
-from gspo_moe.types import Prompt, Reward, Rollout, Turn
-
-Generate = Callable[[list[Request]], list[Rollout]]
-Step = Callable[[list[tuple[Prompt, tuple[Turn, ...]]]], Sequence[str | StepError | None]]
+from gspo_moe.tasks.rewards import Step
+from gspo_moe.types import Conversation, Prompt, Reward, Rollout, Turn
 
 
 @dataclass
-class Conversation:
+class Talk:
     """open: the policy's turn ended by itself, so that the environment may answer."""
 
     prompt: Prompt
@@ -32,18 +29,18 @@ class Exchange:
     generate: goes on from each request once. step: the environment's answers, None behind the last turn.
     render: token ids of what the environment said. most: the largest number that any rank passes.
     room: the longest sequence, in tokens, that leaves room for another answer. max_turns: of the policy.
-    failure_reward: of a conversation that its environment broke.
+    failed: the reward of a conversation that its environment broke, of the error and whether it took too long.
     """
 
-    generate: Generate
-    step: Step
-    render: Callable[[Prompt, tuple[Turn, ...], str], list[int]]
+    generate: Callable[[list[Request]], list[Rollout]]
+    step: Callable[[list[tuple[Prompt, Conversation]]], list[Step]]
+    render: Callable[[Prompt, Rollout, str], list[int]]
     most: Callable[[int], int]
     room: int
     max_turns: int
-    failure_reward: float
+    failed: Callable[[str, bool], Reward]
 
-    def carry_on(self, conversations: Sequence[Conversation]) -> None:
+    def carry_on(self, conversations: Sequence[Talk]) -> None:
         """Goes on, from the policy's first turn, until every rank's conversations have ended. Collective."""
         for each in conversations:
             each.open = each.rollout.finish == "stop"
@@ -58,24 +55,36 @@ class Exchange:
             for each, more in zip(going, self.generate(requests), strict=True):
                 each.rollout, each.open = joined(each.rollout, more), more.finish == "stop"
 
-    def _answered(self, conversations: Sequence[Conversation], last: bool) -> list[Conversation]:
+    def _answered(self, conversations: Sequence[Talk], last: bool) -> list[Talk]:
         """Those of the open conversations that go on, with the environment's turn in their rollouts."""
         asked = [each for each in conversations if each.open]
         going = []
-        for each, said in zip(asked, self.step([(each.prompt, each.rollout.turns) for each in asked]), strict=True):
-            if said is None:
-                each.open = False
-            elif isinstance(said, StepError):
-                reward = Reward(self.failure_reward, error=said.text, timed_out=said.timed_out)
-                each.rollout, each.open = replace(each.rollout, finish="error", reward=reward), False
-            else:
-                ids = self.render(each.prompt, each.rollout.turns, said)
+        for each, step in zip(asked, self.step([(each.prompt, each.rollout.turns) for each in asked]), strict=True):
+            each.open = False
+            if step.error is not None:
+                each.rollout = broken(each.rollout, self.failed(step.error, step.timed_out))
+            elif step.text is not None:
+                ids = self.render(each.prompt, each.rollout, step.text)
                 if last or len(each.rollout.token_ids) + len(ids) > self.room:
-                    each.rollout, each.open = replace(each.rollout, finish="length"), False
+                    each.rollout = replace(each.rollout, finish="length")
                 else:
-                    each.rollout = with_environment(each.rollout, said, ids)
+                    each.rollout = with_environment(each.rollout, step.text, ids)
                     going.append(each)
         return going
+
+
+def opened(rollout: Rollout, said: Step, failed: Callable[[str, bool], Reward]) -> Rollout:
+    """The first answer behind what the environment said at its reset, which its prompt has in it."""
+    if said.error is not None:
+        return broken(rollout, failed(said.error, said.timed_out))
+    if said.text is None:
+        return rollout
+    return replace(rollout, turns=(Turn("environment", said.text), *rollout.turns))
+
+
+def broken(rollout: Rollout, reward: Reward) -> Rollout:
+    """The rollout as its environment's failure ends it."""
+    return replace(rollout, finish="error", reward=reward)
 
 
 def with_environment(rollout: Rollout, said: str, ids: Sequence[int]) -> Rollout:

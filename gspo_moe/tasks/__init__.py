@@ -1,6 +1,6 @@
-"""Verifiable tasks: endless procedural prompts, each with a function that scores an answer.
+"""Verifiable tasks: prompts, an environment for tasks of several turns, and a rubric that gives rewards.
 
-`gspo_moe.tasks.rewards` runs those functions in worker processes.
+`gspo_moe.tasks.pool` runs environments and rubrics in worker processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from gspo_moe.config.schema import TaskConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.tasks.protocol import Task
-from gspo_moe.tasks.sort_letters import SortLetters
+from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
 REASONING_GYM = "reasoning_gym/"
 
@@ -22,12 +22,12 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     Raises ConfigError for an unknown name, an unknown option or a value that does not fit.
     """
     if config.name == SortLetters.name:
-        return SortLetters(config.options, seed)
+        return sort_letters(config.options, seed)
     if config.name.startswith(REASONING_GYM):
         # Here, not above: importing reasoning_gym takes seconds, and most tasks do without.
-        from gspo_moe.tasks.reasoning_gym_task import ReasoningGymTask
+        from gspo_moe.tasks.reasoning_gym_task import reasoning_gym_task
 
-        return ReasoningGymTask(config.name.removeprefix(REASONING_GYM), config.options, seed)
+        return reasoning_gym_task(config.name.removeprefix(REASONING_GYM), config.options, seed)
     raise ConfigError(_unknown(config.name))
 
 

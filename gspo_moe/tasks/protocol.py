@@ -1,30 +1,79 @@
-"""What a task is to the rest of the program."""
+"""What a task is to the rest of the program: prompts, an environment that answers the policy, and rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from gspo_moe.types import Prompt
+from gspo_moe.errors import ConfigError
+from gspo_moe.types import Conversation, Prompt, Prompts
 
 
-class Task(Protocol):
-    """An endless, reproducible source of prompts that can score their answers.
+class Environment(Protocol):
+    """The other side of a conversation. All it knows is what it is given, so that any process can take the next step.
 
-    `prompt` is a pure function of the task's options, its seed, `split` and `index`, in every process and run. Splits
-    are "train", "sft" and "eval"; no text that eval can give is ever given by the others (see `tasks.splits`).
+    Both methods run in the worker processes of `tasks.pool`; where one raises or hangs, the conversation ends in error.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    def prompt(self, split: str, index: int) -> Prompt:
-        """Prompt number `index` (from 0, without end) of `split`. Raises ConfigError where no such prompt exists."""
+    def reset(self, prompt: Prompt) -> str | None:
+        """What it says behind the prompt and before the first answer; None for nothing."""
         ...
+
+    def step(self, prompt: Prompt, turns: Conversation) -> str | None:
+        """What it says to the policy's turn, the last of `turns`; None where the conversation has ended."""
+        ...
+
+
+class Rubric(Protocol):
+    """Runs in the worker processes of `tasks.pool`; one that raises or hangs gives `task.reward.failure_reward`."""
+
+    def reward(self, prompt: Prompt, turns: Conversation) -> float | Mapping[str, float]:
+        """The reward of a whole conversation: a number, normally 0 (wrong) to 1 (right), or its parts by name.
+
+        The reward is the parts' sum, unless one of them is called "reward": then that is, and the others are only
+        logged. Every number must be at most `tasks.rewards.LARGEST_REWARD` in size.
+        """
+        ...
+
+
+class SingleTurn:
+    """The environment of tasks with one answer: it never says anything."""
+
+    def reset(self, prompt: Prompt) -> None:
+        return None
+
+    def step(self, prompt: Prompt, turns: Conversation) -> None:
+        return None
+
+
+SINGLE_TURN = SingleTurn()
+
+
+@dataclass(frozen=True)
+class Task:
+    """demonstrate: gives an answer to learn in supervised training; None where the task has none.
+
+    No prompt that the split eval can give should ever be given by the others (see `tasks.splits`).
+    """
+
+    name: str
+    prompts: Prompts
+    rubric: Rubric
+    environment: Environment = SINGLE_TURN
+    demonstrate: Callable[[Prompt], str] | None = None
+
+    @property
+    def single_turn(self) -> bool:
+        return isinstance(self.environment, SingleTurn)
 
     def demonstration(self, prompt: Prompt) -> str:
-        """An answer to learn in supervised training. Raises ConfigError where the task has none (stage sft)."""
-        ...
+        """An answer to learn. Raises ConfigError where the task has none (stage sft)."""
+        if self.demonstrate is None:
+            raise ConfigError(f"task.name={self.name} has no demonstrations, so stage sft cannot use it; change one")
+        return self.demonstrate(prompt)
 
-    def score(self, prompt: Prompt, answer: str) -> float:
-        """Reward of `answer`, the decoded response without its stop token: normally 0 (wrong) to 1 (right)."""
-        ...
+
+def last_answer(turns: Conversation) -> str:
+    """The policy's last turn; empty where it has had none."""
+    return next((turn.text for turn in reversed(turns) if turn.role == "policy"), "")

@@ -1,8 +1,8 @@
-"""The datasets of reasoning-gym (github.com/open-thought/reasoning-gym) as tasks, scored by reasoning-gym itself.
+"""The datasets of reasoning-gym (github.com/open-thought/reasoning-gym) as tasks, with reasoning-gym's own rewards.
 
 reasoning-gym makes entry i from a random stream seeded with `dataset seed + i`. The dataset seed is 0 here and i is
 drawn from 32 bits, so entries depend on the task's own streams alone. The whole entry travels in `Prompt.reference`.
-Its scorers may run an answer through `eval`-like parsers: score answers in `rewards.RewardPool`, never in the trainer.
+Its scorers may run an answer through `eval`-like parsers: call them in `pool.TaskPool`, never in the trainer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from gspo_moe.errors import ConfigError
+from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.splits import draw_prompt
-from gspo_moe.types import Prompt
+from gspo_moe.types import Conversation, Prompt
 
 ENTRY_BITS = 32  # pool_matrix seeds NumPy, which takes no more
 OURS = ("seed", "size")
@@ -34,8 +35,8 @@ SHORT_PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-class ReasoningGymTask:
-    """One dataset; `options` are the fields of its config, apart from `seed` and `size`.
+class ReasoningGym:
+    """Prompts without end and rewards of one dataset; `options` are its config's fields, apart from `seed` and `size`.
 
     Raises ConfigError for an unknown dataset or option, a value that the dataset refuses, and a dataset that cannot
     give unlimited, reproducible entries.
@@ -51,14 +52,17 @@ class ReasoningGymTask:
     def prompt(self, split: str, index: int) -> Prompt:
         return draw_prompt(self.name, self._seed, split, index, self._entry)
 
+    def size(self, split: str) -> None:
+        return None
+
     def demonstration(self, prompt: Prompt) -> str:
         answer = prompt.reference["answer"]
         if answer is None:
             raise ConfigError(f"task.name={self.name} has no reference answers, so stage sft cannot use it; change one")
         return str(answer)
 
-    def score(self, prompt: Prompt, answer: str) -> float:
-        return self._dataset.score_answer(answer, prompt.reference)
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
+        return self._dataset.score_answer(last_answer(turns), prompt.reference)
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
         entry = json.loads(json.dumps(self._dataset[random.getrandbits(ENTRY_BITS)]))
@@ -70,14 +74,20 @@ class ReasoningGymTask:
         try:
             original = self._dataset[number]
             entry = json.loads(json.dumps(original))
-            scores = [self._dataset.score_answer(entry["answer"], one) for one in (original, entry)]
+            rewards = [self._dataset.score_answer(entry["answer"], one) for one in (original, entry)]
         except Exception as error:  # each of a hundred datasets has its own ways to refuse
             raise ConfigError(
                 f"task.name={self.name} cannot give entry {number} ({type(error).__name__}: {error}); "
                 "change task.options or choose another dataset"
             ) from error
-        if scores[0] != scores[1]:
+        if rewards[0] != rewards[1]:
             raise ConfigError(f"task.name={self.name} has entries that JSON does not preserve; choose another dataset")
+
+
+def reasoning_gym_task(dataset: str, options: Mapping[str, Any], seed: int) -> Task:
+    """Raises ConfigError as `ReasoningGym` does."""
+    gym = ReasoningGym(dataset, options, seed)
+    return Task(gym.name, prompts=gym, rubric=gym, demonstrate=gym.demonstration)
 
 
 def _make_dataset(dataset: str, options: Mapping[str, Any]) -> Any:

@@ -11,8 +11,9 @@ from pydantic import PositiveInt, model_validator
 
 from gspo_moe.config.schema import Section
 from gspo_moe.config.validation import validated
+from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.splits import draw_prompt
-from gspo_moe.types import Prompt
+from gspo_moe.types import Conversation, Prompt
 
 
 class SortLettersOptions(Section):
@@ -31,7 +32,7 @@ class SortLettersOptions(Section):
 
 
 class SortLetters:
-    """Random lowercase letters, repeats allowed; the reward is 1 for the exact answer and 0 for any other."""
+    """Prompts without end: random lowercase letters, repeats allowed. The exact answer has reward 1, any other 0."""
 
     name = "sort_letters"
 
@@ -42,12 +43,21 @@ class SortLetters:
     def prompt(self, split: str, index: int) -> Prompt:
         return draw_prompt(self.name, self._seed, split, index, self._entry)
 
+    def size(self, split: str) -> None:
+        return None
+
     def demonstration(self, prompt: Prompt) -> str:
         return "".join(sorted(prompt.text.removesuffix(">")))
 
-    def score(self, prompt: Prompt, answer: str) -> float:
-        return float(answer == self.demonstration(prompt))
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
+        return float(last_answer(turns) == self.demonstration(prompt))
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
         length = random.randint(self._options.min_length, self._options.max_length)
         return "".join(random.choices(ascii_lowercase, k=length)) + ">", {}
+
+
+def sort_letters(options: Mapping[str, Any], seed: int) -> Task:
+    """Raises ConfigError for options that do not fit."""
+    letters = SortLetters(options, seed)
+    return Task(SortLetters.name, prompts=letters, rubric=letters, demonstrate=letters.demonstration)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gspo_moe.config.outputs import output_fault
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.errors import ConfigError
 from gspo_moe.observability.progress import Progress
-from gspo_moe.rollout.answers import ScoredGroup
+from gspo_moe.parallel.exchange import Rows, exchange_rows
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
-from gspo_moe.training.collect import sample
-from gspo_moe.training.session import Plan, open_session
+from gspo_moe.training.collect import Came, draw
+from gspo_moe.training.session import Plan, Session, open_session
+from gspo_moe.types import RolloutGroup
 
 
 def make_bank(plan: Plan, path: Path) -> int:
@@ -25,14 +28,27 @@ def make_bank(plan: Plan, path: Path) -> int:
     if fault is not None:
         raise ConfigError(fault)
     config, session = plan.config, open_session(plan)
-    source = PromptSource(plan.task, "train")
-    groups: list[ScoredGroup] = []
+    source, kept = PromptSource(plan.task.prompts, "train"), list[RolloutGroup]()
     with Progress(config.schedule.steps, enabled=session.groups.is_main and config.logging.progress) as progress:
         for step in range(config.schedule.steps):
-            groups += sample(session, source.take(config.rollout.prompts_per_step), step, policy_version=0).groups
+            prompts = source.take(config.rollout.prompts_per_step)
+            kept += _with_routes_on_main(session, draw(session, prompts, step))
+            source.done(prompts)
             progress.update(step + 1, {})
     session.close()
     if session.groups.is_main:
         sampling = {key: getattr(config.rollout, key) for key in SAMPLING}
-        write_bank(path, Bank(tuple(groups), sampling | {"vocab_size": plan.tokenizer.vocab_size}))
-    return len(groups)
+        write_bank(path, Bank(tuple(kept), sampling | {"vocab_size": plan.tokenizer.vocab_size}))
+    return len(kept)
+
+
+def _with_routes_on_main(session: Session, came: Sequence[Came]) -> list[RolloutGroup]:
+    """The groups, on the main process with the routes that others have. Collective."""
+    rollouts = [(one, each.owner) for each in came for one in each.group.rollouts]
+    group = session.groups.data_context
+    items = [Rows(owner, len(one.token_ids) - 1) for one, owner in rollouts]
+    mine = {i: one.routes for i, (one, _) in enumerate(rollouts) if one.routes is not None}
+    wanted = [range(len(items)) if rank == 0 else () for rank in range(group.size())]
+    found = exchange_rows(mine, items, wanted, group) if session.config.routing.reports_engine_routes else {}
+    whole = iter([replace(one, routes=found.get(i)) for i, (one, _) in enumerate(rollouts)])
+    return [replace(each.group, rollouts=tuple(next(whole) for _ in each.group.rollouts)) for each in came]

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
 from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, unfinished_checkpoints
+from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
@@ -39,8 +40,9 @@ _FIX = (
 
 @dataclass(frozen=True)
 class Progress:
-    """step: finished steps. prompt_position: prompts drawn so far. policy_version: optimizer updates so far.
+    """step: finished steps. policy_version: optimizer updates so far.
 
+    prompt_position, prompts_pending: `PromptPosition`'s `next` and `pending`.
     evaluation_due: the evaluation that follows this step is still to come.
     """
 
@@ -48,6 +50,11 @@ class Progress:
     prompt_position: int = 0
     policy_version: int = 0
     evaluation_due: bool = False
+    prompts_pending: tuple[int, ...] = ()
+
+    @property
+    def prompts(self) -> PromptPosition:
+        return PromptPosition(self.prompt_position, self.prompts_pending)
 
 
 def save_checkpoint(

@@ -11,7 +11,7 @@ from gspo_moe.algorithms import degenerate_groups, group_advantages
 from gspo_moe.algorithms.overlong import overlong_penalty
 from gspo_moe.errors import RewardError
 from gspo_moe.parallel.reduce import gather_objects
-from gspo_moe.rollout.answers import all_rollouts, check_rewarded
+from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.tasks.rewards import part_means
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.session import Session, Trainer
@@ -74,8 +74,9 @@ def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Came]:
         shares = gather_objects([_without_routes(each) for each in share], group)
         shares[group.rank()] = share
         came |= {each.prompt.uid: Came(each, owner) for owner, of_rank in enumerate(shares) for each in of_rank}
-    check_rewarded([each.group for each in came.values()], session.config.task.reward.allow_all_failed)
-    return [came[prompt.uid] for prompt in prompts]
+    found = [came[prompt.uid] for prompt in prompts]
+    session.checked([each.group for each in found], f"step {step + 1}")
+    return found
 
 
 def _without_routes(group: RolloutGroup) -> RolloutGroup:
@@ -141,7 +142,7 @@ def _metrics(drawn: Sequence[RolloutGroup], kept: Sequence[RolloutGroup]) -> dic
         "reward/std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward/failures": sum(reward.error is not None and not reward.timed_out for reward in given),
         "reward/timeouts": sum(reward.timed_out for reward in given),
-        **part_means(given),
+        **{f"reward/parts/{name}": value for name, value in part_means(given).items()},
         "groups/count": len(kept),
         "groups/drawn": len(drawn),
         "groups/degenerate": degenerate_groups(rewards, size) if size > 1 else 0,

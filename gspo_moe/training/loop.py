@@ -78,7 +78,6 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
     if session.config.stage == "rl":
         outcome = rl_step(trainer)
         metrics = outcome.metrics
-        log.rewards(outcome.answers)
         log.samples(trainer.progress.step, outcome)
         log.layers(trainer.progress.step, outcome.layers)
     else:
@@ -101,10 +100,9 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
         return
     trainer.progress = replace(trainer.progress, evaluation_due=True)
     with session.timers("evaluation"):
-        answers = session.evaluate(trainer.progress.policy_version)
+        groups = session.evaluate(f"after step {trainer.progress.step}")
     trainer.progress = replace(trainer.progress, evaluation_due=False)
-    log.rewards(answers)
-    log.metrics(trainer.progress.step, evaluation_metrics(answers) | session.timers.take())
+    log.metrics(trainer.progress.step, evaluation_metrics(groups) | session.timers.take())
 
 
 def _check_updates(trainer: Trainer) -> None:

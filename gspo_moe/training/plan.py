@@ -5,8 +5,11 @@ from __future__ import annotations
 from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
 from gspo_moe.config.layout import check_layout
 from gspo_moe.config.schema import Config
+from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.rendering import render_prompt
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
+from gspo_moe.evaluation.evaluate import check_held_out
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
@@ -23,17 +26,21 @@ def make_plan(config: Config) -> Plan:
     task = make_task(config.task, config.seed)
 
     def texts() -> list[str]:
-        prompts = [task.prompt("sft", index) for index in range(TOKENIZER_TEXTS)]
+        count = min(TOKENIZER_TEXTS, task.prompts.size("sft") or TOKENIZER_TEXTS)
+        prompts = PromptSource(task.prompts, "sft").take(count)
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
-        return [prompt.text for prompt in prompts] + answers
+        return [prompt.shown for prompt in prompts] + answers
 
+    check_held_out(config, task)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
+    (first,) = PromptSource(task.prompts, "sft" if config.stage == "sft" else "train").take(1)
+    render_prompt(tokenizer, first)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
     check_reference(config, architecture)
     if config.stage == "sft":
-        task.demonstration(task.prompt("sft", 0))
+        task.demonstration(first)
     elif config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())

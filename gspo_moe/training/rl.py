@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,20 +22,10 @@ class StepResult:
 
 
 def rl_step(trainer: Trainer) -> StepResult:
-    """Takes one RL step, moves `trainer.progress` on and publishes the weights. Collective."""
-    session, progress = trainer.session, trainer.progress
-    with session.timers("step"):
+    """Takes one RL step, and moves `trainer` on. Collective."""
+    with trainer.session.timers("step"):
         batch = collect(trainer)
         learned = learn(trainer, batch)
-    trainer.prompts.done(batch.prompts)
-    position = trainer.prompts.position
-    trainer.progress = replace(
-        progress,
-        step=progress.step + 1,
-        prompt_position=position.next,
-        prompts_pending=position.pending,
-        policy_version=progress.policy_version + learned.updates,
-    )
-    session.sink.publish(session.model, trainer.progress.policy_version)
+    trainer.finish_step(batch.prompts, learned.updates)
     metrics = {**batch.metrics, **learned.figures.metrics, "policy_version": trainer.progress.policy_version}
     return StepResult(metrics, batch, learned.figures.layers)

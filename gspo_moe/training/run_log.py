@@ -1,8 +1,7 @@
-"""What a run writes about itself: config, metrics, layers, samples, and the first reward that failed."""
+"""What a run writes about itself: config, metrics, layers, samples."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,11 +10,8 @@ from gspo_moe.config.continuing import record_run
 from gspo_moe.observability.layers import LayerWriter
 from gspo_moe.observability.metrics import MetricsWriter
 from gspo_moe.observability.samples import SampleWriter
-from gspo_moe.rollout.answers import Answers
 from gspo_moe.training.rl import StepResult
 from gspo_moe.training.session import Trainer
-
-_log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -25,7 +21,6 @@ class RunLog:
         config, step = trainer.session.config, trainer.progress.step
         self._samples_per_step = config.logging.samples_per_step
         self._main = trainer.session.groups.is_main
-        self._told = False
         if self._main:
             path = trainer.session.run_path
             record_run(config)
@@ -52,25 +47,19 @@ class RunLog:
         """Keeps the first rollout of each of the step's first groups."""
         if not self._main:
             return
-        size = len(result.answers.groups[0].rewards)
-        for index, scored in enumerate(result.answers.groups[: self._samples_per_step]):
-            rollout = scored.group.rollouts[0]
+        first = 0
+        for group in result.batch.groups[: self._samples_per_step]:
+            rollout = group.rollouts[0]
             self._samples.write(
                 step=step,
-                uid=scored.group.prompt.uid,
-                prompt=scored.group.prompt.text,
+                uid=group.prompt.uid,
+                prompt=group.prompt.shown,
                 response=rollout.text,
-                reward=scored.rewards[0],
-                advantage=result.advantages[index * size],
-                finished=rollout.finished,
+                reward=rollout.total_reward,
+                advantage=result.batch.samples[first].advantage,
+                finished=rollout.finish == "stop",
             )
-
-    def rewards(self, answers: Answers) -> None:
-        """Shows the run's first reward that failed."""
-        if self._main and not self._told and answers.first_error is not None:
-            failed = answers.failures + answers.timeouts
-            _log.warning("%d of %d rewards failed; the first: %s", failed, answers.count, answers.first_error)
-            self._told = True
+            first += len(group.rollouts)
 
     def close(self) -> None:
         if self._main:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,25 +13,30 @@ from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
+from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import RewardError
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource, SafetensorsSource, draw_value_head, load_weights
+from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.platform import device
-from gspo_moe.rollout.answers import Answerer, Answers
-from gspo_moe.rollout.bank import Bank, read_bank
+from gspo_moe.rollout.answers import Answerer, all_rollouts, failures, share_of
+from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
-from gspo_moe.rollout.engine import make_stop_ids
+from gspo_moe.rollout.engine import SamplingParams, WeightSink, make_stop_ids
+from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
-from gspo_moe.tasks.rewards import RewardPool
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.types import Microbatch, Prompt
+from gspo_moe.training.packs import TrainingPack
+from gspo_moe.types import Prompt, RolloutGroup
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,16 @@ class Plan:
 
 @dataclass
 class Session:
-    """A policy with all it needs to answer prompts; training adds an optimizer to it. stop: signals to end it."""
+    """A policy with all it needs to answer prompts; training adds an optimizer to it.
+
+    sink: takes the weights that `source` is to sample with. stop: signals to end it.
+    """
 
     plan: Plan
     groups: Groups
     model: Model
     answerer: Answerer
+    sink: WeightSink
     stop_ids: frozenset[int]
     timers: Timers
     stop: StopSignals
@@ -65,20 +75,56 @@ class Session:
         return self.plan.config.run_path
 
     @cached_property
-    def bank(self) -> Bank | None:
-        """The frozen rollouts of `rollout.bank`, None where the policy makes its own."""
-        return None if self.config.rollout.bank is None else read_bank(self.config.rollout.bank)
+    def source(self) -> RolloutSource:
+        """Of training's rollouts: `rollout.bank`, or the policy's engine."""
+        config = self.config
+        if config.rollout.bank is not None:
+            bank = read_bank(config.rollout.bank)
+            return BankSource(bank, lambda prompts: share_of(prompts, self.groups.data_context))
+        return EngineSource(self.answerer, config.rollout.samples_per_prompt, self._sampling, self.timers)
+
+    def _sampling(self, step: int) -> SamplingParams:
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_response_tokens=rollout.max_response_tokens,
+            stop_ids=self.stop_ids,
+            seed=f"{self.config.seed}/{step}",
+            report_routes=self.config.routing.reports_engine_routes,
+        )
+
+    @cached_property
+    def reward_errors(self) -> RewardErrors:
+        return RewardErrors(self.run_path)
 
     @cached_property
     def held_out(self) -> list[Prompt]:
         return held_out_prompts(self.config, self.plan.task)
 
-    def evaluate(self, policy_version: int) -> Answers:
-        """Answers the held-out prompts with the weights as they are. Collective."""
-        return evaluate(self.config, self.answerer, self.held_out, self.stop_ids, policy_version)
+    def evaluate(self, when: str) -> list[RolloutGroup]:
+        """Answers the held-out prompts with the weights as they are. Collective. Raises RewardError as `checked`."""
+        groups = evaluate(self.config, self.answerer, self.held_out, self.stop_ids)
+        return self.checked(groups, f"evaluation {when}")
+
+    def checked(self, groups: list[RolloutGroup], when: str) -> list[RolloutGroup]:
+        """The groups, once their first reward that failed is shown and kept.
+
+        Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
+        """
+        errors, count = failures(groups), len(all_rollouts(groups))
+        if errors and self.groups.is_main:
+            self.reward_errors.tell(when, len(errors), count, errors[0])
+        if errors and len(errors) == count and not self.config.task.reward.allow_all_failed:
+            raise RewardError(
+                f"none of {count} answers got a reward; the first: {errors[0]}\nMend the reward, or set task.reward."
+                "allow_all_failed=true to go on with task.reward.failure_reward for all of them"
+            )
+        return groups
 
     def close(self) -> None:
-        self.answerer.rewards.close()
+        self.answerer.pool.close()
 
 
 def open_session(plan: Plan) -> Session:
@@ -95,7 +141,14 @@ def open_session(plan: Plan) -> Session:
         plan=plan,
         groups=groups,
         model=model,
-        answerer=Answerer(engine, plan.tokenizer, RewardPool(config.task, config.seed), groups),
+        answerer=Answerer(
+            engine,
+            plan.tokenizer,
+            TaskPool(config.task, config.seed),
+            groups,
+            max_turns=None if plan.task.single_turn else rollout.max_turns,
+        ),
+        sink=engine,
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
         timers=Timers(device().synchronize),
         stop=stop,
@@ -125,7 +178,26 @@ class Trainer:
     recorder: RouteRecorder | None
     progress: Progress
     reference: Model | None = None
-    probe_packs: list[Microbatch] | None = None
+    probe_packs: list[TrainingPack] | None = None
+
+    @cached_property
+    def prompts(self) -> PromptSource:
+        """Those of training, from where `progress` stands when they are first asked for."""
+        split = "train" if self.session.config.stage == "rl" else "sft"
+        return PromptSource(self.session.plan.task.prompts, split, self.progress.prompts)
+
+    def finish_step(self, prompts: Iterable[Prompt], updates: int) -> None:
+        """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective."""
+        self.prompts.done(prompts)
+        position, before = self.prompts.position, self.progress
+        self.progress = replace(
+            before,
+            step=before.step + 1,
+            prompt_position=position.next,
+            prompts_pending=position.pending,
+            policy_version=before.policy_version + updates,
+        )
+        self.session.sink.publish(self.session.model, self.progress.policy_version)
 
     @property
     def unfinished(self) -> bool:
@@ -170,6 +242,7 @@ def open_trainer(session: Session) -> Trainer:
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:
         trainer.progress = load_checkpoint(newest, session.model, optimizer)
+        session.sink.publish(session.model, trainer.progress.policy_version)
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
     return trainer

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.rendering import render_prompt
 from gspo_moe.errors import TrainingError
-from gspo_moe.training.rl import pack_share
+from gspo_moe.training.packs import pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
 from gspo_moe.types import Prompt, TrainingSample
 
 
 def sft_step(trainer: Trainer) -> dict[str, float]:
-    """Learns the next batch of demonstrations and moves `trainer.progress` on. Collective."""
-    session, progress = trainer.session, trainer.progress
-    config, groups = session.config, session.groups
+    """Learns the next batch of demonstrations and moves `trainer` on. Collective."""
+    session, config = trainer.session, trainer.session.config
     with session.timers("step"):
-        source = PromptSource(session.plan.task, "sft", progress.prompt_position)
-        samples = [demonstration(session.plan, prompt) for prompt in source.take(config.schedule.sft_batch)]
-        packs = pack_share(samples, groups, config)
+        prompts = trainer.prompts.take(config.schedule.sft_batch)
+        samples = [demonstration(session.plan, prompt) for prompt in prompts]
+        packs = pack_share(samples, session.groups, config)
         num_tokens = sum(sum(sample.response_mask) for sample in samples)
         statistics, update = train_supervised(session.model, trainer.optimizer, packs, num_tokens)
-    trainer.progress = replace(
-        progress,
-        step=progress.step + 1,
-        prompt_position=source.position,
-        policy_version=progress.policy_version + 1,
-    )
+    trainer.finish_step(prompts, updates=1)
     return {
         **statistics.to_metrics(),
         "optimizer/grad_norm": update.grad_norm,
@@ -39,7 +31,7 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
     """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
-    question = plan.tokenizer.encode(prompt.text)
+    question = render_prompt(plan.tokenizer, prompt)
     if not question:
         raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
     answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]

@@ -11,11 +11,12 @@ import pytest
 from gspo_moe.config import load_config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.tasks.rewards import RewardBatch, RewardPool
+from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.protocol import last_answer
+from gspo_moe.tasks.rewards import Reward
 from gspo_moe.training import session
 from gspo_moe.training.loop import train
 from gspo_moe.training.plan import make_plan
-from gspo_moe.types import Prompt
 from tests.e2e.program import metrics_by_step
 
 STEPS = 3
@@ -50,11 +51,11 @@ ALGORITHMS = {
 RESUMED = ("grpo-kl", "ppo")
 
 
-class Variety(RewardPool):
+class Variety(TaskPool):
     """Rewards any answer by its distinct characters, so that a model that knows nothing has something to learn."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> RewardBatch:
-        return RewardBatch(tuple(len(set(answer)) / 10 for _, answer in items), 0, 0, None)
+    def rewards(self, items: Sequence[Item]) -> list[Reward]:
+        return [Reward(len(set(last_answer(turns))) / 10) for _, turns in items]
 
 
 Run = dict[int, dict[str, float]]
@@ -73,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     SentencePieceTokenizer.train(["abcdefghijklmnopqrstuvwxyz>"], 300).save(folder)
     tokenizer = folder / "tokenizer.model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "RewardPool", Variety)
+        patch.setattr(session, "TaskPool", Variety)
         found = {
             name: run(folder / name, tokenizer, f"algorithm.name={name.partition('-')[0]}", *more)
             for name, more in ALGORITHMS.items()

@@ -9,20 +9,21 @@ import torch
 
 from gspo_moe.config.schema import Config
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.tasks.rewards import RewardBatch, RewardPool
+from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.protocol import last_answer
+from gspo_moe.tasks.rewards import Reward
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from gspo_moe.training.plan import make_plan
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
-from gspo_moe.types import Prompt
 from tests.launch import renew_port
 
 
-class Variety(RewardPool):
+class Variety(TaskPool):
     """Rewards any answer by its distinct characters, so that a model that knows nothing has something to learn."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> RewardBatch:
-        return RewardBatch(tuple(len(set(answer)) / 10 for _, answer in items), 0, 0, None)
+    def rewards(self, items: Sequence[Item]) -> list[Reward]:
+        return [Reward(len(set(last_answer(turns))) / 10) for _, turns in items]
 
 
 def settings(folder: Path, backend: str, parallel: dict[str, int]) -> Config:
@@ -47,7 +48,7 @@ def step_save_and_load(folder: Path, backend: str, parallel: dict[str, int] | No
     config = settings(folder, backend, parallel or {})
     session = open_session(make_plan(config))
     session.close()
-    session.answerer = replace(session.answerer, rewards=Variety(config.task, config.seed))
+    session.answerer = replace(session.answerer, pool=Variety(config.task, config.seed))
     try:
         trainer = open_trainer(session)
         before = copies(trainer)
@@ -74,7 +75,7 @@ def step_twice(folder: Path, backend: str) -> None:
         config = settings(folder / name, backend, {})
         session = open_session(make_plan(config))
         session.close()
-        session.answerer = replace(session.answerer, rewards=Variety(config.task, config.seed))
+        session.answerer = replace(session.answerer, pool=Variety(config.task, config.seed))
         try:
             trainer = open_trainer(session)
             check_step(trainer)

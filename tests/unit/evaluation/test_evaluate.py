@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from gspo_moe.config.schema import Config
-from gspo_moe.evaluation.evaluate import evaluate, evaluation_metrics, held_out_prompts
+from gspo_moe.errors import ConfigError
+from gspo_moe.evaluation.evaluate import check_held_out, evaluate, evaluation_metrics, held_out_prompts
 from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
 
@@ -34,9 +35,17 @@ def test_accuracy_counts_full_rewards_and_reward_is_the_mean() -> None:
 
 
 def test_held_out_prompts_are_the_first_of_their_split() -> None:
-    task: Any = SimpleNamespace(prompt=lambda split, index: Prompt(f"{split}/{index}", "?", "t"))
+    prompts = SimpleNamespace(prompt=lambda split, index: Prompt(f"{split}/{index}", "?", "t"))
+    task: Any = SimpleNamespace(prompts=prompts)
     config = Config.model_validate({"evaluation": {"prompts": 3}})
     assert [prompt.uid for prompt in held_out_prompts(config, task)] == ["eval/0", "eval/1", "eval/2"]
+
+
+def test_more_held_out_prompts_than_there_are_are_refused() -> None:
+    task: Any = SimpleNamespace(name="few", prompts=SimpleNamespace(size=lambda split: {"eval": 2}[split]))
+    check_held_out(Config.model_validate({"evaluation": {"prompts": 2}}), task)
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts=3 exceeds the 2 .*task\.name=few; set it to at most 2"):
+        check_held_out(Config.model_validate({"evaluation": {"prompts": 3}}), task)
 
 
 def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
@@ -47,7 +56,7 @@ def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
         return "share"
 
     answered = Answers((scored("eval/0", (1.0, 0.0), (1, 1), (True, True)),), 1, 0, "eval/0 broke")
-    answerer: Any = SimpleNamespace(generate=generate, score=lambda share: answered)
+    answerer: Any = SimpleNamespace(generate=generate, rewards=lambda share: answered)
     config = Config.model_validate(
         {
             "seed": 5,

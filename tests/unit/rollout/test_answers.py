@@ -1,4 +1,4 @@
-"""How prompts are shared out, decoded and scored; engine and rewards stand in."""
+"""How prompts are shared out, decoded and rewarded; engine and rewards stand in."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -9,10 +9,12 @@ import pytest
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answerer, Answers, ScoredGroup
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.tasks.rewards import RewardBatch
+from gspo_moe.tasks.pool import Item
+from gspo_moe.tasks.rewards import Reward
 from gspo_moe.types import Prompt, Rollout, RolloutGroup
 from tests.policy import sampling
 from tests.qwen3 import layout
+from tests.turns import answered
 
 STOP = 59
 PROMPTS = [Prompt(f"train/{number}", "abcdefg"[: number + 1], "letters") for number in range(7)]
@@ -46,15 +48,13 @@ class Echo:
 class Lengths:
     """Rewards an answer with its length; an answer of three letters fails, one of four hangs."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> RewardBatch:
-        answers = [text for _, text in items]
-        assert all(prompt.text == text for prompt, text in items)
-        return RewardBatch(
-            tuple(float(len(text)) for text in answers),
-            failures=sum(len(text) == 3 for text in answers),
-            timeouts=sum(len(text) == 4 for text in answers),
-            first_error=next((f"{text} broke" for text in answers if len(text) in (3, 4)), None),
-        )
+    def rewards(self, items: Sequence[Item]) -> list[Reward]:
+        assert all(turns == answered(prompt.text) for prompt, turns in items)
+        answers = [prompt.text for prompt, _ in items]
+        return [
+            Reward(float(len(text)), error=f"{text} broke" if len(text) in (3, 4) else None, timed_out=len(text) == 4)
+            for text in answers
+        ]
 
 
 def test_rewards_that_all_failed_are_an_error_unless_allowed() -> None:
@@ -116,7 +116,7 @@ def test_ranks_share_the_prompts_in_order_and_nearly_evenly(ranks: int) -> None:
 def test_rewards_come_in_the_order_of_the_rollouts_with_their_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: [value])
     share = answerer().generate(PROMPTS, 2, sampling(stop_ids=frozenset({STOP})), 0)
-    answers = answerer().score(share)
+    answers = answerer().rewards(share)
     assert [scored.group for scored in answers.groups] == share
     assert [scored.rewards for scored in answers.groups] == [(float(n + 1),) * 2 for n in range(7)]
     assert (answers.failures, answers.timeouts, answers.first_error) == (2, 2, "abc broke")
@@ -127,9 +127,9 @@ def test_every_ranks_groups_are_gathered_in_the_order_of_ranks(monkeypatch: pyte
     for rank in range(2):
         monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: [value])
         one = answerer(rank, 2)
-        found = one.score(one.generate(PROMPTS, 1, sampling(stop_ids=frozenset({STOP})), 0))
+        found = one.rewards(one.generate(PROMPTS, 1, sampling(stop_ids=frozenset({STOP})), 0))
         parts.append((list(found.groups), found.failures, found.timeouts, found.first_error))
     monkeypatch.setattr("gspo_moe.rollout.answers.gather_objects", lambda value, group: parts)
-    answers = answerer().score([])
+    answers = answerer().rewards([])
     assert [scored.group.prompt for scored in answers.groups] == PROMPTS
     assert (answers.failures, answers.timeouts, answers.first_error) == (1, 1, "abc broke")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.rollout.answers import ScoredGroup
 from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
-from gspo_moe.types import Prompt, Rollout, RolloutGroup
+from gspo_moe.types import Message, Prompt, Rollout, RolloutGroup
 
 
 def rollout(uid: str, index: int, response: int, *, routes: bool) -> Rollout:
@@ -35,6 +35,8 @@ def bank(*, routes: bool) -> Bank:
     for number in range(3):
         uid = f"train/{number}"
         prompt = Prompt(uid, f"sort {number}:", "sort_letters", {"answer": number})
+        if number == 1:
+            prompt = Prompt(uid, "", "chat", messages=(Message("user", "hello"),))
         rollouts = tuple(rollout(uid, index, number + 2 * index + 1, routes=routes) for index in range(2))
         groups.append(ScoredGroup(RolloutGroup(prompt, rollouts), (0.1 * number, 1.0)))
     return Bank(tuple(groups), {"temperature": 1.0, "vocab_size": 400})

@@ -7,8 +7,9 @@ import pytest
 import reasoning_gym
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.tasks.reasoning_gym_task import SHORT_PROMPTS, ReasoningGymTask
+from gspo_moe.tasks.reasoning_gym_task import SHORT_PROMPTS, ReasoningGym
 from gspo_moe.types import Prompt
+from tests.turns import answered
 
 LONGEST_OF_OPTIONS: dict[str, dict[str, Any]] = {
     "number_sorting": {"max_decimals": 0, "max_numbers": 6},
@@ -20,7 +21,7 @@ LONGEST_OF_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dataset", SHORT_PROMPTS)
 def test_short_prompts_hold_what_the_question_holds_in_few_characters(dataset: str) -> None:
-    task = ReasoningGymTask(dataset, LONGEST_OF_OPTIONS[dataset], seed=1)
+    task = ReasoningGym(dataset, LONGEST_OF_OPTIONS[dataset], seed=1)
     for index in range(10):
         prompt = task.prompt("train", index)
         metadata = prompt.reference["metadata"]
@@ -35,7 +36,7 @@ def test_short_prompts_hold_what_the_question_holds_in_few_characters(dataset: s
 
 
 def test_a_short_prompt_does_not_give_the_answer_away() -> None:
-    task = ReasoningGymTask("countdown", {}, seed=1)
+    task = ReasoningGym("countdown", {}, seed=1)
     prompt = task.prompt("train", 0)
     numbers, target = prompt.reference["metadata"]["numbers"], prompt.reference["metadata"]["target"]
     assert prompt.text == f"{target} from {', '.join(map(str, numbers))} ="
@@ -43,26 +44,26 @@ def test_a_short_prompt_does_not_give_the_answer_away() -> None:
 
 
 def test_a_dataset_without_a_short_form_asks_its_own_question() -> None:
-    task = ReasoningGymTask("leg_counting", {}, seed=1)
+    task = ReasoningGym("leg_counting", {}, seed=1)
     prompt = task.prompt("train", 0)
     assert prompt.text == prompt.reference["question"]
     assert prompt.text.startswith("Your task is to count how many legs")
 
 
-def test_scores_are_reasoning_gyms_own_for_an_entry_that_went_through_json() -> None:
-    task = ReasoningGymTask("countdown", {"max_numbers": 4}, seed=1)
+def test_rewards_are_reasoning_gyms_own_for_an_entry_that_went_through_json() -> None:
+    task = ReasoningGym("countdown", {"max_numbers": 4}, seed=1)
     prompt = task.prompt("eval", 3)
     thawed = Prompt(prompt.uid, prompt.text, prompt.task, json.loads(json.dumps(prompt.reference)))
     scorer = reasoning_gym.create_dataset("countdown", seed=0)
     right, numbers = prompt.reference["answer"], prompt.reference["metadata"]["numbers"]
     for answer in (right, f"({right})", "+".join(map(str, numbers)), "1+", ""):
-        assert task.score(thawed, answer) == scorer.score_answer(answer, prompt.reference)
-    assert task.score(thawed, f"({right})") == 1.0
-    assert task.score(thawed, "1+") == 0.01
+        assert task.reward(thawed, answered(answer)) == scorer.score_answer(answer, prompt.reference)
+    assert task.reward(thawed, answered(f"({right})")) == 1.0
+    assert task.reward(thawed, answered("1+")) == 0.01
 
 
 def test_options_reach_the_dataset() -> None:
-    task = ReasoningGymTask("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}, seed=1)
+    task = ReasoningGym("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2}, seed=1)
     for index in range(5):
         metadata = task.prompt("train", index).reference["metadata"]
         assert (metadata["num_terms"], metadata["num_digits"]) == (3, 2)
@@ -85,10 +86,10 @@ def test_options_reach_the_dataset() -> None:
 )
 def test_what_cannot_work_is_refused_before_the_run(dataset: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ReasoningGymTask(dataset, options, seed=1)
+        ReasoningGym(dataset, options, seed=1)
 
 
 def test_a_task_without_reference_answers_refuses_supervised_training() -> None:
-    task = ReasoningGymTask("graph_color", {}, seed=1)
+    task = ReasoningGym("graph_color", {}, seed=1)
     with pytest.raises(ConfigError, match="no reference answers, so stage sft cannot use it"):
         task.demonstration(task.prompt("sft", 0))

@@ -8,6 +8,7 @@ import pytest
 from gspo_moe.errors import ConfigError
 from gspo_moe.tasks.sort_letters import SortLetters
 from gspo_moe.types import Prompt
+from tests.turns import answered
 
 
 def test_prompts_are_letters_of_every_allowed_length() -> None:
@@ -34,7 +35,7 @@ def test_only_the_exact_answer_is_right(answer: str, reward: float) -> None:
     prompt = Prompt(uid="train/0", text="qebaz>", task="sort_letters")
     task = SortLetters({}, seed=1)
     assert task.demonstration(prompt) == "abeqz"
-    assert task.score(prompt, answer) == reward
+    assert task.reward(prompt, answered(answer)) == reward
 
 
 def test_repeated_letters_are_kept() -> None:

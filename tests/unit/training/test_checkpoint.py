@@ -29,7 +29,7 @@ from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import architecture, layout, random_sequences
 
-DONE = Progress(step=1, prompt_position=96, policy_version=2)
+DONE = Progress(step=1, prompt_position=96, policy_version=2, prompts_pending=(90, 95))
 KINDS = [
     {},
     {"parallel": {"distributed_optimizer": True}},

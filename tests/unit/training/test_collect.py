@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gspo_moe.config import load_config
+from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.training.checkpoint import Progress
@@ -20,11 +21,11 @@ from gspo_moe.types import Prompt, Rollout, RolloutGroup
 LIMIT = 10
 
 
-class Answerer:
+class Table:
     """Answers prompt i with rewards and lengths from a table."""
 
     def __init__(self, rewards: Sequence[tuple[float, ...]], lengths: Sequence[int]) -> None:
-        self.rewards, self.lengths = rewards, lengths
+        self.table, self.lengths = rewards, lengths
 
     def generate(self, prompts: Sequence[Prompt], samples: int, params: Any, version: int) -> list[RolloutGroup]:
         return [
@@ -38,8 +39,8 @@ class Answerer:
             for prompt in prompts
         ]
 
-    def score(self, share: Sequence[RolloutGroup]) -> Answers:
-        groups = tuple(ScoredGroup(group, self.rewards[int(group.prompt.uid)]) for group in share)
+    def rewards(self, share: Sequence[RolloutGroup]) -> Answers:
+        groups = tuple(ScoredGroup(group, self.table[int(group.prompt.uid)]) for group in share)
         return Answers(groups, failures=1, timeouts=0, first_error=None)
 
 
@@ -53,14 +54,15 @@ def collected(
     def timers(phase: str) -> Iterator[None]:
         yield
 
-    task = SimpleNamespace(prompt=lambda split, index: Prompt(str(index), "?", "table"))
+    prompts = SimpleNamespace(prompt=lambda split, index: Prompt(str(index), "?", "table"), size=lambda split: None)
     session = SimpleNamespace(
         config=config,
-        plan=SimpleNamespace(task=task),
-        answerer=Answerer(rewards, lengths),
+        plan=SimpleNamespace(task=SimpleNamespace(prompts=prompts)),
+        answerer=Table(rewards, lengths),
         timers=timers,
         stop_ids=frozenset(),
         bank=None,
+        checked=lambda answers, when: answers,
     )
     trainer: Any = SimpleNamespace(session=session, progress=Progress(step=3, prompt_position=position))
     return collect(trainer)
@@ -76,14 +78,14 @@ DYNAMIC = "algorithm.dynamic_sampling=true"
 
 def test_without_dynamic_sampling_the_next_prompts_are_taken_as_they_are() -> None:
     found = collected([EQUAL, EQUAL, DIFFERENT, EQUAL], position=1)
-    assert (uids(found), found.prompt_position) == (["1", "2"], 3)
+    assert (uids(found), found.prompts) == (["1", "2"], PromptPosition(3))
     assert found.advantages[:2] == [0.0, 0.0]
     assert (found.metrics["groups/drawn"], found.metrics["groups/degenerate"]) == (2, 1)
 
 
 def test_groups_of_equal_rewards_are_replaced_by_new_prompts() -> None:
     found = collected([EQUAL, DIFFERENT, EQUAL, EQUAL, DIFFERENT, DIFFERENT, EQUAL, EQUAL], DYNAMIC)
-    assert (uids(found), found.prompt_position) == (["1", "4"], 6)
+    assert (uids(found), found.prompts) == (["1", "4"], PromptPosition(6))
     metrics = found.metrics
     assert (metrics["groups/count"], metrics["groups/drawn"], metrics["groups/degenerate"]) == (2, 6, 3)
     assert metrics["reward/mean"] == pytest.approx((3 * 2 + 3 * 1) / 12)
@@ -95,7 +97,7 @@ def test_groups_of_equal_rewards_are_replaced_by_new_prompts() -> None:
 def test_at_the_bound_equal_groups_fill_up_in_order() -> None:
     table = [EQUAL, EQUAL, EQUAL, DIFFERENT, DIFFERENT, DIFFERENT]
     found = collected(table, DYNAMIC, "algorithm.sampling_rounds=2")
-    assert (uids(found), found.prompt_position) == (["0", "3"], 4)
+    assert (uids(found), found.prompts) == (["0", "3"], PromptPosition(4))
 
 
 def test_no_difference_at_all_is_an_error_with_the_fix() -> None:

@@ -1,0 +1,65 @@
+"""Prompts, and what an environment says between a policy's turns, as token ids.
+
+Tokens that a policy sampled are never made again from their text: a conversation's ids only grow at their end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.types import Conversation, Message, Prompt
+
+if TYPE_CHECKING:
+    from gspo_moe.data.chat_template import ChatTemplate
+
+ROLES = {"policy": "assistant", "environment": "user"}
+# Stands for an answer while the template is asked what follows one: of the private use area, so in no real text.
+MARK = "\ue0a7answer\ue0a7"
+
+
+def render_prompt(tokenizer: Tokenizer, prompt: Prompt, opening: str | None = None) -> list[int]:
+    """Ids of all that the policy reads before its first answer.
+
+    Text is encoded as it is, messages through the tokenizer's chat template, with the head of the answer behind them.
+    opening: what the environment says at its reset, text behind the text or the user's message behind the messages.
+    Raises ConfigError where messages meet a tokenizer without a template, DataError for text beside messages and
+    messages that the template refuses.
+    """
+    if not prompt.messages:
+        return tokenizer.encode(prompt.text + (opening or ""))
+    if prompt.text:
+        raise DataError(f"prompt {prompt.uid} has both text and messages; leave one of them empty")
+    said = () if opening is None else (Message("user", opening),)
+    return tokenizer.encode(_template(tokenizer, prompt).render((*prompt.messages, *said)))
+
+
+def render_turn(tokenizer: Tokenizer, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
+    """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
+
+    Behind a text prompt it is encoded as it is. Behind messages it is the user's, between what the chat template puts
+    after an answer and the head of the next one; the template's own end of an answer is left out where `last_id` is
+    one already. Raises as `render_prompt`.
+    """
+    if not prompt.messages:
+        return tokenizer.encode(text)
+    before = (Message(ROLES[turn.role], turn.text) for turn in turns[:-1])
+    conversation = (*prompt.messages, *before, Message("assistant", MARK), Message("user", text))
+    _, mark, rest = _template(tokenizer, prompt).render(conversation).rpartition(MARK)
+    if not mark:
+        raise DataError(
+            f"prompt {prompt.uid}: the tokenizer's chat template leaves an assistant's answer out, so that no turn can "
+            "follow it; correct the template, or give the task's prompts as text"
+        )
+    ids = tokenizer.encode(rest)
+    return ids[1:] if last_id in tokenizer.eos_ids and ids[:1] and ids[0] in tokenizer.eos_ids else ids
+
+
+def _template(tokenizer: Tokenizer, prompt: Prompt) -> ChatTemplate:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"prompt {prompt.uid} of task {prompt.task} consists of messages and the tokenizer has no chat template; "
+            "set tokenizer.path to a folder with tokenizer.json and chat_template.jinja"
+        )
+    return tokenizer.chat_template

@@ -1,0 +1,27 @@
+"""What went wrong with rewards, for the user to see: the first at once, and every batch's first in the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+FILE = "reward_errors.txt"
+_log = logging.getLogger(__name__)
+
+
+class RewardErrors:
+    """Appends to `run_dir`/reward_errors.txt; also what an attempt writes that a resumed run repeats stays there."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._file = Path(run_dir) / FILE
+        self._told = False
+
+    def tell(self, when: str, failed: int, count: int, error: str) -> None:
+        """`failed` of a batch's `count` rewards failed, the first of them with `error`."""
+        text = f"{when}: {failed} of {count} rewards failed; the first: {error}"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        if not self._told:
+            _log.warning("%s\n(the first of later ones: %s)", text, self._file)
+            self._told = True

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.tasks import make_task
+from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.protocol import Task, last_answer
+from gspo_moe.tasks.rewards import Reward, Step
+from gspo_moe.types import Conversation, Prompt, Turn
+from tests.turns import answered
+
+LIMIT = 1.0
+PROMPT = Prompt(uid="train/0", text="", task="trouble")
+TROUBLE: dict[str, Any] = {
+    "none": None,
+    "text": "1.0",
+    "nan": float("nan"),
+    "infinite": float("-inf"),
+    "complex": 1j,
+    "huge": 10**400,
+    "large": 1.1e6,
+    "largest": -1e6,
+    "negative": -2,
+    "true": True,
+}
+
+# Two workers, one of which is busy when their trainer goes.
+KILLED = """
+import multiprocessing, os, signal, threading, time
+from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.tasks.pool import Item, TaskPool
+from tests.unit.tasks.test_pool import answers, make_trouble
+
+if __name__ == "__main__":
+    pool = TaskPool(TaskConfig(reward=RewardConfig(workers=2, timeout_seconds=600)), seed=1, make=make_trouble)
+    assert [reward.total for reward in pool.rewards(answers("1", "2"))] == [1.0, 2.0]
+    threading.Thread(target=pool.rewards, args=(answers("hang"),), daemon=True).start()
+    time.sleep(0.5)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+
+
+class Trouble:
+    """Does what the policy says last, in the worker; a number is its own reward, and what the environment says."""
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return PROMPT
+
+    def size(self, split: str) -> None:
+        return None
+
+    def reward(self, prompt: Prompt, turns: Conversation) -> Any:
+        answer = last_answer(turns)
+        if answer == "hang":
+            time.sleep(3600)
+        if answer == "crash":
+            os._exit(3)
+        if answer == "exit":
+            sys.exit(0)
+        if answer == "raise":
+            raise ValueError("no such luck")
+        if answer == "torch":
+            return float("torch" in sys.modules)
+        return TROUBLE[answer] if answer in TROUBLE else float(answer)
+
+    def reset(self, prompt: Prompt) -> str:
+        return f"{prompt.uid} begins"
+
+    def step(self, prompt: Prompt, turns: Conversation) -> Any:
+        said = self.reward(prompt, turns)
+        return f"{len(turns)} turns, {said}" if isinstance(said, float) else said
+
+
+def make_trouble(config: TaskConfig, seed: int) -> Task:
+    return Task("trouble", prompts=Trouble(), rubric=Trouble(), environment=Trouble())
+
+
+def make_nothing(config: TaskConfig, seed: int) -> Task:
+    raise RuntimeError("this worker cannot start")
+
+
+@pytest.fixture(scope="module")
+def bystanders() -> set[int | None]:
+    """Child processes that are not the pool's: checkpoints leave a server behind."""
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.fixture(scope="module")
+def pool(bystanders: set[int | None]) -> Iterator[TaskPool]:
+    reward = RewardConfig(workers=2, timeout_seconds=LIMIT, failure_reward=-1.0)
+    with TaskPool(TaskConfig(name="trouble", reward=reward), seed=1, make=make_trouble) as pool:
+        yield pool
+
+
+def answers(*texts: str) -> list[Item]:
+    return [
+        (Prompt(uid=f"train/{number}", text="", task="trouble"), answered(text)) for number, text in enumerate(texts)
+    ]
+
+
+def totals(rewards: list[Reward]) -> list[float]:
+    return [reward.total for reward in rewards]
+
+
+def failures(results: Sequence[Reward | Step]) -> list[int]:
+    """Which of the results are errors."""
+    return [number for number, result in enumerate(results) if result.error is not None]
+
+
+def test_rewards_come_in_order_of_the_items(pool: TaskPool) -> None:
+    rewards = pool.rewards(answers(*(str(number / 7) for number in range(300))))
+    assert rewards == [Reward(number / 7) for number in range(300)]
+
+
+def test_an_empty_batch_is_empty(pool: TaskPool) -> None:
+    assert pool.rewards([]) == []
+    assert pool.steps([]) == []
+
+
+def test_each_kind_of_nonsense_is_an_error_and_its_neighbours_keep_their_rewards(pool: TaskPool) -> None:
+    rewards = pool.rewards(answers("0.5", "raise", *TROUBLE))
+    assert totals(rewards) == [0.5, *(-1.0,) * 8, -1e6, -2.0, 1.0]
+    assert failures(rewards) == list(range(1, 9))
+    assert not any(reward.timed_out for reward in rewards)
+    error = str(rewards[1].error)
+    assert error.startswith("train/1: Traceback (most recent call last):\n")
+    assert error.count('  File "') == 1
+    assert error.endswith('raise ValueError("no such luck")\nValueError: no such luck')
+
+
+def test_a_reward_beyond_the_largest_says_so(pool: TaskPool) -> None:
+    assert "1100000.0, which is no number from -1000000 to 1000000" in str(pool.rewards(answers("large"))[0].error)
+
+
+def test_an_environment_begins_answers_and_ends_a_conversation(pool: TaskPool) -> None:
+    two = (*answered("1"), Turn("environment", "go on"), *answered("7"))
+    (prompt, one), (_, end) = answers("3", "none")
+    found = pool.steps([(prompt, ()), (prompt, one), (prompt, two), (prompt, end)])
+    assert found == [Step("train/0 begins"), Step("1 turns, 3.0"), Step("3 turns, 7.0"), Step(None)]
+
+
+def test_steps_that_fail_are_errors_and_spare_the_rest_of_their_group(pool: TaskPool) -> None:
+    texts = [str(number) for number in range(40)]
+    texts[2], texts[20], texts[33], texts[34] = "hang", "crash", "raise", "negative"
+    found = pool.steps(answers(*texts))
+    assert failures(found) == [2, 20, 33, 34]
+    assert [step.text for step in found] == [
+        None if number in (2, 20, 33, 34) else f"1 turns, {number}.0" for number in range(40)
+    ]
+    assert found[2] == Step(None, "train/2: no step within task.reward.timeout_seconds=1", timed_out=True)
+    assert str(found[33].error).endswith("ValueError: no such luck")
+    assert found[34].error == "train/34: step gave -2, which is neither text nor None"
+
+
+def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED)
+    trainer = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert trainer.returncode == -signal.SIGKILL
+    workers = [psutil.Process(int(pid)) for pid in trainer.stdout.split() if psutil.pid_exists(int(pid))]
+    assert psutil.wait_procs(workers, timeout=5)[1] == []
+
+
+def test_signals_to_the_trainers_group_spare_its_workers(pool: TaskPool, bystanders: set[int | None]) -> None:
+    def running() -> list[int]:
+        children = {process.pid for process in multiprocessing.active_children()}
+        return sorted(pid for pid in children - bystanders if pid is not None)
+
+    assert totals(pool.rewards(answers("1", "2"))) == [1.0, 2.0]
+    workers = running()
+    for worker in workers:
+        assert os.getsid(worker) == worker
+        os.kill(worker, signal.SIGUSR1)
+    assert totals(pool.rewards(answers("1", "2"))) == [1.0, 2.0]
+    assert running() == workers
+
+
+def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: TaskPool) -> None:
+    texts = [str(number) for number in range(40)]
+    texts[2], texts[20], texts[21], texts[33] = "hang", "crash", "exit", "raise"
+    rewards = pool.rewards(answers(*texts))
+    expected = [float(number) for number in range(40)]
+    for number in (2, 20, 21, 33):
+        expected[number] = -1.0
+    assert totals(rewards) == expected
+    assert failures(rewards) == [2, 20, 21, 33]
+    assert rewards[2] == Reward(-1.0, {}, "train/2: no reward within task.reward.timeout_seconds=1", timed_out=True)
+    assert [number for number, reward in enumerate(rewards) if reward.timed_out] == [2]
+
+
+def test_a_crash_says_how_the_worker_ended(pool: TaskPool) -> None:
+    assert "ProcessExpired" in str(pool.rewards(answers("crash"))[0].error)
+
+
+def test_workers_do_not_import_torch(pool: TaskPool) -> None:
+    assert totals(pool.rewards(answers("torch"))) == [0.0]
+
+
+@pytest.mark.parametrize("seconds_to_notice", [0.0, 0.5])
+def test_the_pool_survives_workers_killed_while_idle(
+    pool: TaskPool, bystanders: set[int | None], seconds_to_notice: float
+) -> None:
+    assert totals(pool.rewards(answers("1"))) == [1.0]
+    for worker in multiprocessing.active_children():
+        if worker.pid not in bystanders:
+            worker.kill()
+    time.sleep(seconds_to_notice)
+    assert pool.rewards(answers("0.25", "0.5")) == [Reward(0.25), Reward(0.5)]
+
+
+def test_closing_ends_busy_workers_and_a_later_batch_starts_new_ones() -> None:
+    reward = RewardConfig(timeout_seconds=LIMIT)
+    pool = TaskPool(TaskConfig(reward=reward), seed=1, make=make_trouble)
+    before = {process.pid for process in multiprocessing.active_children()}
+    assert totals(pool.rewards(answers("1"))) == [1.0]
+    pool.close()
+    pool.close()
+    assert {process.pid for process in multiprocessing.active_children()} == before
+    assert totals(pool.rewards(answers("1"))) == [1.0]
+    pool.close()
+
+
+def test_workers_that_cannot_start_fail_their_items_and_end() -> None:
+    more_than_a_pipe_holds = "1" * 100_000
+    with TaskPool(TaskConfig(), seed=1, make=make_nothing) as pool:
+        rewards = pool.rewards(answers(*[more_than_a_pipe_holds] * 3))
+    assert (totals(rewards), failures(rewards)) == ([0.0] * 3, [0, 1, 2])
+    assert "BrokenProcessPool" in str(rewards[0].error)
+
+
+def test_real_tasks_give_rewards_and_a_runaway_expression_is_cut_off() -> None:
+    config = TaskConfig(name="reasoning_gym/countdown", reward=RewardConfig(timeout_seconds=LIMIT))
+    task = make_task(config, seed=4)
+    prompts = [task.prompts.prompt("train", index) for index in range(2)]
+    items = [(prompt, answered(task.demonstration(prompt))) for prompt in prompts]
+    items.append((prompts[0], answered("9**9**9**9")))
+    with TaskPool(config, seed=4) as pool:
+        rewards = pool.rewards(items)
+    assert totals(rewards) == [1.0, 1.0, 0.0]
+    assert [(reward.error is None, reward.timed_out) for reward in rewards] == [(True, False)] * 2 + [(False, True)]
