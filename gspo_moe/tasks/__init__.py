@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+import sys
 from difflib import get_close_matches
 
 from gspo_moe.config.schema import TaskConfig
@@ -19,8 +22,11 @@ REASONING_GYM = "reasoning_gym/"
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task that `config.name` names, with `config.options`; `seed` moves all of its random streams.
 
+    `my_module:my_task` is a function (options, seed) -> Task of the user's own, imported in every process.
     Raises ConfigError for an unknown name, an unknown option or a value that does not fit.
     """
+    if ":" in config.name:
+        return _external(config, seed)
     if config.name == SortLetters.name:
         return sort_letters(config.options, seed)
     if config.name.startswith(REASONING_GYM):
@@ -29,6 +35,26 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
         return reasoning_gym_task(config.name.removeprefix(REASONING_GYM), config.options, seed)
     raise ConfigError(_unknown(config.name))
+
+
+def _external(config: TaskConfig, seed: int) -> Task:
+    module, _, attribute = config.name.partition(":")
+    # The command's own folder is on the path in place of the one that it was started in.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # of a module that may do anything
+        raise ConfigError(
+            f"task.name={config.name} cannot be imported ({type(error).__name__}: {error}); give my_module:my_task, "
+            "with the module in the working folder or a folder of PYTHONPATH"
+        ) from error
+    task = make(config.options, seed)
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task.name={config.name} gave a {type(task).__name__}; let it return a gspo_moe.tasks.protocol.Task"
+        )
+    return task
 
 
 def _unknown(name: str) -> str:
@@ -40,5 +66,5 @@ def _unknown(name: str) -> str:
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
         f"task.name={name} is unknown; the nearest is {nearest}; "
-        f"known are {SortLetters.name}, {REASONING_GYM}<data set>"
+        f"known are {SortLetters.name}, {REASONING_GYM}<data set>, and my_module:my_task for one of your own"
     )

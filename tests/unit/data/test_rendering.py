@@ -149,5 +149,5 @@ def test_what_no_conversation_can_come_of_is_refused(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(tokenizer_folder(tmp_path, file="{{ messages[1].content }}"))
     with pytest.raises(DataError, match="train/2 has both text and messages"):
         render_prompt(tokenizer, both)
-    with pytest.raises(DataError, match="train/0: .*leaves an assistant's answer out"):
+    with pytest.raises(DataError, match=r"train/0: .*leaves an assistant's answer out"):
         render_turn(tokenizer, CHAT, answered("?"), "yes", END)
