@@ -105,7 +105,7 @@ def expert_steps(shape: Shape, layout: Layout) -> tuple[Step, Step]:
 
     from gspo_moe.model.experts import GroupedExperts
     from gspo_moe.model.spec import transformer_config
-    from gspo_moe.platform import choose_backend, device
+    from gspo_moe.platform import choose_backends, device
 
     sizes = Architecture(
         vocab_size=8,
@@ -119,7 +119,7 @@ def expert_steps(shape: Shape, layout: Layout) -> tuple[Step, Step]:
         num_experts_per_tok=shape.topk,
     )
     config = Config.model_validate({"model": {"preset": "tiny", "dtype": shape.dtype, "backend": "local"}})
-    megatron = transformer_config(sizes, layout, config, choose_backend("local", shape.dtype))
+    megatron = transformer_config(sizes, layout, config, choose_backends(dict(config.model.backend), shape.dtype))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     grouped = GroupedExperts(shape.experts, megatron, pg_collection=groups)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

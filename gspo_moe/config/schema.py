@@ -20,6 +20,7 @@ from pydantic import (
 
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
+from gspo_moe.config.backend import BackendConfig
 from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
@@ -33,7 +34,7 @@ class ModelConfig(Section):
 
     checkpoint: a folder of megatron-core's with config.json, written by `gspo-moe convert` or by a run (its
     `checkpoints/step_*`); only the weights are read.
-    backend: whose layers; `auto` takes Transformer Engine's where it can run, else megatron-core's own (`local`).
+    backend: whose experts, attention, norms and optimizer; a single name stands for the first three.
     fused_log_probs: log-probs from hidden states, with at most `log_prob_memory_mib` MiB of logits at a time; false
     has the output layer make all logits of a micro-batch.
     deterministic: on GPUs a repeated step gives equal bits; false lets attention's backward and small sums add in any
@@ -46,7 +47,7 @@ class ModelConfig(Section):
     random_init: bool = False
     overrides: dict[str, Any] = Field(default_factory=dict)
     dtype: Literal["fp32", "bf16"] = "fp32"
-    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    backend: BackendConfig = BackendConfig()
     fused_log_probs: bool = True
     log_prob_memory_mib: PositiveInt = 512
     deterministic: bool = True

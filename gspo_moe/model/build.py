@@ -23,7 +23,7 @@ from gspo_moe.model.dispatch import use_ordered_dispatch
 from gspo_moe.model.spec import block_spec, transformer_config
 from gspo_moe.model.value import ValueHead
 from gspo_moe.parallel.groups import Groups
-from gspo_moe.platform import choose_backend, device, prepare_determinism
+from gspo_moe.platform import choose_backends, device, prepare_determinism
 
 
 @dataclass
@@ -86,10 +86,10 @@ def build_model(
     Raises ConfigError where `model.backend` asks for layers that cannot run here.
     """
     layout = groups.layout
-    backend = choose_backend(config.model.backend, config.model.dtype)
+    backends = choose_backends(dict(config.model.backend), config.model.dtype)
     if config.model.deterministic:
         prepare_determinism()
-    megatron_config = transformer_config(architecture, layout, config, backend)
+    megatron_config = transformer_config(architecture, layout, config, backends)
     place = torch.device("meta") if on_meta else device().torch_device
     if on_meta:
         megatron_config.use_cpu_initialization = True  # else weights are made on a device named in code
@@ -104,7 +104,7 @@ def build_model(
         with place if on_meta else contextlib.nullcontext():
             chunk = Trunk(
                 config=megatron_config,
-                transformer_layer_spec=block_spec(architecture, megatron_config, backend, stage),
+                transformer_layer_spec=block_spec(architecture, megatron_config, backends, stage),
                 vocab_size=padded_vocab,
                 max_sequence_length=architecture.max_positions,
                 pre_process=first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.model.torch_attention import TorchAttention
-from gspo_moe.platform import Backend
+from gspo_moe.platform import Backend, Backends
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +56,20 @@ class LocalProvider(LocalSpecProvider):
         return (GroupedExperts, None) if before else GroupedExperts
 
 
-def provider_of(backend: Backend) -> BackendSpecProvider:
+@dataclass(frozen=True)
+class Providers:
+    """Whose modules each part of a layer takes."""
+
+    experts: BackendSpecProvider
+    attention: BackendSpecProvider
+    norms: BackendSpecProvider
+
+
+def providers_of(backends: Backends) -> Providers:
+    return Providers(*(_provider(part) for part in (backends.experts, backends.attention, backends.norms)))
+
+
+def _provider(backend: Backend) -> BackendSpecProvider:
     if backend.name == "local":
         return LocalProvider()
     from gspo_moe.model.transformer_engine import SpecProvider
@@ -64,7 +78,7 @@ def provider_of(backend: Backend) -> BackendSpecProvider:
 
 
 def transformer_config(
-    architecture: Architecture, layout: Layout, config: Config, backend: Backend
+    architecture: Architecture, layout: Layout, config: Config, backends: Backends
 ) -> TransformerConfig:
     """megatron-core's config for this model under this layout.
 
@@ -89,7 +103,7 @@ def transformer_config(
         moe_aux_loss_coeff=config.routing.aux_loss_coeff,
         moe_router_dtype=None if config.routing.router_dtype == "model" else config.routing.router_dtype,
         moe_token_dispatcher_type=config.parallel.dispatcher,
-        moe_grouped_gemm=backend.name == "transformer_engine",
+        moe_grouped_gemm=backends.experts.name == "transformer_engine",
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -128,23 +142,25 @@ def _recompute(kind: str) -> dict[str, Any]:
     return {}
 
 
-def layer_spec(architecture: Architecture, provider: BackendSpecProvider) -> ModuleSpec:
+def layer_spec(architecture: Architecture, providers: Providers) -> ModuleSpec:
     """One decoder layer: RMSNorm, GQA with q/k norm, RMSNorm, router and experts."""
-    norm = provider.layer_norm(rms_norm=True)
-    head_norm = provider.layer_norm(rms_norm=True, for_qk=True)
+    norm = providers.norms.layer_norm(rms_norm=True)
+    head_norm = providers.norms.layer_norm(rms_norm=True, for_qk=True)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=provider.column_parallel_linear(),
-            core_attention=provider.core_attention(),
-            linear_proj=provider.row_parallel_linear(),
+            linear_qkv=providers.attention.column_parallel_linear(),
+            core_attention=providers.attention.core_attention(),
+            linear_proj=providers.attention.row_parallel_linear(),
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
     experts = get_moe_module_spec_for_backend(
-        provider, num_experts=architecture.num_experts, moe_grouped_gemm=not isinstance(provider, LocalSpecProvider)
+        providers.experts,
+        num_experts=architecture.num_experts,
+        moe_grouped_gemm=not isinstance(providers.experts, LocalSpecProvider),
     )
     # megatron-core gives a ModuleSpec before 0.17 and a partial since.
     submodules = experts.keywords["submodules"] if isinstance(experts, partial) else experts.submodules
@@ -163,10 +179,10 @@ def layer_spec(architecture: Architecture, provider: BackendSpecProvider) -> Mod
 
 
 def block_spec(
-    architecture: Architecture, config: TransformerConfig, backend: Backend, virtual_stage: int | None
+    architecture: Architecture, config: TransformerConfig, backends: Backends, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (of its chunk `virtual_stage`, when interleaved) and the final norm."""
-    provider = provider_of(backend)
+    providers = providers_of(backends)
     count = get_num_layers_to_build(config, vp_stage=virtual_stage)
-    layers = [layer_spec(architecture, provider)] * count
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))
+    layers = [layer_spec(architecture, providers)] * count
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=providers.norms.layer_norm(rms_norm=True))

@@ -10,7 +10,7 @@ import torch
 
 from gspo_moe.errors import ConfigError
 from gspo_moe.packages import describe_missing, installation
-from gspo_moe.platform.backend import choose_backend, fused_adam, has_nvidia_apex, has_transformer_engine
+from gspo_moe.platform.backend import LAYERS, choose_backends, fused_adam, has_nvidia_apex, has_transformer_engine
 from gspo_moe.platform.megatron_cpu import ANSWERS, check_megatron_version, megatron_version
 
 
@@ -18,7 +18,7 @@ def report(kernels: tuple[str, str] | None = None) -> str:
     """One line a part: what was found, and behind the dash what it means; `kernels` is such a line's two halves."""
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    backend = choose_backend("auto", "bf16")
+    backend = choose_backends(dict.fromkeys((*LAYERS, "optimizer"), "auto"), "bf16").experts
     adam = fused_adam()
     absent = describe_missing()
     rows = [

@@ -6,10 +6,31 @@ and torch's AdamW is a dozen passes over the state, on a GPU with 4 bytes a para
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+
+
+@contextlib.contextmanager
+def adam_of(backend: str) -> Iterator[None]:
+    """Has megatron-core make optimizers with the Adam of `model.backend.optimizer`: torch's for `local`, else its own.
+
+    Its own is Transformer Engine's, else Apex's, else torch's, by what imports.
+    """
+    from megatron.core import optimizer
+
+    if backend != "local":
+        yield
+        return
+    found: Any = optimizer
+    before = found.Adam, found.USING_PYTORCH_OPTIMIZER
+    found.Adam, found.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    try:
+        yield
+    finally:
+        found.Adam, found.USING_PYTORCH_OPTIMIZER = before
 
 
 def use_torch_kernels(adams: Iterable[torch.optim.Optimizer]) -> None:

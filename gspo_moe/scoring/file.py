@@ -21,8 +21,8 @@ from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
-from gspo_moe.platform import choose_backend, device, megatron_version
 from gspo_moe.routing.comparison import gather_layers
+from gspo_moe.platform import choose_backends, device, megatron_version
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.types import TrainingSample
@@ -50,7 +50,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     sequences = list(read_sequences(data, vocab, architecture.max_positions))
     world_size = world_size_from_environment()
     layout = check_layout(config, architecture, world_size, megatron_version())
-    choose_backend(config.model.backend, config.model.dtype)
+    choose_backends(dict(config.model.backend), config.model.dtype)
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
     model = build_model(config, architecture, groups, vocab=vocab)
     assert config.model.hf is not None

@@ -22,7 +22,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.router import freeze_routers
 from gspo_moe.model.sharded import Shard
-from gspo_moe.platform import use_torch_kernels
+from gspo_moe.platform import adam_of, use_torch_kernels
 from gspo_moe.training.optimizer_state import optimizer_shards, restore
 
 
@@ -48,22 +48,8 @@ class Optimizer:
         self.adam_steps = 0
         self.skipped_in_a_row = 0
         settings = config.optimizer
-        self.megatron: Any = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.eps,
-                weight_decay=settings.weight_decay,
-                clip_grad=settings.clip_grad,
-                bf16=config.model.dtype == "bf16",
-                params_dtype=model.config.params_dtype,
-                use_distributed_optimizer=config.parallel.distributed_optimizer,
-            ),
-            model.chunks,
-        )
+        with adam_of(config.model.backend.optimizer):
+            self.megatron: Any = get_megatron_optimizer(_settings(config, model), model.chunks)
         use_torch_kernels(part.optimizer for part in self.megatron.chained_optimizers)
         self.scheduler = OptimizerParamScheduler(
             self.megatron,
@@ -133,6 +119,23 @@ class Optimizer:
             parameters = part.get_parameters() if part.optimizer is not None else []
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+
+
+def _settings(config: Config, model: Model) -> OptimizerConfig:
+    settings = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.dtype == "bf16",
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
 
 
 def _wrap(config: Config, model: Model) -> list[DistributedDataParallel]:

@@ -11,7 +11,7 @@ from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
 from gspo_moe.evaluation.evaluate import check_held_out
 from gspo_moe.parallel.groups import world_size_from_environment
-from gspo_moe.platform import choose_backend, megatron_version
+from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
@@ -44,7 +44,7 @@ def make_plan(config: Config) -> Plan:
     elif config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
-    choose_backend(config.model.backend, config.model.dtype)
+    choose_backends(dict(config.model.backend), config.model.dtype)
     return Plan(config, layout, architecture, tokenizer, task)
 
 

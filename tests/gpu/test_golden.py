@@ -13,7 +13,7 @@ from gspo_moe.model.forward import run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
-from gspo_moe.platform import choose_backend, device
+from gspo_moe.platform import choose_backends, device
 from gspo_moe.training.optimizer import Optimizer
 from tests.gpu.golden import BF16, FP32, SIZES, Tolerance, check, golden, observe, settings, weights
 from tests.launch import launch
@@ -99,6 +99,6 @@ def needs(backend: str, gpus: int = 1) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs, and torch finds {torch.cuda.device_count()}")
     try:
-        choose_backend(backend, "bf16")
+        choose_backends(dict(settings("bf16", backend).model.backend), "bf16")
     except ConfigError as error:
         pytest.skip(str(error))

@@ -67,7 +67,7 @@ def graph_obstacle(model: Model) -> str | None:
     if not all(_counts_stay_on_device(layer.mlp.experts) for layer in model.gpt_chunks[0].decoder.layers):
         return (
             "the experts take the numbers of their tokens from the host, which is so but for model.dtype=bf16 and "
-            "model.backend=local on a GPU of compute capability 9.0 or more"
+            "model.backend.experts=local on a GPU of compute capability 9.0 or more"
         )
     return None
 

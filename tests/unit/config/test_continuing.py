@@ -117,6 +117,16 @@ def test_how_the_work_is_done_and_measured_may_change(tmp_path: Path) -> None:
     check_continues(configured(tmp_path))
 
 
+def test_a_run_of_before_backends_had_parts_goes_on(tmp_path: Path) -> None:
+    started(tmp_path)
+    file = tmp_path / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["model"]["backend"] = "local"
+    file.write_text(yaml.safe_dump(values))
+    check_continues(configured(tmp_path))
+    check_continues(configured(tmp_path, "model={preset: tiny, backend: {experts: local}}"))
+
+
 def test_without_a_checkpoint_nothing_is_gone_on_with(tmp_path: Path) -> None:
     record_run(configured(tmp_path, "seed=1"))
     check_continues(configured(tmp_path, "seed=2"))

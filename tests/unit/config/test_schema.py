@@ -68,6 +68,29 @@ def test_rspo_needs_the_recorder() -> None:
     assert load_config(None, ["stage=sft", "algorithm.name=rspo", "routing.record=false"]).stage == "sft"
 
 
+def test_a_backend_is_one_name_or_one_by_part() -> None:
+    def backend(value: str) -> dict[str, str]:
+        return dict(load_config(None, ["model.preset=tiny", f"model.backend={value}"]).model.backend)
+
+    parts = ("experts", "attention", "norms", "optimizer")
+    assert backend("auto") == backend("{}") == dict.fromkeys(parts, "auto")
+    assert backend("local") == {**dict.fromkeys(parts, "local"), "optimizer": "auto"}
+    assert backend("{experts: local, optimizer: transformer_engine}") == {
+        "experts": "local",
+        "attention": "auto",
+        "norms": "auto",
+        "optimizer": "transformer_engine",
+    }
+    for value, message in (
+        ("apex", "model.backend='apex': expected auto, local, transformer_engine, or such a name by part: experts, "),
+        ("true", "model.backend=True: "),
+        ("{experts: apex}", "model.backend.experts='apex': expected 'auto', 'local' or 'transformer_engine'"),
+        ("{norm: local}", "unknown key model.backend.norm='local'; the nearest valid key is model.backend.norms"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            backend(value)
+
+
 def test_ppo_needs_no_groups() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.samples_per_prompt=1: algorithm\.name=gspo compares"):
         load_config(None, ["rollout.samples_per_prompt=1"])

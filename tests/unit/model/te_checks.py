@@ -13,11 +13,13 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model import build
 from gspo_moe.model.attention import context_params
 from gspo_moe.model.build import Model
+from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.hf import export_hf, whole_tensors
 from gspo_moe.model.torch_attention import TorchAttention
 from gspo_moe.model.weights import RandomSource, SafetensorsSource
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.platform import Backend
+from gspo_moe.platform import Backend, Backends
+from gspo_moe.platform.backend import LAYERS
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
@@ -37,8 +39,10 @@ from tests.qwen3 import (
 )
 
 
-def take(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(build, "choose_backend", lambda *_: Backend(name, "for this test"))  # type: ignore[arg-type]
+def take(monkeypatch: pytest.MonkeyPatch, name: str, **parts: str) -> None:
+    """Has every part from `name`, but for those of `parts`."""
+    chosen = {part: Backend(parts.get(part, name), "for this test") for part in LAYERS}  # type: ignore[arg-type]
+    monkeypatch.setattr(build, "choose_backends", lambda *_: Backends(**chosen))
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +124,29 @@ def test_gradients_are_those_of_the_local_layers(recompute: str, monkeypatch: py
     assert expected["norm"] > 0.01
     for name, tensor in expected.items():
         assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("part", LAYERS)
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+def test_each_part_is_chosen_on_its_own(part: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, "local")
+    expected = gradients(Config())
+    (other,) = {"local", "transformer_engine"} - {backend}
+    take(monkeypatch, backend, **{part: other})
+    actual = gradients(Config())
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    with built(SIZES, layout()) as model:
+        layer = model.gpt_chunks[0].decoder.layers[0]
+        norms, attention = layer.input_layernorm, layer.self_attention
+        kinds = {
+            "experts": isinstance(layer.mlp.experts, GroupedExperts),
+            "attention": isinstance(attention.core_attention, TorchAttention),
+            "norms": not isinstance(norms, RMSNorm),
+        }
+        assert isinstance(attention.linear_qkv, Linear) is not kinds["attention"]
+        assert isinstance(attention.q_layernorm, RMSNorm) is not kinds["norms"]
+    assert kinds == {name: (other if name == part else backend) == "local" for name in LAYERS}
 
 
 def weights_and_next_step(model: Model, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], float]:

@@ -15,7 +15,7 @@ from gspo_moe.model.experts import GroupedExperts, StackedShard, with_zeros_for_
 from gspo_moe.model.sharded import stored, with_data
 from gspo_moe.model.spec import transformer_config
 from gspo_moe.parallel.groups import initialize, shut_down
-from gspo_moe.platform import choose_backend
+from gspo_moe.platform import choose_backends
 from tests.qwen3 import architecture, layout
 
 LINEARS = ("linear_fc1", "linear_fc2")
@@ -33,7 +33,8 @@ def both(dtype: str, **sizes: int) -> Iterator[tuple[GroupedExperts, Any]]:
     config = Config.model_validate({"model": {"preset": "tiny", "dtype": dtype, "backend": "local"}})
     initialize(layout(), seed=1)
     try:
-        megatron = transformer_config(architecture(**sizes), layout(), config, choose_backend("local", dtype))
+        backends = choose_backends(dict(config.model.backend), dtype)
+        megatron = transformer_config(architecture(**sizes), layout(), config, backends)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         ours = GroupedExperts(EXPERTS, megatron, pg_collection=groups)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

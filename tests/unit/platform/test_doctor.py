@@ -7,7 +7,15 @@ import torch
 
 from gspo_moe import __version__
 from gspo_moe.errors import ConfigError
-from gspo_moe.platform import ANSWERS, Backend, doctor, has_nvidia_apex, has_transformer_engine, megatron_version
+from gspo_moe.platform import (
+    ANSWERS,
+    Backend,
+    Backends,
+    doctor,
+    has_nvidia_apex,
+    has_transformer_engine,
+    megatron_version,
+)
 
 
 def line(name: str) -> str:
@@ -48,7 +56,10 @@ def test_with_a_gpu_it_names_it_and_lists_no_answers(monkeypatch: pytest.MonkeyP
 
 def test_what_was_chosen_comes_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend("transformer_engine", "it is there")
-    monkeypatch.setattr(doctor, "choose_backend", lambda wanted, dtype: backend if wanted == "auto" else None)
+    chosen = Backends(backend, backend, backend)
+    monkeypatch.setattr(
+        doctor, "choose_backends", lambda wanted, dtype: chosen if {*wanted.values()} == {"auto"} else 0
+    )
     monkeypatch.setattr(doctor, "fused_adam", lambda: "Apex")
     assert line("model.backend=auto") == "transformer_engine - it is there"
     assert line("optimizer").startswith("Apex's FusedAdam - megatron-core takes")
