@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 
@@ -56,10 +55,18 @@ def training_packs(
     estimates: Sequence[Estimates] = (),
 ) -> list[TrainingPack]:
     """One record a pack of lists by pack, each of them empty where this rank has nothing of the kind."""
-    lists = (old_log_probs, reference_log_probs, recordings, replayed or (), estimates)
-    assert all(len(each) in (0, len(packs)) for each in lists)
-    splits = [ContextSplit(pack.cu_seqlens, groups.context) for pack in packs]
-    return [TrainingPack(*each) for each in zip_longest(packs, splits, *lists)]
+    return [
+        TrainingPack(
+            pack,
+            ContextSplit(pack.cu_seqlens, groups.context),
+            old_log_probs[index] if old_log_probs else None,
+            reference_log_probs[index] if reference_log_probs else None,
+            recordings[index] if recordings else None,
+            replayed[index] if replayed else None,
+            estimates[index] if estimates else None,
+        )
+        for index, pack in enumerate(packs)
+    ]
 
 
 def recordings_of(packs: Sequence[TrainingPack]) -> list[Recording]:

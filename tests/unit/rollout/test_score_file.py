@@ -74,7 +74,8 @@ def test_values_and_routes_are_those_of_scoring_each_sequence_alone(
     packs = packs_of([TrainingSample(tuple(ids), (0,) + (1,) * (len(ids) - 1)) for ids in long], per_pack=1)
     with built(SIZES, layout(), RandomSource(SIZES, seed=4)) as model:
         recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-        log_probs, routes = map(iter, score_and_record(model, packs, recorder))
+        scored, recordings = score_and_record(model, packs, recorder)
+        log_probs, routes = iter(scored), iter(recordings)
     assert len(records) == len(sequences)
     for ids, record in zip(sequences, records, strict=True):
         if len(ids) == 1:
