@@ -48,7 +48,7 @@ def main() -> int:
 
 def measure(config: Config, pairs: int) -> None:
     from gspo_moe.platform import device
-    from gspo_moe.routing.recorder import RoutePass, RouteRecorder
+    from gspo_moe.routing.recorder import RoutePass
     from gspo_moe.training import rl
     from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session, open_trainer
@@ -60,13 +60,11 @@ def measure(config: Config, pairs: int) -> None:
     inside = [0.0]
     for owner, name in ((RoutePass, "_choice"), (RoutePass, "recordings"), (rl, "_routing_figures")):
         setattr(owner, name, timed(getattr(owner, name), inside))
-    start, model = trainer.progress, session.model
+    start, recorder = trainer.progress, trainer.recorder
 
     def seconds(record: bool) -> float:
         trainer.progress = start
-        trainer.recorder = (
-            RouteRecorder(model.chunks, model.architecture, model.groups, scores=True) if record else None
-        )
+        trainer.recorder = recorder if record else None
         device().synchronize()
         began = clock()
         rl.rl_step(trainer)

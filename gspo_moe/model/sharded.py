@@ -123,7 +123,7 @@ def check_stored(path: Path, shards: Iterable[Shard], architecture: Architecture
             shape, own = found[piece.key].global_shape, piece.global_shape
             problems[piece.key] = f"{piece.key}: shape {list(shape)}, not {list(own)}"
     # Another stage's tensors are unknown to this one, but not to all.
-    known = gather_objects({piece.key for piece in pieces}, dist.group.WORLD)
+    known = gather_objects({piece.key for piece in pieces})
     extra = found.keys() - {VALUE_HEAD}.union(*known)
     unknown = [f"{key}: the architecture has no such tensor" for key in sorted(extra)]
     raise_together(path, MISFIT, [*problems.values(), *unknown])
@@ -137,7 +137,7 @@ def _fits(piece: ShardedTensor, shape: tuple[int, ...], vocab_size: int) -> bool
 
 def raise_together(where: object, what: str, problems: list[str], kind: type[GspoMoeError] = CheckpointError) -> None:
     """Raises one error on every rank for what any of them found. Collective."""
-    found = gather_objects(problems, dist.group.WORLD)
+    found = gather_objects(problems)
     unique = list(dict.fromkeys(problem for part in found for problem in part))
     if unique:
         raise kind(problem_list(where, what, unique))

@@ -46,9 +46,9 @@ def gather_over_data(value: Any, groups: Groups) -> list[Any]:
     return gather_objects(value, groups.data)
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Each rank's value, in the order of the group's ranks, on every one of them."""
-    values: list[Any] = [None] * group.size()
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Each rank's value, in the order of the group's ranks (default: all), on every one of them."""
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 

@@ -31,7 +31,7 @@ def raise_everywhere(error: RunError | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
     if not _largest(error is not None):
         return
-    raise next(each for each in gather_objects(error, dist.group.WORLD) if each is not None)
+    raise next(each for each in gather_objects(error) if each is not None)
 
 
 def _largest(value: int) -> int:

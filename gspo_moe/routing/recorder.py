@@ -73,7 +73,7 @@ class RouteRecorder:
         self.layers = StageLayers(tuple(router.layer_number - 1 for router in self._routers), architecture, groups)
 
     def start(self, reference: Sequence[torch.Tensor] | None = None) -> RoutePass:
-        """A pass over packs. reference: routes [T, L, K] a pack, whose scores it records instead of the own choice's."""
+        """A pass over packs. reference: routes [T, L, K] a pack, whose scores it keeps and not its own choice's."""
         return RoutePass(self._routers, self.layers, self._scores, reference)
 
 

@@ -114,9 +114,9 @@ def _score(
     samples = [TrainingSample(sequences[i], (0,) + (1,) * (len(sequences[i]) - 1)) for i in indices]
     packs = [pack(samples, chosen).to(device().torch_device) for chosen in mine]
     recorder = RouteRecorder(model.chunks, model.architecture, groups)
-    record = recorder.start() if with_routes else None
-    log_probs = from_last_stage([log_probs_T.tolist() for log_probs_T in score(model, packs, record=record)], groups)
-    recordings = [] if record is None else record.recordings()
+    routing = recorder.start() if with_routes else None
+    log_probs = from_last_stage([log_probs_T.tolist() for log_probs_T in score(model, packs, record=routing)], groups)
+    recordings = [] if routing is None else routing.recordings()
     routes = [gather_layers(one.routes_TLK, recorder.layers).tolist() for one in recordings]
     found: list[tuple[int, dict[str, Any]]] = []
     for number, one in enumerate(packs):

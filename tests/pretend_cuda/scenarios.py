@@ -22,6 +22,7 @@ from gspo_moe.training.step import train_minibatch
 from tests.gpu.golden import BF16, FP32, LENGTHS, PROMPTS, SIZES, Tolerance, samples, settings, weights
 from tests.gpu.rl_step import step_save_and_load
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
+from tests.policy import score_and_record
 from tests.pretend_cuda.tensor import CudaTensor
 from tests.pretend_cuda.waits import counted
 from tests.qwen3 import Tensors, layout

@@ -1,6 +1,6 @@
 """The recorder in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,11 +10,12 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
+from gspo_moe.routing.comparison import compare
+from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
-from tests.policy import SIZES, packs_of, trained
+from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import architecture, layout, random_sequences
 
 # Three packs of other lengths, one of a single token.
@@ -47,6 +48,10 @@ class Watch:
         return torch.stack([calls[pack] for calls in self.calls], dim=1)
 
 
+def same_routes(found: Sequence[Recording], expected: Sequence[Recording]) -> bool:
+    return all(torch.equal(a.routes_TLK, b.routes_TLK) for a, b in zip(found, expected, strict=True))
+
+
 def in_order(routes: torch.Tensor) -> torch.Tensor:
     return routes.long().sort(dim=-1).values
 
@@ -65,9 +70,8 @@ def test_routes_are_the_k_largest_logits_of_each_router(num_experts: int, topk: 
     sizes = architecture(num_experts=num_experts, num_experts_per_tok=topk, moe_intermediate_size=4)
     with trained(Config(), layout(), sizes) as (model, _):
         watch, recorder = Watch(model), RouteRecorder(model.chunks, sizes, model.groups)
-        score(model, packs(sizes), recorder=recorder)
-        routes = [recording.routes_TLK for recording in recorder.take()]
-    assert recorder.layers == (0, 1)
+        routes = [recording.routes_TLK for recording in score_and_record(model, packs(sizes), recorder)[1]]
+    assert recorder.layers.indices == (0, 1)
     assert max(int(pack.max()) for pack in routes) == num_experts - 1
     for number, (found, pack) in enumerate(zip(routes, packs(sizes), strict=True)):
         assert found.dtype == dtype
@@ -77,49 +81,62 @@ def test_routes_are_the_k_largest_logits_of_each_router(num_experts: int, topk: 
 
 def test_nothing_is_recorded_outside_a_scope(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
+    record = recorder.start()
     score(model, packs(SIZES))
-    assert recorder.take() == []
-    score(model, packs(SIZES), recorder=recorder)
-    expected = recorder.take()
-    score(model, packs(SIZES), recorder=recorder)
+    assert record.recordings() == []
+    _, expected = score_and_record(model, packs(SIZES), recorder)
+    score(model, packs(SIZES), record=record)
     score(model, packs(SIZES)[::-1])
-    found = recorder.take()
-    assert len(found) == 3
-    assert all(torch.equal(a.routes_TLK, b.routes_TLK) for a, b in zip(found, expected, strict=True))
-    assert recorder.take() == []
+    assert same_routes(record.recordings(), expected)
+    assert recorder.start().recordings() == []
+
+
+def test_passes_that_take_turns_keep_their_packs_apart(model: Model) -> None:
+    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
+    _, expected = score_and_record(model, packs(SIZES), recorder)
+    passes = recorder.start(), recorder.start()
+    for index in range(3):
+        for record, pack in zip(passes, (packs(SIZES)[index], packs(SIZES)[2 - index]), strict=True):
+            with record.scope(index, model.chunks[0], ContextSplit(pack.cu_seqlens)):
+                score(model, [pack])
+    forward, backward = (record.recordings() for record in passes)
+    assert same_routes(forward, expected)
+    assert same_routes(backward, expected[::-1])
 
 
 def test_packs_come_in_the_order_of_their_index_whenever_they_ran(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
     first, second, third = packs(SIZES)
-    score(model, [first, second, third], recorder=recorder)
-    expected = recorder.take()
+    _, expected = score_and_record(model, [first, second, third], recorder)
+    record = recorder.start()
 
     def run(pack: Microbatch, index: int) -> None:
-        with recorder.scope(index, model.chunks[0], ContextSplit(pack.cu_seqlens)):
+        with record.scope(index, model.chunks[0], ContextSplit(pack.cu_seqlens)):
             score(model, [pack])
 
     run(third, 2)
     run(first, 0)
     run(second, 1)
-    assert all(torch.equal(a.routes_TLK, b.routes_TLK) for a, b in zip(recorder.take(), expected, strict=True))
+    assert same_routes(record.recordings(), expected)
 
 
 def test_a_pass_that_fails_leaves_recording_off(model: Model) -> None:
-    recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-    with pytest.raises(ZeroDivisionError), recorder.scope(0, model.chunks[0], ContextSplit(torch.tensor([0, 3]))):
+    record = RouteRecorder(model.chunks, SIZES, model.groups).start()
+    with pytest.raises(ZeroDivisionError), record.scope(0, model.chunks[0], ContextSplit(torch.tensor([0, 3]))):
         raise ZeroDivisionError
     score(model, packs(SIZES))
-    assert recorder.take() == []
+    assert record.recordings() == []
 
 
-def test_a_closed_recorder_lets_go_of_the_model(model: Model) -> None:
+def test_a_pass_lets_go_of_the_routers_and_of_nobody_else_there(model: Model) -> None:
     routers = [layer.mlp.router for layer in model.gpt_chunks[0].decoder.layers]
-    closed, still_open = (RouteRecorder(model.chunks, SIZES, model.groups) for _ in range(2))
-    closed.close()
-    assert [len(router.observers) for router in routers] == [1, 1]
-    score(model, packs(SIZES), recorder=still_open)
-    assert len(still_open.take()) == 3
+    heard: list[int] = []
+    for router in routers:
+        router.observers += (lambda router, *_: heard.append(router.layer_number),)
+    others = [router.observers for router in routers]
+    score_and_record(model, packs(SIZES), RouteRecorder(model.chunks, SIZES, model.groups))
+    assert [router.observers for router in routers] == others
+    assert heard == [1, 2] * 3
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -133,10 +150,8 @@ def test_recomputation_routes_again_but_is_not_recorded_again(recompute: str) ->
         result = train_minibatch(
             model, optimizer, packs(SIZES), old, config.algorithm, len(LENGTHS), temperature=1.0, recorder=recorder
         )
-        leftover = recorder.take()
     # Each pack's forward is followed by its own recomputation.
     assert [len(calls) for calls in watch.calls] == [6, 6]
-    assert leftover == []
     assert len(result.routes) == 3
     for number, recording in enumerate(result.routes):
         assert torch.equal(in_order(recording.routes_TLK), watch.routes(2 * number))
@@ -150,26 +165,23 @@ def test_scores_are_those_of_the_softmax_over_all_experts(num_experts: int, topk
         for layer in model.gpt_chunks[0].decoder.layers:
             layer.mlp.router.observers += (lambda _, logits_PE, __: logits.append(logits_PE.double()),)
         recorder = RouteRecorder(model.chunks, sizes, model.groups, scores=True)
-        score(model, packs(sizes), recorder=recorder)
-        own = recorder.take()
+        _, own = score_and_record(model, packs(sizes), recorder)
         reference = [recording.routes_TLK.flip(0) for recording in own]
-        recorder.against(reference)
-        score(model, packs(sizes), recorder=recorder)
-        other = recorder.take()
+        _, other = score_and_record(model, packs(sizes), recorder, reference)
     for number, recording in enumerate(own):
-        assert recording.margin_TL is not None
-        assert recording.log_probs_TLK is not None
-        against = other[number].log_probs_TLK
+        assert recording.own is not None
+        assert recording.reference_log_probs_TLK is None
+        against = other[number].reference_log_probs_TLK
         assert against is not None
-        assert other[number].margin_TL is None
+        assert other[number].own is None
         for layer in range(2):
             log_probs = torch.log_softmax(logits[2 * number + layer], dim=1)
             best = torch.cat(
                 [log_probs.exp().sort(dim=1, descending=True).values, torch.zeros(len(log_probs), 1)], dim=1
             )
             for found, expected in (
-                (recording.margin_TL[:, layer], best[:, topk - 1] - best[:, topk]),
-                (recording.log_probs_TLK[:, layer], log_probs.gather(1, recording.routes_TLK[:, layer].long())),
+                (recording.own.margin_TL[:, layer], best[:, topk - 1] - best[:, topk]),
+                (recording.own.log_probs_TLK[:, layer], log_probs.gather(1, recording.routes_TLK[:, layer].long())),
                 (against[:, layer], log_probs.gather(1, reference[number][:, layer].long())),
             ):
                 torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
@@ -177,12 +189,10 @@ def test_scores_are_those_of_the_softmax_over_all_experts(num_experts: int, topk
 
 def test_a_pair_of_the_same_pass_has_not_moved(model: Model) -> None:
     recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True)
-    score(model, packs(SIZES), recorder=recorder)
-    old = recorder.take()
-    recorder.against([recording.routes_TLK for recording in old])
-    score(model, packs(SIZES), recorder=recorder)
-    for pack, before, after in zip(packs(SIZES), old, recorder.take(), strict=True):
-        metrics = recorder.compare(pack, before, after).to_metrics()
+    _, old = score_and_record(model, packs(SIZES), recorder)
+    _, new = score_and_record(model, packs(SIZES), recorder, [recording.routes_TLK for recording in old])
+    for pack, before, after in zip(packs(SIZES), old, new, strict=True):
+        metrics = compare(pack, before, after, recorder.layers).to_metrics()
         if pack.route_mask_T.any():
             assert metrics["any_layer_flip"] == metrics["response_set_change"] == 0
             assert metrics["router_shift"] == 1

@@ -76,15 +76,17 @@ def test_values_and_routes_are_those_of_scoring_each_sequence_alone(
     packs = packs_of([TrainingSample(tuple(ids), (0,) + (1,) * (len(ids) - 1)) for ids in long], per_pack=1)
     with built(SIZES, layout(), RandomSource(SIZES, seed=4)) as model:
         recorder = RouteRecorder(model.chunks, SIZES, model.groups)
-        log_probs, routes = map(iter, score_and_record(model, packs, recorder))
+        log_probs, recordings = score_and_record(model, packs, recorder)
+    expected = zip(log_probs, recordings, strict=True)
     assert len(records) == len(sequences)
     for ids, record in zip(sequences, records, strict=True):
         if len(ids) == 1:
             assert record == {"log_probs": [], "routes": []}
             continue
-        torch.testing.assert_close(torch.tensor(record["log_probs"]), next(log_probs), atol=1e-5, rtol=0)
-        expected = next(routes).routes_TLK.sort(dim=-1).values.int()
-        assert torch.equal(torch.tensor(record["routes"], dtype=torch.int32).sort(dim=-1).values, expected)
+        log_probs_T, recording = next(expected)
+        torch.testing.assert_close(torch.tensor(record["log_probs"]), log_probs_T, atol=1e-5, rtol=0)
+        routes_TLK = recording.routes_TLK.sort(dim=-1).values.int()
+        assert torch.equal(torch.tensor(record["routes"], dtype=torch.int32).sort(dim=-1).values, routes_TLK)
 
 
 def test_rows_that_the_tokenizer_does_not_have_are_left_out(weights: Path, tmp_path: Path) -> None:
