@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo_moe.config.schema import TokenizerConfig
+from gspo_moe.config.model import TokenizerConfig
 from gspo_moe.data.end_tokens import GENERATION_FILE, NO_END_TOKENS, EndTokens, read_end_tokens, read_json
 from gspo_moe.errors import ConfigError, DataError
 

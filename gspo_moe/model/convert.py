@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checks import check_files
 from gspo_moe.config.layout import Layout
+from gspo_moe.config.model import ModelConfig
 from gspo_moe.config.outputs import output_fault
-from gspo_moe.config.schema import Config, ModelConfig
+from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.model.build import build_model

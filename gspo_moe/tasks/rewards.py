@@ -21,7 +21,7 @@ from numbers import Real
 
 from pebble import ProcessPool
 
-from gspo_moe.config.schema import TaskConfig
+from gspo_moe.config.task import TaskConfig
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.orphans import end_with
 from gspo_moe.tasks.protocol import Task

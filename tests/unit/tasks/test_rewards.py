@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.rewards import RewardPool
 from gspo_moe.types import Prompt
@@ -36,7 +36,7 @@ TROUBLE: dict[str, Any] = {
 # Two workers, one of which is busy when their trainer goes.
 KILLED = """
 import multiprocessing, os, signal, threading, time
-from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.tasks.rewards import RewardPool
 from tests.unit.tasks.test_rewards import answers, make_trouble
 
