@@ -19,7 +19,7 @@ from tests.e2e.program import metrics_by_step
 
 BEFORE = Path(__file__).parents[1] / "runs_before"
 # Rounding of another build of torch; the smallest expected figures, of roundings alone, are about 1e-8.
-CLOSE = {"rel": 1e-4, "abs": 1e-6}
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def assert_step(run: Path, expected: Path, step: int) -> None:
     before, after = (metrics_by_step(folder)[step] for folder in (expected, run))
-    assert {name: after.get(name) for name in before} == pytest.approx(before, **CLOSE)
+    assert {name: after.get(name) for name in before} == pytest.approx(before, rel=RELATIVE, abs=ABSOLUTE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="made on the CPU, whose generator draws other answers")
