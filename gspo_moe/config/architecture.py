@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,28 @@ class Architecture(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Architecture:
+        found = list(self._faults())
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def _faults(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            yield (
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; choose a divisor"
             )
         if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; lower it"
-            )
+            yield f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}; lower it"
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
-            raise ValueError(
+            yield (
                 "num_experts_per_tok=1 with norm_topk_prob=true weighs every expert by 1, so the router never learns; "
                 "set norm_topk_prob=false"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+            yield f"head_dim={self.head_dim} must be even: RoPE rotates pairs"
         if self.rope_scaling is not None and self.rope_theta <= 1:
-            raise ValueError(f"rope_theta={self.rope_theta} must exceed 1 for YaRN; give the model's own")
-        return self
+            yield f"rope_theta={self.rope_theta} must exceed 1 for YaRN; give the model's own"
 
     @property
     def max_positions(self) -> int:

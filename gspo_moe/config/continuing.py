@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gspo_moe.config.loading import read_yaml, save_config
 from gspo_moe.config.schema import Config
 from gspo_moe.config.section import Section
 from gspo_moe.errors import ConfigError
+from gspo_moe.files import write_whole
 
 CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
@@ -75,9 +75,7 @@ def record_run(config: Config) -> None:
     save_config(config, config.run_path / CONFIG_FILE)
     values = _leaves(config.model_dump(mode="json"))
     digests = {key: digest(Path(values[key])) for key in DATA if values[key] is not None}
-    partial = config.run_path / f"{INPUTS_FILE}.partial"
-    partial.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, config.run_path / INPUTS_FILE)
+    write_whole(config.run_path / INPUTS_FILE, json.dumps(digests, indent=1) + "\n")
 
 
 def changes(folder: Path, config: Config, free: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ is a number, and there are no dates, sexagesimals or octals by a leading zero. A
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from gspo_moe.config.schema import Config
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
+from gspo_moe.files import write_whole
 
 FLOAT = re.compile(
     r"^[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
@@ -86,12 +86,8 @@ def as_override(key: str, value: Any) -> str:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every key, defaults too, so that `load_config(path)` gives an equal config; replaces the file at once."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+    write_whole(Path(path), text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

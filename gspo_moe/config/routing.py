@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from gspo_moe.config.section import Section
 
@@ -38,8 +39,7 @@ class RoutingConfig(Section):
     def reports_engine_routes(self) -> bool:
         return self.engine_routes or self.replay == "r3"
 
-    @model_validator(mode="after")
-    def _recorded(self) -> RoutingConfig:
+    def faults(self) -> Iterator[str]:
         needing = {
             "routing.replay=r2": self.replay == "r2",
             "routing.engine_routes=true": self.engine_routes,
@@ -48,5 +48,4 @@ class RoutingConfig(Section):
         }
         for setting, is_set in needing.items():
             if is_set and not self.record:
-                raise ValueError(f"{setting} needs the recorder; set routing.record=true, or turn it off")
-        return self
+                yield f"{setting} needs the recorder; set routing.record=true, or turn it off"

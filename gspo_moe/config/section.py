@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -20,3 +21,14 @@ class Section(BaseModel):
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
             raise ValueError("neither true nor false is a value of this key; write what it takes, or leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        found = list(self.faults())
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def faults(self) -> Iterator[str]:
+        """What keys of this section, each of them valid, cannot be together; every one with key, value and fix."""
+        yield from ()

@@ -57,7 +57,10 @@ def _line(schema: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
     if detail["type"] == "value_error":
         rule = str(detail["ctx"]["error"])
         about_section = isinstance(value, Mapping | BaseModel)
-        return rule if about_section and not prefix else f"{prefix.rstrip('.:') if about_section else key}: {rule}"
+        if about_section and not prefix:
+            return rule
+        where = prefix.rstrip(".:") if about_section else key
+        return "\n".join(f"{where}: {fault}" for fault in rule.split("\n"))
     if detail["type"] in ("model_type", "dict_type"):
         return f"{key}: expected a section, that is keys with values"
     if detail["type"] == "string_type":

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gspo_moe.config.schema import TokenizerConfig
+from gspo_moe.config.model import TokenizerConfig
 from gspo_moe.data.end_tokens import GENERATION_FILE, NO_END_TOKENS, EndTokens, read_end_tokens, read_json
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.files import write_whole
 
 if TYPE_CHECKING:
     from gspo_moe.data.chat_template import ChatTemplate
@@ -152,7 +151,7 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(ids))
 
     def save(self, folder: str | Path) -> None:
-        _write_at_once(Path(folder) / SENTENCEPIECE_FILE, self._model)
+        write_whole(Path(folder) / SENTENCEPIECE_FILE, self._model, shared=True)
 
 
 class HFTokenizer:
@@ -279,11 +278,3 @@ def _find(kind: str, path: Path, model_folder: Path | None) -> Tokenizer | None:
             if file.is_file():
                 return SentencePieceTokenizer.load(file, model_folder)
     return None
-
-
-def _write_at_once(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
-        partial.write(content)
-    os.chmod(partial.name, 0o644)
-    os.replace(partial.name, file)

@@ -27,10 +27,12 @@ from safetensors.torch import save_file
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checks import check_files
 from gspo_moe.config.layout import Layout
+from gspo_moe.config.model import ModelConfig
 from gspo_moe.config.outputs import output_fault
-from gspo_moe.config.schema import Config, ModelConfig
+from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
+from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import build_model
 from gspo_moe.model.experts import StackedShard
 from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index, write_tokenizer
@@ -183,10 +185,9 @@ def _share(all_of_them: Sequence[Any]) -> Sequence[Any]:
 def _staged(conversion: Conversion, items: Sequence[_Item]) -> Iterator[Path]:
     """A hidden folder beside the target, which gets the target's name at the end and goes away after an error."""
     target, is_main = conversion.target, dist.get_rank() == 0
-    partial = target.with_name(f".{target.name}.partial")
+    partial = stage(target)
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        stage_folder(target)
     dist.barrier()
     try:
         yield partial
@@ -197,7 +198,7 @@ def _staged(conversion: Conversion, items: Sequence[_Item]) -> Iterator[Path]:
     if is_main:
         write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
         write_tokenizer(partial, conversion.tokenizer)
-        partial.replace(target)
+        replace_folder(partial, target)
     dist.barrier()
 
 

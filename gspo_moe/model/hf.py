@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.end_tokens import GENERATION_FILE
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
+from gspo_moe.files import replace_folder, stage_folder
 from gspo_moe.model.build import Model
 from gspo_moe.model.names import Entry, hf_shapes
 from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_tensors
@@ -48,13 +48,11 @@ def export_hf(
     if refusal[0] is not None:
         raise DataError(refusal[0])
     if dist.get_rank() == MAIN:
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = stage_folder(folder)
         _write_weights(whole_tensors(model), partial, max_shard_bytes)
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
         write_tokenizer(partial, tokenizer)
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     else:
         for _ in whole_tensors(model):
             raise AssertionError("only the first rank gets whole tensors")
@@ -194,13 +192,3 @@ def _eos_token_id(tokenizer: Tokenizer) -> int | list[int]:
 
 def _write_json(file: Path, value: object) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Puts `partial` in the place of an earlier export, which is complete until the very renaming."""
-    earlier = folder.with_name(f".{folder.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if folder.exists():
-        folder.rename(earlier)
-    partial.rename(folder)
-    shutil.rmtree(earlier, ignore_errors=True)

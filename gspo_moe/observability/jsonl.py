@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gspo_moe.errors import DataError
+from gspo_moe.files import write_whole
 
 
 class JsonLines:
@@ -24,9 +24,7 @@ class JsonLines:
         kept = []
         if resume_step and path.exists():
             kept = [record for record in read_json_lines(path)[0] if record["step"] <= resume_step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(_line(record) for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ Shape letters: S steps, A MoE layers, B margin bins, E experts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gspo_moe.errors import DataError
+from gspo_moe.files import write_whole
 
 FILE = "routing_layers.safetensors"
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -68,9 +68,7 @@ class LayerWriter:
             if by_step:
                 tensors[f"{name}/steps"] = np.array(list(by_step), dtype=np.int64)
                 tensors[f"{name}/values"] = np.stack(list(by_step.values()))
-        partial = self._path.with_name(FILE + ".partial")
-        save_file(tensors, partial)
-        os.replace(partial, self._path)
+        write_whole(self._path, lambda partial: save_file(tensors, partial))
         self._pending = 0
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_moe.config.outputs import output_fault
 from gspo_moe.errors import ConfigError
+from gspo_moe.files import write_whole
 from gspo_moe.report.collect import collect
 from gspo_moe.report.contents import contents
 from gspo_moe.report.long_form import write_csv
@@ -31,7 +31,8 @@ def build_report(
     collection = collect(paths)
     lines = [f"not read: {problem}" for problem in collection.problems]
     if output is not None:
-        write_whole(output, render_page(collection))
+        # Lone surrogates, which a task's text may hold, become question marks.
+        write_whole(output, render_page(collection).encode("utf-8", errors="replace"))
         lines.append(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network")
     if figures is not None:
         drawn = contents(collection).figures
@@ -45,11 +46,3 @@ def build_report(
     if csv is not None:
         lines.append(f"{csv}: {write_csv(csv, collection)} values")
     return lines
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that nobody opens half a page; lone surrogates become question marks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text.encode("utf-8", errors="replace"))
-    os.replace(partial, path)

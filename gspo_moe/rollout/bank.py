@@ -13,7 +13,6 @@ Shape letters: R rollouts.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gspo_moe.errors import DataError, RolloutError
+from gspo_moe.files import write_whole
 from gspo_moe.tasks.rewards import LARGEST_REWARD
 from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
 
@@ -84,10 +84,8 @@ def write_bank(path: Path, bank: Bank) -> None:
             for r in rollouts
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT, "bank": json.dumps(described)})
-    os.replace(partial, path)
+    metadata = {"format": FORMAT, "bank": json.dumps(described)}
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
 
 def describe_bank(path: str | Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches
 from gspo_moe.data.tokenizers import own_tokenizer
 from gspo_moe.errors import DataError, RolloutError
+from gspo_moe.files import write_whole
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
@@ -58,9 +58,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
     _check_finite(records, data)
     if groups.is_main:
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-        os.replace(partial, output)
+        write_whole(output, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[int, ...]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gspo_moe.files import write_whole
 from gspo_moe.observability import Run, load_run
 from gspo_moe.observability.comparison import LEVEL, CollapseRule, Estimate, estimate, find_collapse, paired_difference
 from gspo_moe.study.cells import Arm, Cell
@@ -62,9 +62,7 @@ def summarise(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
 def write_summary(study: Study, summary: dict[str, Any]) -> Path:
     """Puts the summary into the study's folder at once, so that a reader never sees half of it."""
     target = study.folder / SUMMARY_FILE
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    write_whole(target, json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return target
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from difflib import get_close_matches
 
-from gspo_moe.config.schema import TaskConfig
+from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from string import ascii_lowercase
 from typing import Any
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt
 
-from gspo_moe.config.schema import Section
+from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
 from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.splits import draw_prompt
@@ -22,13 +22,9 @@ class SortLettersOptions(Section):
     min_length: PositiveInt = 10
     max_length: PositiveInt = 16
 
-    @model_validator(mode="after")
-    def _ordered(self) -> SortLettersOptions:
+    def faults(self) -> Iterator[str]:
         if self.min_length > self.max_length:
-            raise ValueError(
-                f"min_length={self.min_length} exceeds max_length={self.max_length}; lower the one or raise the other"
-            )
-        return self
+            yield f"min_length={self.min_length} exceeds max_length={self.max_length}; lower the one or raise the other"
 
 
 class SortLetters:

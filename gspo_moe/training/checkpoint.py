@@ -9,7 +9,6 @@ every rank is done, so a run killed at any moment leaves the newest complete one
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, unfinished
 from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import CheckpointError
+from gspo_moe.files import replace_folder
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import write_config
 from gspo_moe.model.sharded import checkpoint_errors, weight_shards
@@ -86,11 +86,7 @@ def save_checkpoint(
     dist.barrier()
     if model.groups.is_main:
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
-        earlier = target.with_name(f"{target.name}.earlier")  # of the same step, which stays until it is replaced
-        if target.exists():
-            os.replace(target, earlier)
-        os.replace(partial, target)
-        shutil.rmtree(earlier, ignore_errors=True)
+        replace_folder(partial, target)
         for old in checkpoints(folder)[:-keep]:
             if not old.is_symlink():  # which no run makes
                 shutil.rmtree(old)

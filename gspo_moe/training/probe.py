@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gspo_moe.errors import DataError
+from gspo_moe.files import write_whole
 from gspo_moe.types import TrainingSample
 
 FILE = "probe.jsonl"
@@ -26,10 +26,8 @@ def probe_set(
     order = sorted(range(len(samples)), key=lambda index: (index % group_size, index))
     chosen = [TrainingSample(samples[i].token_ids, samples[i].response_mask) for i in order[:count]]
     if main:
-        partial = path.with_name(FILE + ".partial")
         lines = [{"token_ids": sample.token_ids, "response_mask": sample.response_mask} for sample in chosen]
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     return chosen
 
 

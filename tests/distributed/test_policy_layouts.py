@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.rope import Yarn
-from gspo_moe.config.schema import AlgorithmConfig, Config
+from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import load_weights

@@ -19,7 +19,7 @@ FLOORS = (
     {"algorithms", "kernels", "data", "tasks", "observability"},
     {"platform", "config"},
     {"packages"},
-    {"types", "errors"},
+    {"types", "errors", "files"},
     {"__init__"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -62,6 +62,40 @@ def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], m
         load_config(None, [f"algorithm.{override}" for override in overrides])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (
+            ["rollout.prompts_per_step=10", "rollout.samples_per_prompt=1", "algorithm.overlong_buffer=40"],
+            ["rollout.prompts_per_step=10", "rollout.samples_per_prompt=1", "algorithm.overlong_buffer=40"],
+        ),
+        (
+            ["stage=sft", "routing={replay: r2, attribution: true}", "algorithm.mini_batches=1"],
+            ["routing.replay=r2, routing.attribution=true", "routing.attribution=true with"],
+        ),
+        (
+            ["routing={record: false, engine_routes: true, probe_interval: 3}", "optimizer.min_lr=1"],
+            ["optimizer.min_lr=1 exceeds", "routing.engine_routes=true", "routing.probe_interval=3"],
+        ),
+        (
+            ["model={preset: tiny, overrides: {num_key_value_heads: 3, head_dim: 5}}", "schedule.steps=0"],
+            ["model.overrides: num_attention_heads=4", "model.overrides: head_dim=5", "schedule.steps=0"],
+        ),
+        (
+            ["model={hf: there, preset: tiny, checkpoint: here, random_init: true}"],
+            ["model.preset='tiny' and model.hf='there' and", "model.random_init=true"],
+        ),
+    ],
+)
+def test_all_faults_are_told_at_once(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, overrides)
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(named)
+    for line, start in zip(lines, named, strict=True):
+        assert line.startswith(start)
+
+
 def test_rspo_needs_the_recorder() -> None:
     with pytest.raises(ConfigError, match=r"set routing\.record=true"):
         load_config(None, ["algorithm.name=rspo", "routing.record=false"])

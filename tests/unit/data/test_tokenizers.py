@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gspo_moe.config.schema import TokenizerConfig
+from gspo_moe.config.model import TokenizerConfig
 from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer, load_tokenizer, own_tokenizer
 from gspo_moe.errors import ConfigError, DataError
 

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.loading import load_config
-from gspo_moe.config.schema import Config, TokenizerConfig
+from gspo_moe.config.model import TokenizerConfig
+from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.model import convert

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gspo_moe.config.architecture import architecture_from_hf
+from gspo_moe.config.model import ModelConfig, TokenizerConfig
 from gspo_moe.config.rope import Yarn
-from gspo_moe.config.schema import Config, ModelConfig, TokenizerConfig
+from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import SentencePieceTokenizer, Tokenizer, own_tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.model import hf

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gspo_moe.config.schema import TaskConfig
+from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.tasks import make_task
 from tests.turns import answered

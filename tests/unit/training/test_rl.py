@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gspo_moe.config.loading import load_config
-from gspo_moe.config.schema import ScheduleConfig
+from gspo_moe.config.training import ScheduleConfig
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.plan import make_plan

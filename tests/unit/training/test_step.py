@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.clips import WHOLE_SEQUENCES
-from gspo_moe.config.schema import AlgorithmConfig, Config
+from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.routing.comparison import compare

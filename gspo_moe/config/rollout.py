@@ -1,0 +1,43 @@
+"""The sections `rollout` and `evaluation`: how answers are sampled. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from gspo_moe.config.section import Section
+
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
+
+
+class RolloutConfig(Section):
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
+
+    max_response_tokens: of one answer, in a conversation of each turn. max_turns: answers in a conversation at most.
+    stop: strings of one token each, which end an answer as the model's own end tokens do.
+    bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
+    """
+
+    prompts_per_step: PositiveInt = 32
+    samples_per_prompt: PositiveInt = 8
+    temperature: Annotated[float, Field(gt=0.0, le=HOTTEST)] = 1.0
+    top_p: Probability = 1.0
+    top_k: NonNegativeInt = 0
+    max_response_tokens: PositiveInt = 32
+    max_turns: PositiveInt = 16
+    stop: tuple[str, ...] = ()
+    max_batch: PositiveInt = 512
+    cuda_graph: Literal["auto", "off"] = "auto"
+    bank: str | None = None
+
+
+class EvaluationConfig(Section):
+    """Held-out accuracy: `samples` answers to each of `prompts` prompts, before, after, and every `interval` steps."""
+
+    prompts: NonNegativeInt = 512
+    samples: PositiveInt = 1
+    interval: NonNegativeInt = 0
+    temperature: Annotated[float, Field(ge=0.0, le=HOTTEST)] = 1.0

@@ -1,0 +1,114 @@
+"""What sections of a config cannot be together: each rule yields its faults, in words with key, value and fix.
+
+Torch-free. What one section cannot be by itself stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gspo_moe.config.schema import Config
+
+
+def faults(config: Config) -> Iterator[str]:
+    """Every rule that the config breaks."""
+    for rule in RULES if config.stage == "rl" else SFT_RULES:
+        yield from rule(config)
+
+
+def mini_batches_divide(config: Config) -> Iterator[str]:
+    prompts, mini_batches = config.rollout.prompts_per_step, config.algorithm.mini_batches
+    if prompts % mini_batches:
+        yield (
+            f"rollout.prompts_per_step={prompts} is not a multiple of algorithm.mini_batches={mini_batches}; change "
+            "one of them"
+        )
+
+
+def staleness_has_old_routes(config: Config) -> Iterator[str]:
+    if config.routing.record and config.algorithm.old_log_probs == "rollout":
+        yield (
+            "algorithm.old_log_probs=rollout leaves out the forward pass whose routes staleness is measured against; "
+            "set routing.record=false, or algorithm.old_log_probs=trainer"
+        )
+
+
+def groups_can_be_compared(config: Config) -> Iterator[str]:
+    samples, name = config.rollout.samples_per_prompt, config.algorithm.name
+    if name != "ppo" and samples < 2:
+        yield (
+            f"rollout.samples_per_prompt={samples}: algorithm.name={name} compares the answers to a prompt with each "
+            "other; set it to 2 or more, or take algorithm.name=ppo"
+        )
+
+
+def router_shift_is_recorded(config: Config) -> Iterator[str]:
+    if config.algorithm.name == "rspo" and not config.routing.record:
+        yield (
+            "algorithm.name=rspo weighs tokens by how far the router's scores moved, which routing.record=false leaves "
+            "unrecorded; set routing.record=true, or use algorithm.name=gmpo, which is rspo without that weight"
+        )
+
+
+def bank_has_each_prompt(config: Config) -> Iterator[str]:
+    if config.algorithm.samples_dynamically and config.rollout.bank is not None:
+        yield (
+            f"rollout.bank={config.rollout.bank} has one batch of prompts a step, and algorithm.dynamic_sampling draws "
+            "more; set algorithm.dynamic_sampling=false"
+        )
+
+
+def answers_can_differ(config: Config) -> Iterator[str]:
+    if config.algorithm.samples_dynamically and config.rollout.top_k == 1:
+        yield (
+            "algorithm.dynamic_sampling needs answers that differ, and rollout.top_k=1 gives every sample of a prompt "
+            "the same one; set rollout.top_k=0 or algorithm.dynamic_sampling=false"
+        )
+
+
+def overlong_buffer_fits(config: Config) -> Iterator[str]:
+    limit = config.rollout.max_response_tokens
+    if config.algorithm.overlong_tokens(limit) > limit:
+        yield (
+            f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} exceeds rollout.max_response_tokens={limit};"
+            " lower it to a fifth of that, or 0 for none"
+        )
+
+
+def there_are_rollouts_to_measure(config: Config) -> Iterator[str]:
+    routing = config.routing
+    wanted = [
+        name
+        for name, is_set in (
+            (f"routing.replay={routing.replay}", routing.replay != "none"),
+            ("routing.engine_routes=true", routing.engine_routes),
+            ("routing.probe_interval", routing.probe_interval > 0),
+            ("routing.attribution=true", routing.attribution),
+        )
+        if is_set
+    ]
+    if wanted:
+        yield f"{', '.join(wanted)}: stage=sft has no rollouts to measure; leave it to stage=rl"
+
+
+def log_ratios_are_there_to_split(config: Config) -> Iterator[str]:
+    if config.routing.attribution and config.algorithm.mini_batches < 2:
+        yield (
+            "routing.attribution=true with algorithm.mini_batches=1: log-ratios are 0 before the first update, so "
+            "there is nothing to split; set algorithm.mini_batches to 2 or more"
+        )
+
+
+RULES = (
+    mini_batches_divide,
+    staleness_has_old_routes,
+    groups_can_be_compared,
+    router_shift_is_recorded,
+    bank_has_each_prompt,
+    answers_can_differ,
+    overlong_buffer_fits,
+    log_ratios_are_there_to_split,
+)
+SFT_RULES = (there_are_rollouts_to_measure, log_ratios_are_there_to_split)

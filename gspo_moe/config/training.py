@@ -1,0 +1,68 @@
+"""The sections `parallel`, `optimizer`, `schedule` and `checkpoint`: how the model is trained. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from gspo_moe.config.section import Section
+
+
+class ParallelConfig(Section):
+    """How many ranks share what; data parallelism is what is left of the world."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    expert: PositiveInt = 1
+    expert_tensor: PositiveInt | None = None
+    context: PositiveInt = 1
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    distributed_optimizer: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    timeout_minutes: PositiveFloat = 10.0
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallelism inside an expert; megatron-core's default is that of the dense layers."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then constant, cosine or linear decay to `min_lr`.
+
+    max_skipped_updates: in a row, after which the run ends; an update is skipped where its gradient is not finite.
+    """
+
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-4
+    min_lr: NonNegativeFloat = 0.0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_updates: NonNegativeInt = 0
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    max_skipped_updates: PositiveInt = 10
+
+    def faults(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"optimizer.min_lr={self.min_lr:g} exceeds optimizer.lr={self.lr:g}; lower it to that"
+
+
+class ScheduleConfig(Section):
+    """`steps` RL steps (or supervised batches); a micro-batch packs up to `micro_batch_tokens` tokens."""
+
+    steps: PositiveInt = 100
+    micro_batch_tokens: PositiveInt = 4096
+    sft_batch: PositiveInt = 64
+
+
+class CheckpointConfig(Section):
+    """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay."""
+
+    interval: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    export_hf: bool = True

@@ -1,0 +1,55 @@
+"""Files and folders that appear whole: written beside their place, then renamed. Standard library only.
+
+A run killed at any moment leaves what stood there before, or all of the new; a later writer clears what it left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
+    """Puts `content` (text as UTF-8, or what a function writes to the path it is given) in the place of the file.
+
+    Missing folders are made; after an error nothing is left beside the file.
+    shared: several processes may write the file at once, each the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{own}.partial")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def stage(folder: Path) -> Path:
+    """Where what becomes `folder` is written: hidden beside it."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def stage_folder(folder: Path) -> Path:
+    """Makes the folder `stage(folder)`, empty, for `replace_folder`."""
+    partial = stage(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Puts `partial` in the place of `folder`, which stays whole until the very renaming."""
+    earlier = folder.with_name(f".{folder.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, earlier)
+    os.replace(partial, folder)
+    shutil.rmtree(earlier, ignore_errors=True)
