@@ -17,8 +17,8 @@ from gspo_moe.model.names import LM_HEAD
 from gspo_moe.model.weights import RandomSource, TensorSource, draw_value_head, load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.engine import Request, SamplingParams
-from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import renew_port

@@ -47,10 +47,14 @@ class RolloutEngine(Protocol):
         """The longest prompt, in tokens, that leaves room for an answer."""
         ...
 
+
 class WeightSink(Protocol):
     """Takes the weights that the next rollouts are to come from."""
+
     def publish(self, model: Any, version: int) -> None:
         """model: a `model.build.Model`. version: optimizer steps that its weights have taken. Collective."""
+
+
 def make_stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> frozenset[int]:
     """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
     ids = set(tokenizer.eos_ids)

@@ -21,8 +21,8 @@ from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
-from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.platform import choose_backends, device, megatron_version
+from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.types import TrainingSample

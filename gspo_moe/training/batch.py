@@ -73,9 +73,7 @@ def share_packs(trainer: Trainer, batch: Batch) -> StepPacks:
         raise_everywhere(route_fault(batch.samples, trainer.session.plan.architecture, _mine(batch, groups)))
         samples = with_routes(batch, wanted, groups)
     packs = [
-        one
-        for number, plan in enumerate(plans)
-        for one in make_packs(samples, plan[groups.data_rank], groups, number)
+        one for number, plan in enumerate(plans) for one in make_packs(samples, plan[groups.data_rank], groups, number)
     ]
     sizes = [(len(m), sum(sum(batch.samples[i].response_mask[1:]) for i in m)) for m in minibatches]
     return StepPacks(packs, tuple(sizes))

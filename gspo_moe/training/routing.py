@@ -18,8 +18,8 @@ from gspo_moe.routing import LoadSums, PairSums
 from gspo_moe.routing.comparison import compare, expert_load_of
 from gspo_moe.routing.recorder import Recording, RouteRecorder, routers_of
 from gspo_moe.routing.shards import StageLayers
-from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of
 from gspo_moe.scoring.score import score
+from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of
 from gspo_moe.types import Microbatch
 
 

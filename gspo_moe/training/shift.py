@@ -16,8 +16,8 @@ import torch
 from gspo_moe.model.build import Model
 from gspo_moe.routing import comparison
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
-from gspo_moe.training.packs import TrainingPack, recordings_of, replay_of
 from gspo_moe.scoring.score import score
+from gspo_moe.training.packs import TrainingPack, recordings_of, replay_of
 
 ShiftOf = Callable[[int], torch.Tensor]
 

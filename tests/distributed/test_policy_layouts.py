@@ -21,9 +21,9 @@ from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
 from gspo_moe.platform import prepare_megatron
+from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import Recording, RouteRecorder
-from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer

@@ -13,9 +13,7 @@ from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import initialize, shut_down
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
-
 from gspo_moe.routing.recorder import RouteRecorder
-from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.rl import pack_share
 from gspo_moe.training.step import train_minibatch

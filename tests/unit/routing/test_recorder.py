@@ -10,9 +10,9 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.scoring.score import score
 from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.scoring.score import score
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained

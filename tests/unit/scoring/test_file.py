@@ -15,10 +15,8 @@ from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import shut_down
-
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.file import read_sequences, score_file
-from gspo_moe.scoring.score import score
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, LoudRows, packs_of, score_and_record
 from tests.qwen3 import built, layout, random_sequences

@@ -15,7 +15,6 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.routing.recorder import RouteRecorder
-from gspo_moe.scoring.score import score
 from gspo_moe.training import shift
 from gspo_moe.training.step import MinibatchResult, train_minibatch
 from tests.policy import SIZES, packs_of, score_and_record, trained
