@@ -118,9 +118,14 @@ class Rollout:
     routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
-    def prompt_length(self) -> int:
-        """Tokens before the first that the policy sampled."""
-        return self.policy_mask.index(1)
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What stands before the first token that the policy sampled."""
+        return self.token_ids[: self.policy_mask.index(1)]
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """All from there on, an environment's turns included."""
+        return self.token_ids[self.policy_mask.index(1) :]
 
     @property
     def text(self) -> str:

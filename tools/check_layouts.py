@@ -156,7 +156,7 @@ def _greedy(model: Any) -> list[tuple[int, ...]]:
     ranks, rank = model.groups.data.size(), model.groups.data_rank
     share = requests[rank * len(requests) // ranks : (rank + 1) * len(requests) // ranks]
     engine = MegatronEngine(model, max_batch=3, prefill_tokens=16)
-    mine = [rollouts[0].response_ids for rollouts in engine.generate(share, params, policy_version=0)]
+    mine = [rollouts[0].response_ids for rollouts in engine.generate(share, params)]
     return [ids for part in gather_over_data(mine, model.groups) for ids in part]
 
 
@@ -165,9 +165,9 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.routing.comparison import gather_layers
     from gspo_moe.scoring.score import score
     from gspo_moe.training.optimizer import Optimizer
-    from gspo_moe.training.rl import pack_share
+    from gspo_moe.training.packs import pack_share
     from gspo_moe.training.routing import compare_packs
-    from gspo_moe.training.step import train_minibatch
+    from tests.steps import train_minibatch
 
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "routing": []}
     gradients: dict[str, torch.Tensor] = {}

@@ -27,7 +27,7 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     from gspo_moe.routing.recorder import RouteRecorder
     from gspo_moe.scoring.score import score
     from gspo_moe.training.plan import make_plan
-    from gspo_moe.training.rl import pack_share
+    from gspo_moe.training.packs import pack_share
     from gspo_moe.training.session import open_session
 
     config = load_config(path, overrides)
@@ -54,7 +54,7 @@ def answer(session: Any) -> list[Any]:
     limit = session.config.rollout.max_response_tokens
     params = SamplingParams(1.0, 1.0, 0, limit, session.stop_ids, seed="precision")
     prompts = [session.plan.task.prompts.prompt("eval", index) for index in range(PROMPTS)]
-    groups = session.answerer.generate(prompts, 4, params, policy_version=0)
+    groups = session.answerer.generate(prompts, 4, params)
     return [
         TrainingSample(
             token_ids=rollout.prompt_ids + rollout.response_ids,

@@ -92,7 +92,7 @@ class Answerer:
         return [[self._with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
 
     def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:
-        ids = rollout.token_ids[rollout.prompt_length :]
+        ids = rollout.response_ids
         if ids and ids[-1] in params.stop_ids:
             ids = ids[:-1]
         return replace(rollout, turns=(Turn("policy", self.tokenizer.decode(ids)),))

@@ -15,7 +15,10 @@ TOTAL = "reward"
 
 @dataclass(frozen=True)
 class Step:
-    """What the environment says; `text` is None where it says nothing, or failed. error, timed_out: as `types.Reward`."""
+    """What the environment says; `text` is None where it says nothing, or failed.
+
+    error, timed_out: as `types.Reward`.
+    """
 
     text: str | None
     error: str | None = None

@@ -20,7 +20,7 @@ from gspo_moe.types import Prompt, Rollout, RolloutGroup, TrainingSample
 
 @dataclass(frozen=True)
 class Came:
-    """A group that has come. owner: the rank of `Groups.data_context` that sampled it, where alone it has its routes."""
+    """A group that has come. owner: the rank of `Groups.data_context` that alone has its routes."""
 
     group: RolloutGroup
     owner: int

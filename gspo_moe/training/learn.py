@@ -17,7 +17,7 @@ from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
 from gspo_moe.training.probe import probe_set
 from gspo_moe.training.routing import Figures, Probe, routing_figures
 from gspo_moe.training.session import Trainer
-from gspo_moe.training.step import LossSettings, MinibatchResult, correction_of, train_minibatch
+from gspo_moe.training.step import PolicySettings, MinibatchResult, correction_of, train_minibatch
 
 S = TypeVar("S", bound=Statistics)
 
@@ -53,7 +53,7 @@ def learn(trainer: Trainer, batch: Batch) -> Learned:
 
 def _train(trainer: Trainer, minibatch: Minibatch) -> MinibatchResult:
     session, config = trainer.session, trainer.session.config
-    settings = LossSettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
+    settings = PolicySettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
     return train_minibatch(session.model, trainer.optimizer, minibatch, settings, trainer.recorder)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -74,6 +74,9 @@ class Trained:
     recording: Recording | None = None
 
 
+P = TypeVar("P", TrainingPack, Trained)
+
+
 def plan_packs(samples: Sequence[TrainingSample], groups: Groups, config: Config) -> list[list[list[int]]]:
     """The samples of each data-parallel rank's packs, as `data.schedule.plan_microbatches`.
 
@@ -92,7 +95,7 @@ def make_packs(
     samples: Sequence[TrainingSample], plan: Sequence[Sequence[int]], groups: Groups, minibatch: int = 0
 ) -> list[TrainingPack]:
     """This rank's packs, on this process's device; plan: the samples of each. Collective over context ranks."""
-    return [_training_pack(pack(samples, indices).to(device().torch_device), groups, minibatch) for indices in plan]
+    return [training_pack(pack(samples, indices).to(device().torch_device), groups, minibatch) for indices in plan]
 
 
 def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config) -> list[TrainingPack]:
@@ -100,7 +103,8 @@ def pack_share(samples: Sequence[TrainingSample], groups: Groups, config: Config
     return make_packs(samples, plan_packs(samples, groups, config)[groups.data_rank], groups)
 
 
-def _training_pack(whole: Microbatch, groups: Groups, minibatch: int) -> TrainingPack:
+def training_pack(whole: Microbatch, groups: Groups, minibatch: int = 0) -> TrainingPack:
+    """A pack on this process's device, of which nothing else is known yet. Collective over context ranks."""
     split = ContextSplit(whole.cu_seqlens, groups.context)
     segments = local = Segments.of_pack(whole.cu_seqlens, whole.response_mask_T)
     if groups.layout.context > 1:
@@ -108,7 +112,7 @@ def _training_pack(whole: Microbatch, groups: Groups, minibatch: int) -> Trainin
     return TrainingPack(whole, minibatch, split, segments, local)
 
 
-def with_each(packs: Sequence[TrainingPack], **found: Sequence[Any]) -> list[TrainingPack]:
+def with_each(packs: Sequence[P], **found: Sequence[Any]) -> list[P]:
     """The packs with these fields, given by pack; those of which there is nothing here stay as they are."""
     given = {name: values for name, values in found.items() if values}
     assert all(len(values) == len(packs) for values in given.values())

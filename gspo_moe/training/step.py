@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 
 from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
-from gspo_moe.algorithms.loss import LossCounts, LossExtras, LossSettings
+from gspo_moe.algorithms.loss import Counts, Extras, Settings
 from gspo_moe.algorithms.ratios import LossInputs, Objective
-from gspo_moe.algorithms.spec import Algorithm
+from gspo_moe.algorithms.spec import Algorithm, ValueOptions
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.algorithms.value import ValueLoss, value_loss
 from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
@@ -95,9 +95,9 @@ def _policy_head(
         split.local(one.old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
-        LossSettings(*algorithm.clips, algorithm.allow_wide_clip, algorithm.settings),
-        LossCounts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
-        LossExtras(
+        Settings(*algorithm.clips, algorithm.allow_wide_clip, algorithm.settings),
+        Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
+        Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),
             correction=_local_correction(one, algorithm.mismatch),
             kl=_kl_penalty(one, algorithm),

@@ -14,8 +14,8 @@ from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.training.checkpoint import Progress, dist_checkpointing, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.rl import pack_share
-from gspo_moe.training.step import train_supervised
+from gspo_moe.training.packs import pack_share
+from tests.steps import train_supervised
 from gspo_moe.types import TrainingSample
 from tests.launch import launch
 from tests.policy import trained

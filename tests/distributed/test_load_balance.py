@@ -23,7 +23,7 @@ from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.routing import LoadSums, expert_load
 from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
-from gspo_moe.training.step import train_minibatch
+from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.experts import TokensSeen
 from tests.launch import launch

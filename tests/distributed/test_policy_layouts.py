@@ -27,7 +27,7 @@ from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.step import train_minibatch
+from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
 from tests.policy import LoudRows, as_sample, requests, sampling, score_and_record, trained
@@ -81,7 +81,7 @@ def generate(model: Model) -> dict[str, Named]:
     engine = MegatronEngine(model, max_batch=10, prefill_tokens=9)
     mine = share(model.groups, requests(samples=3))
     return {
-        kind: {(r.uid, r.sample_index): r for group in engine.generate(mine, params, 0) for r in group}
+        kind: {(r.uid, r.sample_index): r for group in engine.generate(mine, params) for r in group}
         for kind, params in SAMPLINGS.items()
     }
 

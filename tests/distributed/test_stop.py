@@ -23,12 +23,12 @@ def _stop() -> None:
         engine, last = MegatronEngine(model, 8, 64), dist.get_rank() == 1
         raise_everywhere(None)
         with pytest.raises(RolloutError, match="prompt train/0 is empty"):
-            engine.generate(requests(1, [()] if last else [(1, 2)]), sampling(), 0)
+            engine.generate(requests(1, [()] if last else [(1, 2)]), sampling())
         if last:
             with torch.no_grad():
                 model.gpt_chunks[0].output_layer.weight[4, 4] = float("nan")
         with pytest.raises(RolloutError, match="logits are not finite"):
-            engine.generate(requests(2, [(1, 2), (3,)]), sampling(), 0)
+            engine.generate(requests(2, [(1, 2), (3,)]), sampling())
 
         with StopSignals() as stop:
             stop.check()

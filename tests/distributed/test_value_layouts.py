@@ -19,7 +19,7 @@ from gspo_moe.scoring.score import score_with_values
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import estimate
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.step import train_minibatch
+from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.distributed.test_policy_layouts import CHECKPOINT, DONE, SIZES, by_sample, packs
 from tests.launch import launch

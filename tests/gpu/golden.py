@@ -28,8 +28,8 @@ from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.rl import pack_share
-from gspo_moe.training.step import train_minibatch
+from gspo_moe.training.packs import pack_share
+from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.launch import renew_port
 from tests.qwen3 import Tensors
@@ -185,7 +185,7 @@ def observe(config: Config, layout: Layout, tensors: dict[str, torch.Tensor] | N
 def _greedy(model: Model) -> list[list[int]]:
     requests = [Request(str(number), ids, samples=1) for number, ids in enumerate(PROMPTS)]
     params = SamplingParams(0.0, 1.0, 0, RESPONSE_TOKENS, stop_ids=frozenset(), seed="")
-    answers = MegatronEngine(model, max_batch=2, prefill_tokens=8).generate(requests, params, policy_version=0)
+    answers = MegatronEngine(model, max_batch=2, prefill_tokens=8).generate(requests, params)
     return [list(rollouts[0].response_ids) for rollouts in answers]
 
 

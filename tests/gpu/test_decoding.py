@@ -37,7 +37,7 @@ def check_graphs() -> None:
 
     def generated(cuda_graph: str) -> list[Rollout]:
         engine = MegatronEngine(model, max_batch=8, prefill_tokens=64, cuda_graph=cuda_graph)
-        return [rollout for group in engine.generate(requests, params, policy_version=0) for rollout in group]
+        return [rollout for group in engine.generate(requests, params) for rollout in group]
 
     expected = generated("off")
     assert not replays

@@ -15,8 +15,8 @@ from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.rl import pack_share
-from gspo_moe.training.step import train_minibatch
+from gspo_moe.training.packs import pack_share
+from tests.steps import train_minibatch
 from tests.gpu.golden import BF16, FP32, LENGTHS, PROMPTS, SIZES, Tolerance, samples, settings, weights
 from tests.gpu.rl_step import step_save_and_load
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
@@ -66,7 +66,7 @@ def decode_step() -> Waits:
         # The budget of the whole cache as of 5 tokens, so that only the steps differ.
         params = SamplingParams(1.0, 1.0, 0, tokens, stop_ids=frozenset(), seed="")
         with counted() as found:
-            MegatronEngine(model, max_batch=8, prefill_tokens=64).generate(requests, params, policy_version=0)
+            MegatronEngine(model, max_batch=8, prefill_tokens=64).generate(requests, params)
         return found
 
     generate(4)

@@ -28,7 +28,7 @@ def model() -> Iterator[Model]:
 
 
 def generate(model: Model, samples: int, temperature: float) -> list[Rollout]:
-    groups = MegatronEngine(model, 64, 64).generate(requests(samples), sampling(temperature), policy_version=0)
+    groups = MegatronEngine(model, 64, 64).generate(requests(samples), sampling(temperature))
     return [rollout for group in groups for rollout in group]
 
 
@@ -63,6 +63,6 @@ def test_a_prefill_makes_the_logits_that_it_samples_from_and_no_others() -> None
     (prompt,) = random_sequences(sizes, [length])
     asked = requests(samples=1, prompts=[tuple(prompt.tolist())])
     with built(sizes, layout(), RandomSource(sizes, seed=2)) as model, memory_profile() as profile:
-        MegatronEngine(model, 1, length).generate(asked, sampling(longest=2), policy_version=0)
+        MegatronEngine(model, 1, length).generate(asked, sampling(longest=2))
     every_logit = length * sizes.vocab_size * 4
     assert peak_bytes(profile) < every_logit / 4

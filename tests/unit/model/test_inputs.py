@@ -13,7 +13,7 @@ from gspo_moe.routing import LoadSums
 from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
-from gspo_moe.training.step import train_minibatch
+from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.experts import TokensSeen
 from tests.policy import SIZES, packs_of, trained

@@ -24,7 +24,7 @@ from gspo_moe.training.checkpoint import (
     tensor_parallel,
 )
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.step import train_supervised
+from tests.steps import train_supervised
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import architecture, layout, random_sequences

@@ -22,7 +22,7 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import Estimates, estimate, value_fault
-from gspo_moe.training.step import MinibatchResult, train_minibatch
+from tests.steps import train_minibatch, Result as MinibatchResult
 from gspo_moe.types import Microbatch
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, reference_model, tensors_in

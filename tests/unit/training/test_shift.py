@@ -16,7 +16,7 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training import shift
-from gspo_moe.training.step import MinibatchResult, train_minibatch
+from tests.steps import train_minibatch, Result as MinibatchResult
 from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, reference_model
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, like_gradient_descent, samples

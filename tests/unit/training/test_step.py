@@ -16,7 +16,7 @@ from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
-from gspo_moe.training.step import MinibatchResult, train_minibatch, train_supervised
+from tests.steps import train_minibatch, train_supervised, Result as MinibatchResult
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, random_sequences, reference_model

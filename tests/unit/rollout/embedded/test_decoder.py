@@ -63,7 +63,7 @@ def generated(model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Any
     monkeypatch.setattr(MegatronEngine, "_decoder", lambda engine, cache: make(engine._forward, cache))
     params = replace(sampling(longest=40), report_routes=True)
     engine = MegatronEngine(model, max_batch=14, prefill_tokens=64)
-    return [rollout for group in engine.generate(requests(), params, policy_version=0) for rollout in group]
+    return [rollout for group in engine.generate(requests(), params) for rollout in group]
 
 
 @pytest.mark.parametrize("replays", [False, True])

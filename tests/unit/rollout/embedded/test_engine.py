@@ -35,7 +35,7 @@ def generate(
     max_batch: int = 64,
     prefill_tokens: int = 64,
 ) -> list[list[Rollout]]:
-    return MegatronEngine(model, max_batch, prefill_tokens).generate(asked, params, policy_version=3)
+    return MegatronEngine(model, max_batch, prefill_tokens).generate(asked, params)
 
 
 def flat(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
@@ -215,5 +215,5 @@ def test_a_signal_ends_a_generation_before_its_next_batch(model: Model, monkeypa
 
     monkeypatch.setattr(MegatronEngine, "_run_batch", is_signalled)
     with StopSignals() as stop, pytest.raises(Interrupted, match="ended by SIGUSR1"):
-        MegatronEngine(model, 2, 64, stop).generate(requests(2, PROMPTS), sampling(), 0)
+        MegatronEngine(model, 2, 64, stop).generate(requests(2, PROMPTS), sampling())
     assert ran == [1]
