@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gspo_moe.config.section import Section
+from gspo_moe.section import Section
 
 
 class RoutingConfig(Section):

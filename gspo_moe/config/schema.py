@@ -21,8 +21,8 @@ from pydantic import (
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
 from gspo_moe.config.routing import RoutingConfig
-from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
+from gspo_moe.section import Section
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
@@ -121,8 +121,9 @@ class ParallelConfig(Section):
 
 
 class RolloutConfig(Section):
-    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each.
 
+    samples_per_prompt: at least 2, unless the algorithm compares answers with a value function.
     stop: strings of one token each, which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
     cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
@@ -228,7 +229,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig(preset="tiny")
     tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = RolloutConfig()
     task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -263,10 +264,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _groups_can_be_compared(self) -> Config:
-        if self.stage == "rl" and self.algorithm.name != "ppo" and self.rollout.samples_per_prompt < 2:
+        spec = self.algorithm.spec
+        if self.stage == "rl" and not spec.has_value_function and self.rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt}: algorithm.name={self.algorithm.name} "
-                "compares the answers to a prompt with each other; set it to 2 or more, or take algorithm.name=ppo"
+                "compares the answers to a prompt with each other; set it to 2 or more, or take an algorithm with a "
+                "value function (docs/algorithms.md)"
             )
         return self
 
@@ -274,18 +277,19 @@ class Config(Section):
     def _value_head_sees_hidden_states(self) -> Config:
         if self.has_value_head and not self.model.fused_log_probs:
             raise ValueError(
-                "algorithm.name=ppo has a value head on the hidden states that model.fused_log_probs=false does not "
-                "hand on; set model.fused_log_probs=true"
+                f"algorithm.name={self.algorithm.name} has a value head on the hidden states that "
+                "model.fused_log_probs=false does not hand on; set model.fused_log_probs=true"
             )
         return self
 
     @model_validator(mode="after")
     def _router_shift_is_recorded(self) -> Config:
-        if self.stage == "rl" and self.algorithm.name == "rspo" and not self.routing.record:
+        spec = self.algorithm.spec
+        if self.stage == "rl" and spec.router_shift and not self.routing.record:
             raise ValueError(
-                "algorithm.name=rspo weighs tokens by how far the router's scores moved, which routing.record=false "
-                "leaves unrecorded; set routing.record=true, or use algorithm.name=gmpo, which is rspo without "
-                "that weight"
+                f"algorithm.name={self.algorithm.name} weighs tokens by how far the router's scores moved, which "
+                "routing.record=false leaves unrecorded; set routing.record=true"
+                + (f", or use {spec.instead}" if spec.instead else "")
             )
         return self
 
@@ -341,7 +345,7 @@ class Config(Section):
 
     @property
     def has_value_head(self) -> bool:
-        return self.stage == "rl" and self.algorithm.name == "ppo"
+        return self.stage == "rl" and self.algorithm.spec.has_value_function
 
     @property
     def run_path(self) -> Path:

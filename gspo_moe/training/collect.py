@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gspo_moe.algorithms import degenerate_groups, group_advantages
-from gspo_moe.algorithms.dapo import overlong_penalty
+from gspo_moe.algorithms.overlong import overlong_penalty
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.errors import RewardError
 from gspo_moe.rollout.answers import Answers, ScoredGroup
@@ -20,7 +20,7 @@ from gspo_moe.types import Prompt, Rollout
 @dataclass(frozen=True)
 class Collected:
     """answers: those to learn from, every rank's, in the order of the prompts. advantages: one a rollout of them,
-        for ppo its reward, of which `critic` makes advantages of tokens.
+        with a value function its reward, of which `critic` makes advantages of tokens.
     metrics: of everything that was sampled. prompt_position: behind the last prompt drawn.
     """
 
@@ -130,7 +130,7 @@ def _lengths(answers: Answers) -> torch.Tensor:
 
 
 def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[str, float]]:
-    """Advantages of rewards with the over-long penalty, for ppo these rewards, and its mean where there is one."""
+    """Advantages of rewards with the over-long penalty, or these rewards, and its mean where there is one."""
     config = trainer.session.config
     limit, rewards, figures = config.rollout.max_response_tokens, _rewards(answers), dict[str, float]()
     buffer = config.algorithm.overlong_tokens(limit)
@@ -140,7 +140,7 @@ def _advantages(trainer: Trainer, answers: Answers) -> tuple[list[float], dict[s
         figures["reward/overlong_penalty"] = penalty.mean().item()
     if config.has_value_head:
         return rewards.tolist(), figures
-    scale = config.algorithm.name != "dr_grpo"
+    scale = config.algorithm.spec.advantages != "group_unscaled"
     return group_advantages(rewards, config.rollout.samples_per_prompt, scale=scale).tolist(), figures
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from gspo_moe.algorithms import CorrectionStatistics, MismatchStatistics, mismatch
+from gspo_moe.algorithms import CorrectionStatistics, MismatchStatistics, Segments, mismatch
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
 from gspo_moe.data.schedule import plan_microbatches, split_mini_batches
@@ -58,7 +58,8 @@ class Minibatch:
 class OldPolicy:
     """What the pass before the first update found of each mini-batch's packs.
 
-    log_probs [T] and ppo's estimates: on the last stage. routes: no mini-batches where they were not recorded.
+    log_probs [T] and estimates of a value function: on the last stage. routes: no mini-batches where
+    they were not recorded.
     """
 
     log_probs: list[list[torch.Tensor]]
@@ -168,8 +169,9 @@ def _old_policy(trainer: Trainer, minibatches: Sequence[Minibatch]) -> OldPolicy
     else:
         log_probs = score(model, packs, temperature=temperature, recorder=recorder, routes=replayed)
     routes = [] if recorder is None else recorder.take()
-    estimates = estimate(packs, values, config.algorithm.ppo, model.groups)
+    estimates: list[Estimates] = []
     if config.has_value_head:
+        estimates = estimate(packs, values, config.algorithm.settings, model.groups)
         raise_everywhere(value_fault(estimates))
     return OldPolicy(
         _by_minibatch(log_probs, minibatches),
@@ -314,7 +316,8 @@ def _mismatch_metrics(
     statistics: MismatchStatistics | None = None
     for minibatch, scored in zip(minibatches, log_probs, strict=True):
         for one, log_probs_T in zip(minibatch.packs, scored, strict=False):
-            found = mismatch(log_probs_T, one.rollout_log_probs_T, one.cu_seqlens, one.response_mask_T)
+            segments = Segments.of_pack(one.cu_seqlens, one.response_mask_T)
+            found = mismatch(log_probs_T, one.rollout_log_probs_T, segments)
             statistics = found if statistics is None else statistics.merge(found)
     if statistics is not None:
         statistics = reduce_statistics(statistics, trainer.session.groups.data).cpu()

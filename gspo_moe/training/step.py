@@ -12,13 +12,26 @@ from typing import Any
 
 import torch
 
-from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
-from gspo_moe.algorithms.loss import ObjectiveFunction
-from gspo_moe.algorithms.ratios import LossInputs, Objective, whole_sequences
+from gspo_moe.algorithms import (
+    Algorithm,
+    Correction,
+    CorrectionStatistics,
+    Counts,
+    Extras,
+    KLPenalty,
+    LossInputs,
+    Objective,
+    PolicyStatistics,
+    Segments,
+    Settings,
+    ValueOptions,
+    correct,
+    policy_loss,
+)
+from gspo_moe.algorithms.ratios import whole_sequences
 from gspo_moe.algorithms.statistics import Statistics
 from gspo_moe.algorithms.value import ValueLoss, value_loss
-from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig, PPOConfig
-from gspo_moe.config.clips import SEQUENCE_LEVEL, TOKEN_MEAN
+from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run, token_log_probs, token_values
@@ -64,14 +77,14 @@ def train_minibatch(
 
     old_log_probs: [T] a pack, needed on the last stage only, as are reference_log_probs, which a KL penalty needs.
     num_sequences, num_tokens: sequences and response tokens of the mini-batch over all ranks; the tokens are needed for
-    losses that average over them, and max_response_tokens for dr_grpo.
-    old_routes: the old policy's, which the recorder compares with; rspo needs them, with scores.
-    estimates: ppo's, one a pack, needed on the last stage only.
+    losses that average over them, and max_response_tokens for those that divide by it.
+    old_routes: the old policy's, which the recorder compares with; a router shift needs them, with scores.
+    estimates: of a value function, one a pack, needed on the last stage only.
     replayed: routes [T, L, K] a pack to be replayed, as `routing.replay` takes them.
     """
-    assert num_tokens is not None or algorithm.name not in TOKEN_MEAN, "a pack's own count would depend on the split"
+    assert num_tokens is not None or algorithm.spec.average != "token", "a pack's own count would depend on the split"
     shift_of: ShiftOf | None = None
-    if algorithm.name == "rspo":
+    if algorithm.spec.router_shift:
         assert recorder is not None
         shift_of = router_shift(model, recorder, microbatches, old_routes, replayed)
     elif recorder is not None and old_routes:
@@ -117,33 +130,27 @@ class _PolicyHead:
         targets_C = split.local(pack.target_ids_T)
         log_probs_C = token_log_probs(self.model, output_CX, targets_C, self.temperature).log_probs
         self.log_probs.append(split.whole(log_probs_C.detach()))
-        clip_low, clip_high = algorithm.clips
         split_over_ranks = self.model.groups.layout.context > 1
-        fused = algorithm.name in SEQUENCE_LEVEL and not split_over_ranks
+        context_sum = sum_over(self.model.groups.context) if split_over_ranks else whole_sequences
         result = policy_loss(
-            algorithm.name,
+            algorithm.spec if split_over_ranks else with_fused_objective(algorithm.spec, split.bounds),
             log_probs_C,
             split.local(self.old_log_probs[index]),
             split.local(self.estimates[index].advantages_T) if self.estimates else pack.advantages_N,
-            split.bounds,
-            split.local(pack.response_mask_T),
-            clip_low=clip_low,
-            clip_high=clip_high,
-            allow_wide_clip=algorithm.allow_wide_clip,
-            num_sequences=self.num_sequences,
-            num_tokens=self.num_tokens,
-            max_response_tokens=self.max_response_tokens,
-            router_shift=None if self.shift_of is None else split.local(self.shift_of(index)),
-            correction=_local_correction(pack, self.old_log_probs[index], algorithm.mismatch, split),
-            kl=self._kl(index, split),
-            sum_over_context=sum_over(self.model.groups.context) if split_over_ranks else whole_sequences,
-            objective=_fused_objective(algorithm.name, split.bounds) if fused else None,
+            Segments.of_pack(split.bounds, split.local(pack.response_mask_T), context_sum),
+            Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
+            Counts(self.num_sequences, self.num_tokens, self.max_response_tokens),
+            Extras(
+                router_shift=None if self.shift_of is None else split.local(self.shift_of(index)),
+                correction=_local_correction(pack, self.old_log_probs[index], algorithm.mismatch, split),
+                kl=self._kl(index, split),
+            ),
         )
         if not self.estimates:
             return result.loss, result.sums
         assert self.num_tokens is not None
         values_C = token_values(self.model, output_CX, len(log_probs_C))
-        value = _value_loss(values_C, self.estimates[index], pack, split, algorithm.ppo, self.num_tokens)
+        value = _value_loss(values_C, self.estimates[index], pack, split, algorithm.settings, self.num_tokens)
         return result.loss + value.loss.float(), result.sums.with_values(value.sums)
 
     def _kl(self, index: int, split: ContextSplit) -> KLPenalty | None:
@@ -158,20 +165,20 @@ def _value_loss(
     estimates: Estimates,
     pack: Microbatch,
     split: ContextSplit,
-    config: PPOConfig,
+    options: ValueOptions,
     num_tokens: int,
 ) -> ValueLoss:
-    """ppo's second term, its coefficient in it."""
+    """The second term of an algorithm with a value function, its coefficient in it."""
     found = value_loss(
         values_C,
         split.local(estimates.values_T),
         split.local(estimates.returns_T),
         split.local(pack.response_mask_T),
-        value_clip=config.value_clip,
+        value_clip=options.value_clip,
         num_tokens=num_tokens,
         means=estimates.means,
     )
-    return found._replace(loss=config.value_coeff * found.loss)
+    return found._replace(loss=options.value_coeff * found.loss)
 
 
 def _local_correction(
@@ -194,13 +201,14 @@ def correction_of(
         config.bounds,
         log_probs,
         pack.rollout_log_probs_T,
-        pack.cu_seqlens,
-        pack.response_mask_T,
+        Segments.of_pack(pack.cu_seqlens, pack.response_mask_T),
     )
 
 
-def _fused_objective(algorithm: str, cu_seqlens: torch.Tensor) -> ObjectiveFunction:
-    """J_i of gspo or gspo_token by one kernel. Algorithms and kernels do not know each other; here they meet."""
+def with_fused_objective(spec: Algorithm, cu_seqlens: torch.Tensor) -> Algorithm:
+    """The same with J_i by one kernel, where there is one. Algorithms and kernels do not know each other but here."""
+    if spec.fused is None:
+        return spec
 
     def objective(inputs: LossInputs) -> Objective:
         found = sequence_reduce(
@@ -208,14 +216,14 @@ def _fused_objective(algorithm: str, cu_seqlens: torch.Tensor) -> ObjectiveFunct
             torch.zeros_like(inputs.log_ratio_T),
             inputs.segments.response_T,
             cu_seqlens,
-            inputs.advantages_N if algorithm == "gspo" else inputs.advantages_T,
+            inputs.advantages_N if spec.fused == "sequence" else inputs.advantages_T,
             clip_low=inputs.clip_low,
             clip_high=inputs.clip_high,
             scale=1.0,
         )
         return Objective(-found.loss, found.clipped_tokens)
 
-    return objective
+    return replace(spec, objective=objective)
 
 
 class SupervisedStatistics(Statistics):

@@ -16,9 +16,10 @@ FLOORS = (
     {"rollout"},
     {"model", "routing"},
     {"parallel"},
-    {"algorithms", "kernels", "data", "tasks", "observability"},
+    {"kernels", "data", "tasks", "observability"},
     {"platform", "config"},
-    {"packages"},
+    {"packages", "algorithms"},
+    {"section"},
     {"types", "errors"},
     {"__init__"},
 )

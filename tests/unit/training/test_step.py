@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.config.schema import AlgorithmConfig, Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
@@ -16,6 +15,7 @@ from gspo_moe.rollout.score import score
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.step import MinibatchResult, train_minibatch, train_supervised
 from gspo_moe.types import Microbatch, TrainingSample
+from tests.losses import WHOLE_SEQUENCES
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, random_sequences, reference_model
 
