@@ -15,7 +15,7 @@ STD_EPSILON = 1e-6
 def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
     """A_i = (r_i - mean r) / (std r + 1e-6) within each prompt's group, std with ddof 1; exactly 0 for equal rewards.
 
-    scale: False leaves the division out, for dr_grpo (2503.20783).
+    scale: False leaves the division out (2503.20783).
     rewards: floats [N], the rollouts of a prompt next to each other. Returns [N] in the rewards' dtype, computed in
     float64. Raises ConfigError for group_size < 2, DataError for rewards that do not fill groups or are not finite.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from gspo_moe.algorithms.ratios import Segments, on_response
-from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.algorithms.statistics import Mergeable
 from gspo_moe.errors import DataError
 
 STD_EPSILON = 1e-8
@@ -20,22 +20,14 @@ STD_EPSILON = 1e-8
 
 @torch.no_grad()
 def gae(
-    values: torch.Tensor,
-    rewards: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    gamma: float,
-    lam: float,
+    values: torch.Tensor, rewards: torch.Tensor, segments: Segments, *, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages and returns, float64 [T], 0 off the response.
 
     A_k = sum_j (gamma lam)^j delta_(k+j) with delta_k = r_k + gamma V_(k+1) - V_k, equation 16; returns are A + V.
-    values: floats [T], V of what stands before each target. rewards: floats [N]. cu_seqlens: int [N + 1].
-    response_mask: [T], 0 or 1, of whole sequences. Raises DataError for shapes that do not fit and a sequence without
-    response token.
+    values: floats [T], V of what stands before each target. rewards: floats [N]. segments: of whole sequences.
+    Raises DataError for shapes that do not fit.
     """
-    segments = Segments.of_pack(cu_seqlens, response_mask)
     values_T = on_response(values, segments)
     if rewards.shape != segments.lengths_N.shape:
         raise DataError(
@@ -60,7 +52,7 @@ def gae(
     return advantages_T, advantages_T + values_T
 
 
-class StepMeans(Statistics):
+class StepMeans(Mergeable):
     """Means of advantages and returns over the response tokens of any number of packs."""
 
     @classmethod
@@ -77,11 +69,8 @@ class StepMeans(Statistics):
     def value_return(self) -> torch.Tensor:
         return self.sums["returns"] / self.sums["count"]
 
-    def to_metrics(self) -> dict[str, float]:
-        return {"advantage": self.advantage.item(), "return": self.value_return.item()}
 
-
-class Whitening(Statistics):
+class Whitening(Mergeable):
     """Squares about the mean of the advantages of any number of packs.
 
     The mean comes first, from `StepMeans` of all of them: a difference of raw moments loses the variance where the
@@ -101,6 +90,3 @@ class Whitening(Statistics):
 
     def _std(self) -> torch.Tensor:
         return (self.sums["squares"] / (self.sums["count"] - 1).clamp(min=1)).sqrt()
-
-    def to_metrics(self) -> dict[str, float]:
-        return {"std": self._std().item()}

@@ -6,120 +6,76 @@ Under context parallelism T is this rank's part of the pack; see `ratios`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TypeVar
 
 import torch
 
-from gspo_moe.algorithms.cispo import cispo
-from gspo_moe.algorithms.dapo import dapo
-from gspo_moe.algorithms.dr_grpo import dr_grpo
-from gspo_moe.algorithms.gmpo import gmpo
-from gspo_moe.algorithms.grpo import grpo
-from gspo_moe.algorithms.gspo import gspo, gspo_token
 from gspo_moe.algorithms.kl import KLPenalty
-from gspo_moe.algorithms.mismatch import Correction
-from gspo_moe.algorithms.ppo import ppo
-from gspo_moe.algorithms.ratios import (
-    LossInputs,
-    Objective,
-    Segments,
-    SumOverContext,
-    k3_from_sampler,
-    log_ratios,
-    on_response,
-    weighted,
-    whole_sequences,
-)
-from gspo_moe.algorithms.rspo import SMALLEST_SHIFT, rspo
-from gspo_moe.algorithms.statistics import Parts, Statistics, spread, spread_metrics
-from gspo_moe.algorithms.value import value_metrics
-from gspo_moe.config.clips import TOKEN_MEAN, WHOLE_SEQUENCES, clip_fault
+from gspo_moe.algorithms.policy_statistics import PolicyStatistics
+from gspo_moe.algorithms.ratios import LossInputs, Segments, log_ratios, on_response, weighted, whole_sequences
+from gspo_moe.algorithms.rollout_mismatch import Correction
+from gspo_moe.algorithms.spec import Algorithm, clip_fault
+from gspo_moe.algorithms.table import find_algorithm
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.section import Section
 
 Count = TypeVar("Count", int, float)
 
-# (what the loss sees) to J_i, as the module of that name defines it.
-ObjectiveFunction = Callable[[LossInputs], Objective]
-
-OBJECTIVES: dict[str, ObjectiveFunction] = {
-    "gspo": gspo,
-    "gspo_token": gspo_token,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "cispo": cispo,
-    "gmpo": gmpo,
-    "rspo": rspo,
-    "ppo": ppo,
-}
 # How a penalty on tokens is averaged: as the loss averages its own tokens.
-AVERAGES = {**dict.fromkeys(TOKEN_MEAN, LossInputs.token_mean), "dr_grpo": LossInputs.fixed_mean}
+AVERAGES = {"sequence": LossInputs.sequence_mean, "token": LossInputs.token_mean, "fixed": LossInputs.fixed_mean}
 
 
-class PolicyStatistics(Statistics):
-    """Loss, clip fractions and ratios of any number of packs; KL, router shift and values, all with or all without."""
+@dataclass(frozen=True)
+class Settings:
+    """clip_low, clip_high: None for the algorithm's own. options: its own keys, None for their defaults."""
 
-    @classmethod
-    @torch.no_grad()
-    def of_pack(cls, log_ratio_T: torch.Tensor, objective: Objective, segments: Segments) -> PolicyStatistics:
-        """log_ratio_T: float64, d of `log_ratios`."""
-        share_N = segments.share_N
-        token_sums, token_maxima = spread("token", log_ratio_T, segments.response_T.double())
-        sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), share_N)
-        sums = {
-            "tokens": segments.response_T.double().sum(),
-            "sequences": share_N.sum(),
-            "objective": weighted(objective.value_N, share_N).sum(),
-            "clipped_tokens": (share_N * objective.clipped_tokens_N).sum(),
-            "clipped_sequences": (share_N * (objective.clipped_tokens_N > 0)).sum(),
-            "k3": k3_from_sampler(log_ratio_T).sum(),
-        }
-        return cls({**sums, **token_sums, **sequence_sums}, {**token_maxima, **sequence_maxima})
+    clip_low: float | None = None
+    clip_high: float | None = None
+    allow_wide_clip: bool = False
+    options: Section | None = None
 
-    def to_metrics(self) -> dict[str, float]:
-        """Clip fractions of SPEC section 1; `kl/old_k3`, of KL(old || policy), is the mean over response tokens.
+    def clips(self, spec: Algorithm) -> tuple[float, float]:
+        """Raises ConfigError for clips that cannot work, and for those of a loss that has none."""
+        if spec.clips is None:
+            if self.clip_low is not None or self.clip_high is not None:
+                raise ConfigError(f"{spec.name} clips nothing by clip_low and clip_high; leave both out")
+            return math.inf, math.inf
+        low, high = spec.clips
+        low, high = low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high
+        fault = clip_fault(spec, low, high, self.allow_wide_clip)
+        if fault:
+            raise ConfigError(fault)
+        return low, high
 
-        `loss/policy` is -1/n sum_i J_i over the n sequences merged so far, whatever `num_sequences` the losses were
-        scaled by.
-        """
-        tokens, sequences = self.sums["tokens"].item(), self.sums["sequences"].item()
-        metrics = {
-            "loss/policy": -self.sums["objective"].item() / sequences,
-            "clip_fraction/sequence": self.sums["clipped_sequences"].item() / sequences,
-            "clip_fraction/token": self.sums["clipped_tokens"].item() / tokens,
-            "kl/old_k3": self.sums["k3"].item() / tokens,
-            **spread_metrics("token", "ratio/token", self, tokens),
-            **spread_metrics("sequence", "ratio/sequence", self, sequences),
-        }
-        if "kl_tokens" in self.sums:
-            metrics["kl/reference"] = self.sums["kl_tokens"].item() / tokens
-            metrics["loss/kl"] = self.sums["kl_penalty"].item() / sequences
-        if "router_shift" in self.sums:
-            metrics["router_shift/mean"] = self.sums["router_shift"].item() / tokens
-            metrics["router_shift/floored"] = self.sums["floored_tokens"].item() / tokens
-        if "value_loss" in self.sums:
-            metrics |= value_metrics(self.sums, tokens)
-        return metrics
 
-    def with_values(self, sums: Parts) -> PolicyStatistics:
-        """The same with the sums of `value_loss` of the same packs."""
-        return PolicyStatistics({**self.sums, **sums}, self.maxima)
+@dataclass(frozen=True)
+class Counts:
+    """Of the mini-batch over all micro-batches and ranks: sequences and response tokens; None for the pack's own.
 
-    @torch.no_grad()
-    def with_reference(self, kl_T: torch.Tensor, penalty_N: torch.Tensor, segments: Segments) -> PolicyStatistics:
-        """The same with the KL to a reference: its estimate on each token, 0 off the response, and what it costs."""
-        found = {"kl_tokens": kl_T.sum(), "kl_penalty": weighted(penalty_N, segments.share_N).sum()}
-        return PolicyStatistics({**self.sums, **found}, self.maxima)
+    With them, losses and gradients of the parts of a mini-batch add up to the mini-batch's own. Losses that average
+    over tokens need num_tokens beside num_sequences, the others no num_tokens alone.
+    max_response_tokens: the length limit of generation, for losses that divide by it.
+    """
 
-    @torch.no_grad()
-    def with_router_shift(self, shift_T: torch.Tensor, segments: Segments) -> PolicyStatistics:
-        """The same with the router shift of response tokens, and how many of them rspo's floor holds up."""
-        kept_T = shift_T[segments.response_T]
-        found = {"router_shift": kept_T.sum(), "floored_tokens": (kept_T < SMALLEST_SHIFT).double().sum()}
-        return PolicyStatistics({**self.sums, **found}, self.maxima)
+    num_sequences: int | None = None
+    num_tokens: float | None = None
+    max_response_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a loss may have beside its log-probs.
+
+    router_shift: floats [T], gamma of SPEC section 4. correction: weights against the mismatch between rollout engine
+    and trainer. kl: adds coeff times the KL to a reference, averaged over tokens as the loss averages its own.
+    entropy: floats [T], detached, of the policy in nats, which is logged.
+    """
+
+    router_shift: torch.Tensor | None = None
+    correction: Correction | None = None
+    kl: KLPenalty | None = None
+    entropy: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -139,52 +95,34 @@ class PolicyLoss:
 
 
 def policy_loss(
-    algorithm: str,
+    algorithm: Algorithm | str,
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
     advantages: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    allow_wide_clip: bool = False,
-    num_sequences: int | None = None,
-    num_tokens: float | None = None,
-    max_response_tokens: int | None = None,
-    router_shift: torch.Tensor | None = None,
-    correction: Correction | None = None,
-    kl: KLPenalty | None = None,
-    sum_over_context: SumOverContext = whole_sequences,
-    objective: ObjectiveFunction | None = None,
+    segments: Segments,
+    settings: Settings = Settings(),
+    counts: Counts = Counts(),
+    extras: Extras = Extras(),
 ) -> PolicyLoss:
-    """The loss of one pack, -1/num_sequences sum_i J_i, with J_i as the module of that name defines it.
+    """The loss of one pack, -1/num_sequences sum_i J_i, with J_i as the algorithm defines it.
 
-    log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; for gspo_token
-    also one a token, [T], unless sequences are split over ranks; for ppo always [T].
-    cu_seqlens: int [N + 1], bounds of the sequences in T. response_mask: [T], 0 or 1.
-    num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks,
-    default the pack's own; with them, losses and gradients of the parts of a mini-batch add up to the mini-batch's own.
-    Losses that average over tokens need num_tokens beside num_sequences, the others no num_tokens alone.
-    max_response_tokens: the length limit of generation; dr_grpo needs it.
-    router_shift: floats [T], gamma of SPEC section 4; rspo needs it.
-    correction: weights against the mismatch between rollout engine and trainer.
-    kl: adds coeff times the KL to a reference, averaged over tokens as the loss averages its own.
-    sum_over_context: adds [N] over the ranks that share the sequences, each of which calls with its own tokens and with
-    the same advantages; a sequence may have no response token, or no token, on some of them. Each rank's gradient is
-    that of the unsplit pack for its tokens.
-    objective: another way to the same J_i, such as a fused kernel; default the algorithm's own module.
+    algorithm: a name as in `algorithm.name`, or the specification itself.
+    log_probs, old_log_probs: floats [T] in nats, gradient to the first only. advantages: floats [N]; [T], one a token,
+    for an algorithm with a value function, and, where it takes them, unless sequences are split over ranks.
+    segments: where each rank holds parts of sequences, each calls with its own tokens and the same advantages; its
+    gradient is that of the unsplit pack for its tokens.
 
     Raises ConfigError for an unknown algorithm, a clip that cannot work, and what the algorithm needs and did not get;
-    DataError for shapes that do not fit, a sequence without response token, advantages of response tokens that are not
-    finite, and counts below the pack's own.
+    DataError for shapes that do not fit, advantages of response tokens that are not finite, and counts below the pack's
+    own.
     """
-    _check_options(algorithm, clip_low, clip_high, allow_wide_clip, max_response_tokens, router_shift, correction)
-    _check_counts_are_of_one_mini_batch(algorithm, num_sequences, num_tokens)
-    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
+    spec = find_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+    _check_needs(spec, settings, counts, extras)
+    clip_low, clip_high = settings.clips(spec)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
-    advantages_N, advantages_T = _advantages(algorithm, advantages, segments, correction)
+    advantages_N, advantages_T = _advantages(spec, advantages, segments, extras.correction)
     sequences_here, tokens_here = segments.lengths_N.numel(), segments.lengths_N.sum().item()
+    shift = extras.router_shift
     inputs = LossInputs(
         log_probs_T=on_response(log_probs, segments),
         log_ratio_T=log_ratio_T,
@@ -193,59 +131,42 @@ def policy_loss(
         segments=segments,
         clip_low=clip_low,
         clip_high=clip_high,
-        num_sequences=_count("num_sequences", num_sequences, sequences_here),
-        num_tokens=_count("num_tokens", num_tokens, tokens_here),
-        max_response_tokens=max_response_tokens or 0,
-        router_shift_T=None if router_shift is None else on_response(router_shift, segments, fill=1.0),
+        num_sequences=_count("num_sequences", counts.num_sequences, sequences_here),
+        num_tokens=_count("num_tokens", counts.num_tokens, tokens_here),
+        max_response_tokens=counts.max_response_tokens or 0,
+        options=spec.options() if settings.options is None and spec.options is not None else settings.options,
+        router_shift_T=None if shift is None else on_response(shift, segments, fill=1.0),
     )
-    found = (objective or OBJECTIVES[algorithm])(inputs)
-    loss = -found.value_N.sum() / inputs.num_sequences
+    found = spec.objective(inputs)
     sums = PolicyStatistics.of_pack(log_ratio_T, found, segments)
-    if inputs.router_shift_T is not None:
-        sums = sums.with_router_shift(inputs.router_shift_T, segments)
-    if kl is not None:
-        kl_T = kl.estimate(log_ratios(log_probs, kl.reference_log_probs, segments))
-        penalty_N = kl.coeff * AVERAGES.get(algorithm, LossInputs.sequence_mean)(inputs, kl_T)
+    for name, values_T in (("router_shift", shift), ("entropy", extras.entropy)):
+        sums = sums if values_T is None else sums.with_token_sum(name, values_T, segments)
+    loss = -found.value_N.sum() / inputs.num_sequences
+    if extras.kl is not None:
+        kl_T = extras.kl.estimate(log_ratios(log_probs, extras.kl.reference_log_probs, segments))
+        penalty_N = extras.kl.coeff * AVERAGES[spec.average](inputs, kl_T)
         loss = loss + penalty_N.sum() / inputs.num_sequences
         sums = sums.with_reference(kl_T, penalty_N, segments)
     return PolicyLoss(loss.to(log_probs.dtype), sums)
 
 
-def _check_options(
-    algorithm: str,
-    clip_low: float,
-    clip_high: float,
-    allow_wide_clip: bool,
-    max_response_tokens: int | None,
-    router_shift: torch.Tensor | None,
-    correction: Correction | None,
-) -> None:
-    if algorithm not in OBJECTIVES:
-        (nearest,) = get_close_matches(algorithm, OBJECTIVES, n=1, cutoff=0.0)
+def _check_needs(spec: Algorithm, settings: Settings, counts: Counts, extras: Extras) -> None:
+    if spec.average == "fixed" and not counts.max_response_tokens:
+        raise ConfigError(f"{spec.name} divides by max_response_tokens; pass the length limit of generation")
+    if spec.router_shift and extras.router_shift is None:
+        instead = f", or take {spec.instead.removeprefix('algorithm.name=')}" if spec.instead else ""
+        raise ConfigError(f"{spec.name} weighs tokens by router_shift; pass one a token{instead}")
+    if spec.terms == "sequence" and extras.correction is not None and extras.correction.level == "token":
+        raise ConfigError(f"{spec.name} has one term a sequence and no place for token weights; correct by sequence")
+    given = settings.options
+    if given is not None and (spec.options is None or not isinstance(given, spec.options)):
+        wanted = "none" if spec.options is None else f"those of {spec.options.__name__}"
+        raise ConfigError(f"{spec.name} has other options than {type(given).__name__}; pass {wanted}")
+    needed, beside = ("num_tokens", "num_sequences") if spec.average == "token" else ("num_sequences", "num_tokens")
+    if getattr(counts, beside) is not None and getattr(counts, needed) is None:
         raise ConfigError(
-            f"unknown algorithm {algorithm!r}; did you mean {nearest!r}? Known are {', '.join(OBJECTIVES)}"
-        )
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ConfigError(f"clip_low={clip_low} and clip_high={clip_high} must be 0 or more")
-    fault = clip_fault(algorithm, clip_low, clip_high, allow_wide_clip)
-    if fault:
-        raise ConfigError(fault)
-    if algorithm == "dr_grpo" and not max_response_tokens:
-        raise ConfigError("dr_grpo divides by max_response_tokens; pass the length limit of generation")
-    if algorithm == "rspo" and router_shift is None:
-        raise ConfigError("rspo weighs tokens by router_shift; pass one a token, or take gmpo")
-    if algorithm in WHOLE_SEQUENCES and correction is not None and correction.level == "token":
-        raise ConfigError(f"{algorithm} has one term a sequence and no place for token weights; correct by sequence")
-
-
-def _check_counts_are_of_one_mini_batch(algorithm: str, num_sequences: float | None, num_tokens: float | None) -> None:
-    by_token = algorithm in TOKEN_MEAN
-    given, missing = ("num_sequences", "num_tokens") if by_token else ("num_tokens", "num_sequences")
-    values = {"num_sequences": num_sequences, "num_tokens": num_tokens}
-    if values[given] is not None and values[missing] is None:
-        raise ConfigError(
-            f"{given}={values[given]} without {missing}: {algorithm} divides by the mini-batch's {missing}, in place "
-            f"of which each pack would take its own; pass {missing} too, over all micro-batches and ranks"
+            f"{beside}={getattr(counts, beside)} without {needed}: {spec.name} divides by the mini-batch's {needed}, "
+            f"in place of which each pack would take its own; pass {needed} too, over all micro-batches and ranks"
         )
 
 
@@ -261,18 +182,18 @@ def _count(name: str, given: Count | None, here: Count) -> Count:
 
 
 def _advantages(
-    algorithm: str, advantages: torch.Tensor, segments: Segments, correction: Correction | None
+    spec: Algorithm, advantages: torch.Tensor, segments: Segments, correction: Correction | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N] and [T] in float64, times the correction's weights: every J_i is linear in them as they are not negative."""
-    shapes = {"[N]": segments.lengths_N.shape} if algorithm != "ppo" else {"[T]": segments.sequence_T.shape}
-    if algorithm == "gspo_token" and segments.sum_over_context is whole_sequences:
+    shapes = {} if spec.has_value_function else {"[N]": segments.lengths_N.shape}
+    if spec.has_value_function or (spec.token_advantages and segments.sum_over_context is whole_sequences):
         shapes["[T]"] = segments.sequence_T.shape
     if advantages.shape not in shapes.values():
         fitting = " or ".join(f"{letters} = {list(shape)}" for letters, shape in shapes.items())
-        raise DataError(f"advantages of {algorithm} must have shape {fitting}, got {list(advantages.shape)}")
+        raise DataError(f"advantages of {spec.name} must have shape {fitting}, got {list(advantages.shape)}")
     exact = advantages.detach().double()
     # [N] first: a rank that holds parts of sequences may have N tokens by chance.
-    by_sequence = algorithm != "ppo" and advantages.shape == segments.lengths_N.shape
+    by_sequence = not spec.has_value_function and advantages.shape == segments.lengths_N.shape
     _check_finite(exact if by_sequence else on_response(exact, segments))
     advantages_N = exact if by_sequence else segments.mean(exact)
     advantages_T = exact[segments.sequence_T] if by_sequence else on_response(exact, segments)

@@ -10,9 +10,10 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,10 +143,11 @@ class LossInputs:
 
     log_probs_T, log_ratio_T: float64 with gradient, log pi and d; 0 off the response.
     advantages_N, advantages_T: float64, by sequence, for losses of whole sequences, and by token, for the others.
-    clip_low, clip_high: ratios are bounded by 1 - clip_low and 1 + clip_high.
+    clip_low, clip_high: ratios are bounded by 1 - clip_low and 1 + clip_high; infinite where nothing is clipped.
     num_sequences, num_tokens: sequences and response tokens of the whole mini-batch over all micro-batches and ranks.
     max_response_tokens: the length limit of generation.
-    router_shift_T: float64, gamma of SPEC section 4; rspo alone needs it.
+    options: the algorithm's own keys, an instance of its `options`.
+    router_shift_T: float64, gamma of SPEC section 4, 1 off the response, for algorithms that need it.
     """
 
     log_probs_T: torch.Tensor
@@ -158,6 +160,7 @@ class LossInputs:
     num_sequences: int
     num_tokens: float
     max_response_tokens: int
+    options: Any = None
     router_shift_T: torch.Tensor | None = None
 
     def sequence_mean(self, values_T: torch.Tensor) -> torch.Tensor:
@@ -178,10 +181,13 @@ class Objective(NamedTuple):
 
     value_N: float64, J_i with gradient; the loss is -1/N sum_i J_i.
     clipped_tokens_N: float64, response tokens of each whole sequence whose gradient the clip removed.
+    token_sums: by metric, float64 sums over the response tokens here, logged as means over tokens. A name of one's own
+        is `algorithm/NAME`; every pack has the same ones.
     """
 
     value_N: torch.Tensor
     clipped_tokens_N: torch.Tensor
+    token_sums: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 def clip(

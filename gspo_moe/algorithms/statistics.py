@@ -17,8 +17,8 @@ Parts = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Statistics(ABC):
-    """Parts of a set of metrics.
+class Mergeable:
+    """Sums and maxima of any number of samples.
 
     sums: float64 tensors (scalars, or vectors with one entry a layer) that combine by addition.
     maxima: float64 scalars that combine by maximum; minima are stored negated.
@@ -44,6 +44,10 @@ class Statistics(ABC):
             {name: value.cpu() for name, value in self.sums.items()},
             {name: value.cpu() for name, value in self.maxima.items()},
         )
+
+
+class Statistics(Mergeable, ABC):
+    """Parts of a set of metrics."""
 
     @abstractmethod
     def to_metrics(self) -> Mapping[str, float | list[float]]:

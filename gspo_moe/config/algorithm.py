@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from functools import cached_property
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from gspo_moe.config.clips import DEFAULT_CLIPS, WHOLE_SEQUENCES, clip_fault
-from gspo_moe.config.section import Section
+from gspo_moe.algorithms.spec import Algorithm, clip_fault
+from gspo_moe.algorithms.table import find_algorithm
+from gspo_moe.config.validation import validated
+from gspo_moe.section import Section
 
 
 class MismatchConfig(Section):
@@ -60,27 +73,17 @@ class KLConfig(Section):
         return self
 
 
-class PPOConfig(Section):
-    """The value function of `ppo`: advantages by GAE(gamma, lam), and a loss with `value_coeff`.
-
-    value_clip: how far a value may leave the old one before its gradient ends; null for any distance.
-    """
-
-    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    lam: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
-    value_coeff: PositiveFloat = 0.5
-    value_clip: PositiveFloat | None = 0.2
-
-
 class AlgorithmConfig(Section):
-    """The policy loss of SPEC section 1, or PPO's; clips default to each paper's own values.
+    """The policy loss, by its name or `my_module:MySpec`; see docs/algorithms.md. Clips default to its paper's own.
 
+    options: its own keys, where it has any.
     dynamic_sampling: groups of equal rewards are replaced by new prompts, in at most `sampling_rounds` batches of them.
-    overlong_buffer: the last tokens before the length limit, over which a response loses up to a reward of 1.
-    Both are on for `dapo` alone unless they are set; its buffer is a fifth of the limit. 0 switches the buffer off.
+    overlong_buffer: the last tokens before the length limit, over which a response loses up to a reward of 1; 0 for
+    none. Both are on where the algorithm has them unless they are set.
     """
 
-    name: Literal["gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "cispo", "gmpo", "rspo", "ppo"] = "gspo"
+    name: str = "gspo"
+    options: dict[str, Any] = Field(default_factory=dict)
     clip_low: NonNegativeFloat | None = None
     clip_high: NonNegativeFloat | None = None
     allow_wide_clip: bool = False
@@ -91,26 +94,60 @@ class AlgorithmConfig(Section):
     overlong_buffer: NonNegativeInt | None = None
     mismatch: MismatchConfig = MismatchConfig()
     kl: KLConfig = KLConfig()
-    ppo: PPOConfig = PPOConfig()
+
+    @property
+    def spec(self) -> Algorithm:
+        return find_algorithm(self.name)
+
+    @cached_property
+    def settings(self) -> Any:
+        """The options as an instance of the algorithm's own class; None where it has none."""
+        return None if self.spec.options is None else self.spec.options.model_validate(self.options)
 
     @property
     def samples_dynamically(self) -> bool:
-        return self.name == "dapo" if self.dynamic_sampling is None else self.dynamic_sampling
+        return self.spec.dynamic_sampling if self.dynamic_sampling is None else self.dynamic_sampling
 
     def overlong_tokens(self, max_response_tokens: int) -> int:
         """The over-long buffer under this length limit; 0 without one."""
         if self.overlong_buffer is not None:
             return self.overlong_buffer
-        return -(-max_response_tokens // 5) if self.name == "dapo" else 0
+        return -(-max_response_tokens // self.spec.overlong_share) if self.spec.overlong_share else 0
 
     @property
     def clips(self) -> tuple[float, float]:
-        low, high = DEFAULT_CLIPS[self.name]
+        """`clip_low` and `clip_high`; infinite for an algorithm that clips nothing by them."""
+        low, high = self.spec.clips or (math.inf, math.inf)
         return (low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        find_algorithm(value)
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_the_algorithms(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """With their defaults written out, so that a run's file holds what it was trained with."""
+        name = info.data.get("name")
+        if name is None:
+            return value
+        options = find_algorithm(name).options
+        if options is not None:
+            return validated(options, value, prefix="algorithm.options.").model_dump(mode="json")
+        if value:
+            raise ValueError(f"algorithm.name={name} has no options; leave algorithm.options out")
+        return value
 
     @model_validator(mode="after")
     def _clips_fit(self) -> AlgorithmConfig:
-        fault = clip_fault(self.name, *self.clips, self.allow_wide_clip, prefix="algorithm.")
+        if self.spec.clips is None and (self.clip_low is not None or self.clip_high is not None):
+            raise ValueError(
+                f"algorithm.name={self.name} clips nothing by algorithm.clip_low and algorithm.clip_high; "
+                "leave both out"
+            )
+        fault = clip_fault(self.spec, *self.clips, self.allow_wide_clip, prefix="algorithm.")
         if fault:
             raise ValueError(fault)
         return self
@@ -125,7 +162,7 @@ class AlgorithmConfig(Section):
                 f"algorithm.mismatch.correction={correction} with algorithm.old_log_probs=rollout would count the "
                 "engine's log-probs twice: ratios against them are the correction; set one of them to its default"
             )
-        if level == "token" and self.name in WHOLE_SEQUENCES:
+        if level == "token" and self.spec.terms == "sequence":
             raise ValueError(
                 f"algorithm.name={self.name} has one term a sequence and no place for token weights; "
                 "set algorithm.mismatch.level=sequence"
@@ -134,31 +171,26 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _router_shift_is_there(self) -> AlgorithmConfig:
-        if self.name == "rspo" and self.old_log_probs == "rollout":
+        if self.spec.router_shift and self.old_log_probs == "rollout":
             raise ValueError(
-                "algorithm.name=rspo weighs tokens by how far the router's scores moved since the old policy's forward "
-                "pass, which algorithm.old_log_probs=rollout leaves out; set it to trainer or use algorithm.name=gmpo, "
-                "which is rspo without that weight"
+                f"algorithm.name={self.name} weighs tokens by how far the router's scores moved since the old policy's "
+                "forward pass, which algorithm.old_log_probs=rollout leaves out; set it to trainer"
+                + (f" or use {self.spec.instead}" if self.spec.instead else "")
             )
         return self
 
     @model_validator(mode="after")
     def _value_function_is_used(self) -> AlgorithmConfig:
-        if self.name != "ppo":
-            if self.ppo != PPOConfig():
-                raise ValueError(
-                    f"algorithm.ppo belongs to algorithm.name=ppo, and name={self.name} has no value function; set "
-                    "algorithm.name=ppo or leave algorithm.ppo out"
-                )
+        if not self.spec.has_value_function:
             return self
         if self.old_log_probs == "rollout":
             raise ValueError(
-                "algorithm.name=ppo takes the old policy's values in its forward pass, which algorithm.old_log_probs="
-                "rollout leaves out; set it to trainer"
+                f"algorithm.name={self.name} takes the old policy's values in its forward pass, which "
+                "algorithm.old_log_probs=rollout leaves out; set it to trainer"
             )
         if self.dynamic_sampling:
             raise ValueError(
-                "algorithm.dynamic_sampling=true replaces groups of equal rewards, in which algorithm.name=ppo, that "
-                "compares with its value function, has as much to learn; leave it out"
+                "algorithm.dynamic_sampling=true replaces groups of equal rewards, in which algorithm.name="
+                f"{self.name}, that compares with its value function, has as much to learn; leave it out"
             )
         return self

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.loading import read_yaml, save_config
+from gspo_moe.config.migration import migrated
 from gspo_moe.config.schema import Config
-from gspo_moe.config.section import Section
 from gspo_moe.errors import ConfigError
 from gspo_moe.files import write_whole
+from gspo_moe.section import Section
 
 CONFIG_FILE = "config.yaml"
 INPUTS_FILE = "inputs.json"
@@ -86,7 +88,8 @@ def changes(folder: Path, config: Config, free: Sequence[str]) -> list[str]:
     written = folder / CONFIG_FILE
     if not written.is_file():
         return []
-    before = _leaves(Config().model_dump(mode="json")) | _leaves(read_yaml(written))
+    defaults = Config(algorithm=AlgorithmConfig(name=config.algorithm.name))
+    before = _leaves(defaults.model_dump(mode="json")) | _leaves(migrated(read_yaml(written)))
     now, digests = _leaves(config.model_dump(mode="json")), _read_digests(folder / INPUTS_FILE)
     open_ended = list(_mappings(config))
     gone = [key for key in before if key not in now and covers(open_ended, key)]

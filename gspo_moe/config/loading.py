@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from gspo_moe.config.migration import migrated
 from gspo_moe.config.schema import Config
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
@@ -67,7 +68,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         )
     for override in overrides:
         _apply(values, override)
-    return validated(Config, values)
+    return validated(Config, migrated(values))
 
 
 def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -13,8 +13,9 @@ HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
 
 
 class RolloutConfig(Section):
-    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each, at least 2 but for ppo.
+    """Sampling: `prompts_per_step` prompts over all ranks, `samples_per_prompt` answers each.
 
+    samples_per_prompt: at least 2, unless the algorithm compares answers with a value function.
     max_response_tokens: of one answer, in a conversation of each turn. max_turns: answers in a conversation at most.
     stop: strings of one token each, which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.

@@ -37,18 +37,20 @@ def staleness_has_old_routes(config: Config) -> Iterator[str]:
 
 def groups_can_be_compared(config: Config) -> Iterator[str]:
     samples, name = config.rollout.samples_per_prompt, config.algorithm.name
-    if name != "ppo" and samples < 2:
+    if not config.algorithm.spec.has_value_function and samples < 2:
         yield (
             f"rollout.samples_per_prompt={samples}: algorithm.name={name} compares the answers to a prompt with each "
-            "other; set it to 2 or more, or take algorithm.name=ppo"
+            "other; set it to 2 or more, or take an algorithm with a value function (docs/algorithms.md)"
         )
 
 
 def router_shift_is_recorded(config: Config) -> Iterator[str]:
-    if config.algorithm.name == "rspo" and not config.routing.record:
+    spec = config.algorithm.spec
+    if spec.router_shift and not config.routing.record:
         yield (
-            "algorithm.name=rspo weighs tokens by how far the router's scores moved, which routing.record=false leaves "
-            "unrecorded; set routing.record=true, or use algorithm.name=gmpo, which is rspo without that weight"
+            f"algorithm.name={config.algorithm.name} weighs tokens by how far the router's scores moved, which "
+            "routing.record=false leaves unrecorded; set routing.record=true"
+            + (f", or use {spec.instead}" if spec.instead else "")
         )
 
 

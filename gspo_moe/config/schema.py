@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeInt, field_validator
 
 from gspo_moe.config import rules
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.model import ModelConfig, TokenizerConfig
 from gspo_moe.config.rollout import EvaluationConfig, RolloutConfig
 from gspo_moe.config.routing import RoutingConfig
-from gspo_moe.config.section import Section
 from gspo_moe.config.task import TaskConfig
 from gspo_moe.config.training import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from gspo_moe.section import Section
 
 
 class WandbConfig(Section):
@@ -43,7 +43,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig(preset="tiny")
     tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = RolloutConfig()
     task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -63,7 +63,7 @@ class Config(Section):
 
     @property
     def has_value_head(self) -> bool:
-        return self.stage == "rl" and self.algorithm.name == "ppo"
+        return self.stage == "rl" and self.algorithm.spec.has_value_function
 
     @property
     def run_path(self) -> Path:

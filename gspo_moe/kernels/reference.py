@@ -144,8 +144,8 @@ def sequence_reduce(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, ratio and clipped tokens of each sequence, float64 [N], and d sum(loss) / d log_probs, float32 [T].
 
-    SPEC section 1, gspo and gspo_token: s = exp(sum / number); loss = -scale min(s A, clip(s) A), with A a token its
-    mean over response tokens. A = 0 gives 0 for any s, infinity too. `sums_N2`, where given, is `sequence_sums` of the
+    SPEC section 1, sequence ratio: s = exp(sum / number); loss = -scale min(s A, clip(s) A), with A a token its mean
+    over response tokens. A = 0 gives 0 for any s, infinity too. `sums_N2`, where given, is `sequence_sums` of the
     whole sequences.
     """
     if sums_N2 is None:

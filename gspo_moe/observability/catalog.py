@@ -97,18 +97,20 @@ METRICS = (
     MetricDoc("eval/truncated", "fraction", "held-out answers cut off by the length limit"),
     MetricDoc("loss/policy", "", "policy loss, mean over the step's mini-batches"),
     MetricDoc("loss/kl", "", "coefficient times the KL to the reference, averaged as the policy loss"),
-    MetricDoc("clip_fraction/sequence", "fraction", "sequences whose gradient the clip removes (cispo: bounds)"),
-    MetricDoc("clip_fraction/token", "fraction", "response tokens whose gradient the clip removes (cispo: bounds)"),
+    MetricDoc("clip_fraction/sequence", "fraction", "sequences whose gradient or weight the clip cuts"),
+    MetricDoc("clip_fraction/token", "fraction", "response tokens whose gradient or weight the clip cuts"),
     *(
         MetricDoc(f"ratio/{level}_{figure}", "ratio", f"{words} of the {level} ratio, policy over old policy")
         for level in ("token", "sequence")
         for figure, words in FIGURES.items()
     ),
-    MetricDoc("router_shift/mean", "ratio", "rspo's gamma before its floor, mean over response tokens"),
-    MetricDoc("router_shift/floored", "fraction", "response tokens whose gamma rspo's floor of 0.8 holds up"),
-    MetricDoc("value/loss", "", "half the squared error of ppo's values, clipped, mean over response tokens"),
+    MetricDoc("router_shift/mean", "ratio", "gamma of arXiv 2510.23027 before any floor, mean over response tokens"),
+    MetricDoc("router_shift/floored", "fraction", "response tokens whose gamma the loss's floor of 0.8 holds up"),
+    MetricDoc("value/loss", "", "half the squared error of the values, clipped, mean over response tokens"),
     MetricDoc("value/clip_fraction", "fraction", "response tokens whose value's gradient `value_clip` removes"),
     MetricDoc("value/explained_variance", "fraction", "share of the returns' variance that the old values explain"),
+    MetricDoc("policy/entropy", "nats", "entropy of the policy's next token, mean over response tokens"),
+    MetricDoc("algorithm/{figure}", "", "the algorithm's own figures, mean over response tokens"),
     MetricDoc("kl/old_k3", "nats", "k3 estimate of KL(old ‖ policy), a token"),
     MetricDoc("kl/reference", "nats", "estimate of KL(policy ‖ reference), a token"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
@@ -166,6 +168,8 @@ def describe(name: str) -> MetricDoc:
     """The entry of a metric, its name perhaps with a suffix; raises KeyError for a name that is not in the catalog."""
     if name in CATALOG:
         return CATALOG[name]
+    if name.startswith("algorithm/"):
+        return CATALOG["algorithm/{figure}"]
     match = SUFFIX.match(name)
     doc = CATALOG.get(match["base"]) if match else None
     if match is None or doc is None or (MINI_BATCH if match["mini_batch"] else LAYER) not in doc.suffixes:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.algorithms.statistics import Mergeable
 from gspo_moe.platform import device
 
 if TYPE_CHECKING:
     from gspo_moe.parallel.groups import Groups
 
-S = TypeVar("S", bound=Statistics)
+S = TypeVar("S", bound=Mergeable)
 
 
 def reduce_statistics(statistics: S, group: dist.ProcessGroup) -> S:

@@ -1,4 +1,4 @@
-"""What PPO's value function says of a step's samples before the first update: advantages and returns.
+"""What a value function says of a step's samples before the first update: advantages and returns.
 
 Advantages are whitened over all response tokens of the step, over all ranks: mini-batches are random parts of it, and
 one mean and deviation for all keeps their steps comparable.
@@ -14,9 +14,9 @@ from functools import reduce
 
 import torch
 
+from gspo_moe.algorithms import Segments, ValueOptions
 from gspo_moe.algorithms.gae import StepMeans, Whitening, gae
 from gspo_moe.algorithms.value import ValueMeans
-from gspo_moe.config.algorithm import PPOConfig
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import reduce_statistics
@@ -37,9 +37,9 @@ class Estimates:
 
 
 def estimate(
-    packs: Sequence[Microbatch], values: Sequence[torch.Tensor], config: PPOConfig, groups: Groups
+    packs: Sequence[tuple[Microbatch, Segments]], values: Sequence[torch.Tensor], options: ValueOptions, groups: Groups
 ) -> list[Estimates]:
-    """Of each of this rank's packs of the step; `advantages_N` of a pack are its rewards.
+    """Of each of this rank's packs of the step, of which its `rewards_N` are those of the sequences.
 
     values: the old policy's [T] a pack, on the last stage; without them, on the others, there are no estimates.
     Collective over the last stage's data-parallel ranks.
@@ -47,10 +47,10 @@ def estimate(
     if not values:
         return []
     found = [
-        gae(values_T, pack.advantages_N, pack.cu_seqlens, pack.response_mask_T, gamma=config.gamma, lam=config.lam)
-        for pack, values_T in zip(packs, values, strict=True)
+        gae(values_T, pack.rewards_N, segments, gamma=options.gamma, lam=options.lam)
+        for (pack, segments), values_T in zip(packs, values, strict=True)
     ]
-    masks = [pack.response_mask_T for pack in packs]
+    masks = [pack.response_mask_T for pack, _ in packs]
     sums = [StepMeans.of_pack(*each, mask_T) for each, mask_T in zip(found, masks, strict=True)]
     means = reduce_statistics(reduce(StepMeans.merge, sums), groups.data)
     mean = means.advantage
@@ -70,5 +70,5 @@ def value_fault(estimates: Sequence[Estimates]) -> TrainingError | None:
         return None
     return TrainingError(
         "the value head's values, or the advantages made of them, are not finite; go on from a checkpoint before the "
-        "weights broke, with a lower optimizer.lr or algorithm.ppo.value_coeff"
+        "weights broke, with a lower optimizer.lr or algorithm.options.value_coeff"
     )

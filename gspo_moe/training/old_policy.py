@@ -35,16 +35,17 @@ def _scored(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[TrainingPac
     config, model = trainer.session.config, trainer.session.model
     record = None if trainer.recorder is None else trainer.recorder.start()
     # R3's ratios compare like with like only where the old policy runs with the engine's routes as well.
-    how = {"temperature": config.rollout.temperature, "record": record, "routes": replay_of(packs)}
-    if config.has_value_head:
-        found = score_with_values(model, microbatches(packs), **how)
-        log_probs, values = [one for one, _ in found], [one for _, one in found]
-    else:
-        log_probs, values = score(model, microbatches(packs), **how), []
-    recordings = [] if record is None else record.recordings()
-    packs = with_each(packs, old_log_probs_T=log_probs, recording=recordings)
+    routes, temperature, whole = replay_of(packs), config.rollout.temperature, microbatches(packs)
     if not config.has_value_head:
-        return packs
-    estimates = estimate(packs, values, config.algorithm.settings, model.groups)
+        log_probs = score(model, whole, temperature=temperature, record=record, routes=routes)
+        return with_each(packs, old_log_probs_T=log_probs, recording=[] if record is None else record.recordings())
+    found = score_with_values(model, whole, temperature=temperature, record=record, routes=routes)
+    segments = [(one.pack, one.segments) for one in packs]
+    estimates = estimate(segments, [values_T for _, values_T in found], config.algorithm.settings, model.groups)
     raise_everywhere(value_fault(estimates))
-    return with_each(packs, estimates=estimates)
+    return with_each(
+        packs,
+        old_log_probs_T=[log_probs_T for log_probs_T, _ in found],
+        recording=[] if record is None else record.recordings(),
+        estimates=estimates,
+    )

@@ -1,4 +1,4 @@
-"""How far the router moved on each token of a mini-batch, which rspo weighs its ratios with (arXiv 2510.23027).
+"""How far the router moved on each token of a mini-batch, which a loss may weigh its ratios with (arXiv 2510.23027).
 
 Strategy: with one pipeline stage, a pack's routers have all run when its loss is computed, so the training forward
 itself brings the shift. With several, earlier stages' scores of that pack lie on other ranks, which are busy with other

@@ -95,7 +95,7 @@ def _policy_head(
         split.local(one.old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
-        Settings(*algorithm.clips, algorithm.allow_wide_clip, algorithm.settings),
+        Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
         Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
         Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),

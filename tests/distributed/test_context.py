@@ -9,14 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_moe.algorithms import KLPenalty, correct, mismatch, policy_loss
+from gspo_moe.algorithms import KLPenalty
 from gspo_moe.algorithms.statistics import Statistics
-from gspo_moe.config.clips import DEFAULT_CLIPS as CLIPS
-from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.errors import DataError
 from gspo_moe.parallel.context import ContextSplit, split_context, sum_over
 from gspo_moe.routing import RouteSums, overlap_TL
 from tests.launch import launch
+from tests.losses import CLIPS, WHOLE_SEQUENCES, correct, mismatch, policy_loss
 
 # Several are shorter than the 8 chunks of 4 ranks; of the second pack most ranks hold no token.
 # In the third one rank of two holds as many tokens as there are sequences, all of them of one.

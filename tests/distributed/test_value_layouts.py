@@ -42,7 +42,7 @@ LENGTHS = (9, 14, 5, 11, 21, 2, 8, 12, 7, 16)
 def config(**parallel: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient."""
     optimizer = {"lr": 1.0, "eps": 1.0}
-    algorithm = {"name": "ppo", "ppo": {"lam": 0.9, "value_clip": 0.05}}
+    algorithm = {"name": "ppo", "options": {"lam": 0.9, "value_clip": 0.05}}
     return Config.model_validate({"algorithm": algorithm, "optimizer": optimizer, "parallel": parallel})
 
 
@@ -75,7 +75,7 @@ def observe(model: Model, optimizer: Optimizer) -> Any:
     mine, settings = packs(model.groups, samples()), config()
     scored = score_with_values(model, mine)
     values = [values_T for _, values_T in scored]
-    estimates = estimate(mine, shaken(values, mine, 0.1), settings.algorithm.ppo, model.groups)
+    estimates = estimate(mine, shaken(values, mine, 0.1), settings.algorithm.settings, model.groups)
     tokens = sum(sum(sample.response_mask) for sample in samples())
     old = shaken([log_probs_T for log_probs_T, _ in scored], mine, 0.2)
     more: dict[str, Any] = {"num_tokens": tokens, "estimates": estimates}

@@ -40,6 +40,7 @@ ALGORITHMS = {
     "gmpo": (),
     "rspo": (),
     "ppo": (),
+    "sapo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),

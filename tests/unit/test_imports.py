@@ -16,9 +16,10 @@ FLOORS = (
     {"rollout", "scoring"},
     {"model", "routing"},
     {"parallel"},
-    {"algorithms", "kernels", "data", "tasks", "observability"},
+    {"kernels", "data", "tasks", "observability"},
     {"platform", "config"},
-    {"packages"},
+    {"packages", "algorithms"},
+    {"section"},
     {"types", "errors", "files"},
     {"__init__"},
 )

@@ -10,8 +10,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from gspo_moe.algorithms.gae import StepMeans, Whitening, gae
+from gspo_moe.algorithms.gae import StepMeans, Whitening
 from gspo_moe.errors import DataError
+from tests.losses import gae
 
 BOUNDS = [0, 6, 7, 16, 28]
 MASK = [0, 1, 1, 1, 1, 1] + [1] + [0, 0, 1, 1, 0, 0, 1, 1, 1] + [0] * 11 + [1]  # tool tokens in the third

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import PolicyLoss, policy_loss
+from gspo_moe.algorithms import PolicyLoss
+from tests.losses import policy_loss
 
 CU_SEQLENS = [0, 4, 5, 14, 20]
 CLIPS = (3e-4, 4e-4)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import Correction, PolicyLoss, PolicyStatistics, policy_loss
-from gspo_moe.config.clips import DEFAULT_CLIPS as CLIPS
+from gspo_moe.algorithms import Correction, PolicyLoss, PolicyStatistics
 from gspo_moe.errors import ConfigError, DataError
+from tests.losses import CLIPS, policy_loss
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "policy_loss.json").read_text())
 FIRST = ("gspo", "gspo_token", "grpo")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import Correction, KLPenalty, correct, policy_loss
-from gspo_moe.config.clips import DEFAULT_CLIPS, WHOLE_SEQUENCES
+from gspo_moe.algorithms import Correction, KLPenalty
+from tests.losses import CLIPS, WHOLE_SEQUENCES, correct, policy_loss
 
 BOUNDS = [0, 6, 7, 16, 28]
 LONGEST = 12
@@ -43,7 +43,7 @@ def drawn(algorithm: str = "") -> dict[str, torch.Tensor]:
 
 def found(algorithm: str, pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, np.ndarray]:
     log_probs = pack["log_probs"].clone().requires_grad_()
-    low, high = DEFAULT_CLIPS[algorithm]
+    low, high = CLIPS[algorithm]
     sizes = {"num_sequences": SEQUENCES, "num_tokens": TOKENS, "max_response_tokens": LONGEST}
     arguments: dict[str, Any] = {**pack, "log_probs": log_probs, "clip_low": low, "clip_high": high, **sizes, **more}
     result = policy_loss(algorithm, **arguments)
@@ -54,7 +54,7 @@ def found(algorithm: str, pack: dict[str, torch.Tensor], **more: Any) -> tuple[A
 
 def expected(algorithm: str, pack: dict[str, torch.Tensor], weight: list[float]) -> tuple[float, list[float], int]:
     """Loss, gradient and number of clipped tokens; weight: what multiplies each token's term."""
-    low, high = DEFAULT_CLIPS[algorithm]
+    low, high = CLIPS[algorithm]
     p, q, mask, shift = (
         pack[name].tolist() for name in ("log_probs", "old_log_probs", "response_mask", "router_shift")
     )

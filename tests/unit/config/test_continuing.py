@@ -32,10 +32,10 @@ IDENTITY = {
     "": "seed stage",
     "model": "preset random_init overrides dtype",
     "tokenizer": "kind vocab_size",
-    "algorithm": "name clip_low clip_high old_log_probs mini_batches dynamic_sampling sampling_rounds overlong_buffer",
+    "algorithm": "name options clip_low clip_high old_log_probs mini_batches dynamic_sampling sampling_rounds "
+    "overlong_buffer",
     "algorithm.mismatch": "correction level low high",
     "algorithm.kl": "coeff estimator",
-    "algorithm.ppo": "gamma lam value_coeff value_clip",
     "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens stop",
     "task": "name options",
     "task.reward": "failure_reward",

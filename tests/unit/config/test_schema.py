@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gspo_moe.config import ConfigError, load_config
-from gspo_moe.config.clips import DEFAULT_CLIPS
+from tests.losses import CLIPS
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,10 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
         (["name=ppo", "dynamic_sampling=true"], "has as much to learn; leave it out"),
         (["ppo.lam=0.9"], "set algorithm.name=ppo or leave algorithm.ppo out"),
         (["name=ppo", "ppo.gamma=1.5"], "algorithm.ppo.gamma=1.5"),
+        (["name=ppo", "options.gamma=1.5"], "algorithm.options.gamma=1.5"),
+        (["name=ppo", "options.gama=1"], "the nearest valid key is algorithm.options.gamma"),
+        (["options.gamma=1"], "algorithm.name=gspo has no options; leave algorithm.options out"),
+        (["name=ppo", "ppo.lam=0.9", "options.lam=0.8"], "algorithm.options.lam=0.8 are one key; keep the second"),
         (["mismatch.correction=tis"], "no place for token weights"),
         (["name=grpo", "mismatch.correction=tis", "old_log_probs=rollout"], "count the engine's log-probs twice"),
         (["mismatch={correction: tis, level: sequence}"], "set algorithm.mismatch.high a little above"),
@@ -142,7 +146,7 @@ def test_the_configurations_in_the_docs_are_valid(tmp_path: Path) -> None:
 
 def test_the_docs_name_each_algorithm_with_its_default_clips() -> None:
     page = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    for name, (low, high) in DEFAULT_CLIPS.items():
+    for name, (low, high) in CLIPS.items():
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         clips = row.rstrip(" |").rpartition("|")[2].strip()
         if name not in ("gmpo", "rspo"):

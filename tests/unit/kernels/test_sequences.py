@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from gspo_moe.algorithms import policy_loss
 from gspo_moe.errors import KernelError
 from gspo_moe.kernels import ops, reference, sequence_reduce
+from tests.losses import policy_loss
 
 CLIPS: dict[str, Any] = {"clip_low": 3e-3, "clip_high": 4e-3}
 # Ragged, of one token and of many.

@@ -37,7 +37,11 @@ def configured(kind: dict[str, Any] | None = None, **optimizer: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient."""
     ppo = {"gamma": GAMMA, "lam": LAM, "value_coeff": COEFF, "value_clip": VALUE_CLIP}
     return Config.model_validate(
-        {"algorithm": {"name": "ppo", "ppo": ppo}, "optimizer": {"lr": 1.0, "eps": 1.0, **optimizer}, **(kind or {})}
+        {
+            "algorithm": {"name": "ppo", "options": ppo},
+            "optimizer": {"lr": 1.0, "eps": 1.0, **optimizer},
+            **(kind or {}),
+        }
     )
 
 
@@ -62,7 +66,7 @@ def old_policy(model: Model, packs: Sequence[Microbatch]) -> tuple[list[torch.Te
 
 def step(model: Model, optimizer: Any, config: Config, packs: Sequence[Microbatch]) -> MinibatchResult:
     log_probs, values = old_policy(model, packs)
-    estimates = estimate(packs, values, config.algorithm.ppo, model.groups)
+    estimates = estimate(packs, values, config.algorithm.settings, model.groups)
     more: dict[str, Any] = {"num_tokens": TOKENS, "estimates": estimates}
     return train_minibatch(
         model, optimizer, packs, log_probs, config.algorithm, len(LENGTHS), TEMPERATURE, None, **more
@@ -170,7 +174,7 @@ def test_values_come_with_the_same_log_probs() -> None:
         plain, both = score(model, packs), score_with_values(model, packs)
         assert all(torch.equal(one, other) for one, (other, _) in zip(plain, both, strict=True))
         assert all(values_T.shape == pack.target_ids_T.shape for pack, (_, values_T) in zip(packs, both, strict=True))
-        assert estimate(packs, [], configured().algorithm.ppo, model.groups) == []
+        assert estimate(packs, [], configured().algorithm.settings, model.groups) == []
 
 
 def test_other_algorithms_have_no_value_head() -> None:
@@ -183,7 +187,9 @@ def test_other_algorithms_have_no_value_head() -> None:
 def test_advantages_are_whitened_over_the_step() -> None:
     with trained(configured(), layout()) as (model, _):
         packs = packs_of(samples(), per_pack=3)
-        found: list[Estimates] = estimate(packs, old_policy(model, packs)[1], configured().algorithm.ppo, model.groups)
+        found: list[Estimates] = estimate(
+            packs, old_policy(model, packs)[1], configured().algorithm.settings, model.groups
+        )
     kept = torch.cat([e.advantages_T[p.response_mask_T != 0] for e, p in zip(found, packs, strict=True)])
     assert kept.mean().item() == pytest.approx(0, abs=1e-12)
     assert kept.std().item() == pytest.approx(1, rel=1e-6)
@@ -194,9 +200,9 @@ def test_values_that_are_not_finite_are_told_before_they_train() -> None:
         packs = packs_of(samples(), per_pack=3)
         _, values = old_policy(model, packs)
         assert value_fault([]) is None
-        assert value_fault(estimate(packs, values, configured().algorithm.ppo, model.groups)) is None
+        assert value_fault(estimate(packs, values, configured().algorithm.settings, model.groups)) is None
         values[-1][packs[-1].response_mask_T.nonzero()[-1]] = math.inf
-        fault = value_fault(estimate(packs, values, configured().algorithm.ppo, model.groups))
+        fault = value_fault(estimate(packs, values, configured().algorithm.settings, model.groups))
     assert "the value head's values" in str(fault)
 
 

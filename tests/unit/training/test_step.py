@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gspo_moe.config.algorithm import AlgorithmConfig
-from gspo_moe.config.clips import WHOLE_SEQUENCES
 from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource
@@ -19,6 +18,7 @@ from gspo_moe.scoring.score import score
 from tests.steps import train_minibatch, train_supervised, Result as MinibatchResult
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained
+from tests.losses import WHOLE_SEQUENCES
 from tests.qwen3 import layout, random_sequences, reference_model
 
 LENGTHS = (9, 14, 5, 11, 21, 3, 8, 12)

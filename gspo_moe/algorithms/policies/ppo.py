@@ -6,6 +6,7 @@ Its advantages are one a token, from `gae`; the value function learns beside it,
 from __future__ import annotations
 
 from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+from gspo_moe.algorithms.spec import Algorithm, ValueOptions
 
 
 def ppo(inputs: LossInputs) -> Objective:
@@ -15,3 +16,6 @@ def ppo(inputs: LossInputs) -> Objective:
     """
     value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))
+
+
+SPEC = Algorithm(name="ppo", objective=ppo, clips=(0.2, 0.2), average="token", advantages="gae", options=ValueOptions)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gspo_moe.algorithms.ratios import LossInputs, Objective
+from gspo_moe.algorithms.spec import Algorithm
 
 
 def gmpo(inputs: LossInputs) -> Objective:
@@ -26,3 +29,6 @@ def geometric_mean(log_ratio_T: torch.Tensor, inputs: LossInputs) -> Objective:
     mean_N = torch.where(inputs.advantages_N == 0, 0.0, inputs.segments.mean(kept_T))
     value_N = inputs.advantages_N * mean_N.exp()
     return Objective(value_N, inputs.segments.sum(clipped_T.double()))
+
+
+SPEC = Algorithm(name="gmpo", objective=gmpo, clips=(1.0 - math.exp(-0.4), math.exp(0.4) - 1.0), terms="sequence")

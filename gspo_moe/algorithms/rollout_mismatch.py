@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gspo_moe.algorithms.ratios import Segments, SumOverContext, k3_from_sampler, log_ratios, weighted, whole_sequences
+from gspo_moe.algorithms.ratios import Segments, k3_from_sampler, log_ratios, weighted
 from gspo_moe.algorithms.statistics import Statistics, spread, spread_metrics
 
 
@@ -28,23 +28,14 @@ class MismatchStatistics(Statistics):
 
 
 @torch.no_grad()
-def mismatch(
-    log_probs: torch.Tensor,
-    rollout_log_probs: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    sum_over_context: SumOverContext = whole_sequences,
-) -> MismatchStatistics:
+def mismatch(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, segments: Segments) -> MismatchStatistics:
     """Statistics of d = log_probs - rollout_log_probs, trainer over rollout.
 
-    log_probs, rollout_log_probs: floats [T] in nats; cu_seqlens: int [N + 1]; response_mask: [T], 0 or 1.
-    sum_over_context: as for `policy_loss`.
+    log_probs, rollout_log_probs: floats [T] in nats.
     Figures: mean exp(d) - 1 - d, the k3 estimate of KL(rollout || trainer) on tokens that the engine sampled; share of
     tokens with max(p/q, q/p) > 2; sequence ratios exp(mean_t d), which, unlike exp(sum_t d), keep their scale on long
-    responses. Raises DataError for shapes that do not fit or an empty response.
+    responses. Raises DataError for shapes that do not fit.
     """
-    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
     sequence_sums, sequence_maxima = spread("sequence", segments.mean(log_ratio_T), segments.share_N)
     sums = {
@@ -83,10 +74,7 @@ def correct(
     bounds: tuple[float, float],
     log_probs: torch.Tensor,
     rollout_log_probs: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    response_mask: torch.Tensor,
-    *,
-    sum_over_context: SumOverContext = whole_sequences,
+    segments: Segments,
 ) -> tuple[Correction, CorrectionStatistics]:
     """Weights from w = exp(d), or by sequence exp(mean_t d), d = log_probs - rollout_log_probs at equal weights.
 
@@ -96,7 +84,6 @@ def correct(
     Denominators of the loss stay as they are: a masked token or sequence counts in them with nothing.
     Other arguments and errors as for `mismatch`.
     """
-    segments = Segments.of_pack(cu_seqlens, response_mask, sum_over_context)
     log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
     ratio = log_ratio_T.exp() if level == "token" else segments.mean(log_ratio_T).exp()
     counted = segments.response_T.double() if level == "token" else segments.share_N

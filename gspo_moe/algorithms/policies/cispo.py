@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gspo_moe.algorithms.ratios import LossInputs, Objective, weighted
+from gspo_moe.algorithms.spec import Algorithm
 
 
 def cispo(inputs: LossInputs) -> Objective:
@@ -15,3 +16,7 @@ def cispo(inputs: LossInputs) -> Objective:
     weight_T = ratio_T.clamp(1.0 - inputs.clip_low, 1.0 + inputs.clip_high)
     value_T = weighted(inputs.log_probs_T, weighted(weight_T, inputs.advantages_T))
     return Objective(inputs.token_mean(value_T), inputs.segments.sum((weight_T != ratio_T).double()))
+
+
+# The paper prints no clips: no lower bound here, and weights up to 5 as in 2510.13786.
+SPEC = Algorithm(name="cispo", objective=cispo, clips=(1.0, 4.0), average="token", unbounded_below=True)

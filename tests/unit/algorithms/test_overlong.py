@@ -2,7 +2,7 @@
 
 import torch
 
-from gspo_moe.algorithms.dapo import overlong_penalty
+from gspo_moe.algorithms.overlong import overlong_penalty
 
 
 def test_the_papers_own_numbers() -> None:

@@ -1,17 +1,11 @@
-"""Group Sequence Policy Optimization, arXiv 2507.18071. Shape letters: T tokens of a pack, N sequences of it."""
+"""GSPO with one term a token, arXiv 2507.18071, section 4.3. Shape letters: T tokens of a pack, N sequences of it."""
 
 from __future__ import annotations
 
 import torch
 
 from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
-
-
-def gspo(inputs: LossInputs) -> Objective:
-    """J_i = min(s_i A_i, clip(s_i) A_i) with s_i = exp(mean_t d_it), section 4.1 of the paper."""
-    segments = inputs.segments
-    value_N, clipped_N = clip(segments.mean(inputs.log_ratio_T), inputs.advantages_N, inputs.clip_low, inputs.clip_high)
-    return Objective(value_N, clipped_N * segments.lengths_N)
+from gspo_moe.algorithms.spec import Algorithm
 
 
 def gspo_token(inputs: LossInputs) -> Objective:
@@ -25,3 +19,13 @@ def gspo_token(inputs: LossInputs) -> Objective:
     mean_T = segments.mean(frozen_T)[segments.sequence_T] + zero_T
     value_T, clipped_T = clip(mean_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
     return Objective(inputs.sequence_mean(value_T), segments.sum(clipped_T.double()))
+
+
+SPEC = Algorithm(
+    name="gspo_token",
+    objective=gspo_token,
+    clips=(3e-4, 4e-4),
+    ratio="sequence",
+    token_advantages=True,
+    fused="token",
+)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import MismatchStatistics, correct, mismatch
+from gspo_moe.algorithms import MismatchStatistics
 from gspo_moe.errors import DataError
+from tests.losses import correct, mismatch
 
 CU_SEQLENS = torch.tensor([0, 4, 10, 13])
 MASK = torch.tensor([0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1])
