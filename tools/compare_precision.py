@@ -26,8 +26,8 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     from gspo_moe.parallel.groups import leave_layout
     from gspo_moe.routing.recorder import RouteRecorder
     from gspo_moe.scoring.score import score
-    from gspo_moe.training.plan import make_plan
     from gspo_moe.training.packs import pack_share
+    from gspo_moe.training.plan import make_plan
     from gspo_moe.training.session import open_session
 
     config = load_config(path, overrides)

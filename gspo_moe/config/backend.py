@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
-from gspo_moe.config.section import Section
+from gspo_moe.section import Section
 
 BackendName = Literal["auto", "local", "transformer_engine"]
 NAMES = get_args(BackendName)

@@ -9,9 +9,9 @@ from pydantic import Field, PositiveInt, field_validator
 
 from gspo_moe.config.architecture import PRESETS, Architecture, architecture_from_hf
 from gspo_moe.config.backend import BackendConfig
-from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
+from gspo_moe.section import Section
 
 
 class ModelConfig(Section):

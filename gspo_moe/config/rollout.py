@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from gspo_moe.config.section import Section
+from gspo_moe.section import Section
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits

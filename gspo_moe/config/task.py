@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from gspo_moe.config.section import Section
+from gspo_moe.section import Section
 
 
 class RewardConfig(Section):

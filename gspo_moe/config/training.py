@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gspo_moe.config.section import Section
+from gspo_moe.section import Section
 
 
 class ParallelConfig(Section):

@@ -15,7 +15,7 @@ layers, K experts a token.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,14 +103,14 @@ def replay(
             router.router_replay = None
 
 
-def check_routes(samples: Sequence[TrainingSample], architecture: Architecture) -> None:
-    """Raises DataError, naming sample and layer, for routes that cannot be those of the sample's tokens."""
+def check_routes(samples: Iterable[tuple[int, TrainingSample]], architecture: Architecture) -> None:
+    """Raises DataError, naming the sample by its number and the layer, for routes that cannot be its tokens'."""
     layers, topk, experts = (
         architecture.num_hidden_layers,
         architecture.num_experts_per_tok,
         architecture.num_experts,
     )
-    for index, sample in enumerate(samples):
+    for index, sample in samples:
         routes, tokens = sample.routes, len(sample.token_ids)
         if routes is None:
             raise DataError(f"sample {index} has no routes; let the rollout engine report them, or turn replay off")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from gspo_moe.config.loading import as_override, read_values
-from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
+from gspo_moe.section import Section
 
 
 def flat(value: Any) -> Any:

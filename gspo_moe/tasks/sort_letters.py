@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from gspo_moe.config.section import Section
 from gspo_moe.config.validation import validated
+from gspo_moe.section import Section
 from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.splits import draw_prompt
 from gspo_moe.types import Conversation, Prompt

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.schedule import split_mini_batches
+from gspo_moe.errors import DataError, TrainingError
 from gspo_moe.parallel.exchange import Rows, exchange_rows
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.parallel.stop import raise_everywhere
-from gspo_moe.routing.replay import route_fault
+from gspo_moe.routing.replay import check_routes
 from gspo_moe.training.packs import Minibatch, TrainingPack, make_packs, plan_packs
 from gspo_moe.training.session import Trainer
 from gspo_moe.types import Prompt, RolloutGroup, TrainingSample
@@ -57,7 +59,7 @@ class StepPacks:
 def share_packs(trainer: Trainer, batch: Batch) -> StepPacks:
     """Splits the batch into mini-batches and packs; samples come with their routes where those are needed. Collective.
 
-    Raises TrainingError, on every rank, where no plan of micro-batches holds a mini-batch.
+    Raises TrainingError, on every rank, where no plan of micro-batches holds a mini-batch and where routes do not fit.
     """
     config, groups = trainer.session.config, trainer.session.groups
     size = config.rollout.samples_per_prompt
@@ -70,7 +72,7 @@ def share_packs(trainer: Trainer, batch: Batch) -> StepPacks:
     samples: Sequence[TrainingSample] = batch.samples
     if config.routing.reports_engine_routes:
         wanted = [[i for plan in plans for one in plan[rank] for i in one] for rank in range(groups.layout.data)]
-        raise_everywhere(route_fault(batch.samples, trainer.session.plan.architecture, _mine(batch, groups)))
+        raise_everywhere(_route_fault(batch, trainer.session.plan.architecture, groups))
         samples = with_routes(batch, wanted, groups)
     packs = [
         one for number, plan in enumerate(plans) for one in make_packs(samples, plan[groups.data_rank], groups, number)
@@ -89,6 +91,15 @@ def with_routes(batch: Batch, wanted: Sequence[Sequence[int]], groups: Groups) -
     mine = {i: routes for i in _mine(batch, groups) if (routes := batch.samples[i].routes) is not None}
     found = exchange_rows(mine, items, [wanted[rank] for rank in data_ranks], groups.data_context)
     return [replace(one, routes=found.get(i)) for i, one in enumerate(batch.samples)]
+
+
+def _route_fault(batch: Batch, architecture: Architecture, groups: Groups) -> TrainingError | None:
+    """What is wrong with the routes that this rank has."""
+    try:
+        check_routes([(i, batch.samples[i]) for i in _mine(batch, groups)], architecture)
+    except DataError as error:
+        return TrainingError(str(error))
+    return None
 
 
 def _mine(batch: Batch, groups: Groups) -> list[int]:

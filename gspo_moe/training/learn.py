@@ -17,7 +17,7 @@ from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
 from gspo_moe.training.probe import probe_set
 from gspo_moe.training.routing import Figures, Probe, routing_figures
 from gspo_moe.training.session import Trainer
-from gspo_moe.training.step import PolicySettings, MinibatchResult, correction_of, train_minibatch
+from gspo_moe.training.step import MinibatchResult, PolicySettings, correction_of, train_minibatch
 
 S = TypeVar("S", bound=Statistics)
 
@@ -134,5 +134,6 @@ def _over_ranks(trainer: Trainer, found: Sequence[Statistics]) -> dict[str, floa
     """The metrics of statistics by pack, which the last stage has. Collective."""
     groups = trainer.session.groups
     statistics = reduce_statistics(_merged(found), groups.data).cpu() if found else None
-    reduced: Statistics = from_last_stage(statistics, groups)
-    return dict(reduced.to_metrics())
+    reduced = from_last_stage(statistics, groups)
+    metrics: dict[str, float] = reduced.to_metrics()
+    return metrics

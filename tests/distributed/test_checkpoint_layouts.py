@@ -15,11 +15,11 @@ from gspo_moe.model.weights import RandomSource
 from gspo_moe.training.checkpoint import Progress, dist_checkpointing, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import pack_share
-from tests.steps import train_supervised
 from gspo_moe.types import TrainingSample
 from tests.launch import launch
 from tests.policy import trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.steps import train_supervised
 
 DONE = Progress(step=2, prompt_position=12, policy_version=3)
 

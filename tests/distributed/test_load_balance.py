@@ -23,12 +23,12 @@ from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.routing import LoadSums, expert_load
 from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.experts import TokensSeen
 from tests.launch import launch
 from tests.policy import packs_of, trained
 from tests.qwen3 import architecture, layout, random_sequences, reference_model
+from tests.steps import train_minibatch
 
 SIZES = architecture(num_experts=8, num_hidden_layers=2)
 COEFFICIENT = 0.1

@@ -27,11 +27,11 @@ from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
 from tests.policy import LoudRows, as_sample, requests, sampling, score_and_record, trained
 from tests.qwen3 import architecture, layout
+from tests.steps import train_minibatch
 
 # Four layers for an interleaved pipeline. Of 131 rows 61 are tokens: all of the second tensor rank's are padding.
 YARN = Yarn(factor=4.0, original_max_position_embeddings=8)

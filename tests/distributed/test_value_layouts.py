@@ -19,12 +19,12 @@ from gspo_moe.scoring.score import score_with_values
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import estimate
 from gspo_moe.training.optimizer import Optimizer
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.distributed.test_policy_layouts import CHECKPOINT, DONE, SIZES, by_sample, packs
 from tests.launch import launch
 from tests.policy import trained
 from tests.qwen3 import layout, random_sequences
+from tests.steps import train_minibatch
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [

@@ -29,10 +29,10 @@ from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import pack_share
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.launch import renew_port
 from tests.qwen3 import Tensors
+from tests.steps import train_minibatch
 
 GOLDEN = Path(__file__).with_name("golden.json")
 # Sizes that grouped matrix products and variable-length attention take in 16 bits.

@@ -16,7 +16,6 @@ from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import pack_share
-from tests.steps import train_minibatch
 from tests.gpu.golden import BF16, FP32, LENGTHS, PROMPTS, SIZES, Tolerance, samples, settings, weights
 from tests.gpu.rl_step import step_save_and_load
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
@@ -24,6 +23,7 @@ from tests.policy import score_and_record
 from tests.pretend_cuda.tensor import CudaTensor
 from tests.pretend_cuda.waits import counted
 from tests.qwen3 import Tensors, layout
+from tests.steps import train_minibatch
 
 Waits = Counter[tuple[str, str]]
 

@@ -23,7 +23,6 @@ from gspo_moe.platform.backend import LAYERS
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
-from tests.steps import train_minibatch
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import (
@@ -37,6 +36,7 @@ from tests.qwen3 import (
     reference_model,
     tensors_in,
 )
+from tests.steps import train_minibatch
 
 
 def take(monkeypatch: pytest.MonkeyPatch, name: str, **parts: str) -> None:

@@ -13,11 +13,11 @@ from gspo_moe.routing import LoadSums
 from gspo_moe.routing.comparison import expert_load_of
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.experts import TokensSeen
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, random_sequences
+from tests.steps import train_minibatch
 
 LENGTHS = (9, 14, 2, 11, 21, 6)
 

@@ -13,10 +13,10 @@ from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.steps import train_minibatch
 
 # Three packs of other lengths, one of a single token.
 LENGTHS = (9, 4, 13, 6, 2)

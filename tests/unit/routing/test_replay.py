@@ -17,10 +17,10 @@ from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RouteRecorder, routers_of
 from gspo_moe.routing.replay import RouterReplay, check_routes, replay
 from gspo_moe.scoring.score import score
-from tests.steps import train_minibatch
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.steps import train_minibatch
 
 LENGTHS = (9, 4, 13, 6, 2)
 GRPO = AlgorithmConfig(name="grpo")
@@ -202,6 +202,6 @@ def changed(token: int, layer: int, experts: list[int]) -> torch.Tensor:
     ],
 )
 def test_routes_that_cannot_be_the_tokens_are_refused(routes: torch.Tensor | None, message: str) -> None:
-    check_routes([sample_with(GOOD), replace(sample_with(GOOD), advantage=1.0)], SIZES)
+    check_routes(enumerate([sample_with(GOOD), replace(sample_with(GOOD), advantage=1.0)]), SIZES)
     with pytest.raises(DataError, match=message):
-        check_routes([sample_with(GOOD), sample_with(routes)], SIZES)
+        check_routes(enumerate([sample_with(GOOD), sample_with(routes)]), SIZES)

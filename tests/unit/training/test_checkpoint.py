@@ -24,10 +24,10 @@ from gspo_moe.training.checkpoint import (
     tensor_parallel,
 )
 from gspo_moe.training.optimizer import Optimizer
-from tests.steps import train_supervised
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.steps import train_supervised
 
 DONE = Progress(step=1, prompt_position=96, policy_version=2, prompts_pending=(90, 95))
 KINDS = [

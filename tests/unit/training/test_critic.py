@@ -22,10 +22,11 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.critic import Estimates, estimate, value_fault
-from tests.steps import train_minibatch, Result as MinibatchResult
 from gspo_moe.types import Microbatch
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, reference_model, tensors_in
+from tests.steps import Result as MinibatchResult
+from tests.steps import train_minibatch
 from tests.unit.training.test_checkpoint import KINDS
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, samples
 

@@ -10,10 +10,10 @@ import torch
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.scoring.score import score
-from tests.steps import train_minibatch, train_supervised
 from gspo_moe.types import TrainingSample
 from tests.policy import packs_of, trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.steps import train_minibatch, train_supervised
 
 LENGTHS = (9, 14, 2, 11)
 

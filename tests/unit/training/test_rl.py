@@ -14,8 +14,8 @@ from gspo_moe.config.loading import load_config
 from gspo_moe.config.training import ScheduleConfig
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.training.plan import make_plan
 from gspo_moe.training.packs import pack_share
+from gspo_moe.training.plan import make_plan
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
 from gspo_moe.training.sft import demonstration

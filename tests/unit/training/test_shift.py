@@ -16,9 +16,10 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.weights import SafetensorsSource, load_weights
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training import shift
-from tests.steps import train_minibatch, Result as MinibatchResult
 from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, reference_model
+from tests.steps import Result as MinibatchResult
+from tests.steps import train_minibatch
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, like_gradient_descent, samples
 
 BOUND = 0.4  # of the log-ratio, on either side

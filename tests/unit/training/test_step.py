@@ -15,11 +15,12 @@ from gspo_moe.model.weights import SafetensorsSource
 from gspo_moe.routing.comparison import compare
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
-from tests.steps import train_minibatch, train_supervised, Result as MinibatchResult
 from gspo_moe.types import Microbatch, TrainingSample
-from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.losses import WHOLE_SEQUENCES
+from tests.policy import SIZES, packs_of, score_and_record, trained
 from tests.qwen3 import layout, random_sequences, reference_model
+from tests.steps import Result as MinibatchResult
+from tests.steps import train_minibatch, train_supervised
 
 LENGTHS = (9, 14, 5, 11, 21, 3, 8, 12)
 TEMPERATURE = 0.8
