@@ -21,7 +21,8 @@ COUNTS: dict[str, Any] = {"num_sequences": SEQUENCES, "num_tokens": TOKENS}
 
 def run(pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, np.ndarray]:
     log_probs = pack["log_probs"].clone().requires_grad_()
-    result = policy_loss("dppo", **{**pack, "log_probs": log_probs}, **more)
+    arguments: dict[str, Any] = {**pack, "log_probs": log_probs, **more}
+    result = policy_loss("dppo", **arguments)
     return result, torch.autograd.grad(result.loss, log_probs)[0].numpy()
 
 
