@@ -41,6 +41,7 @@ ALGORITHMS = {
     "rspo": (),
     "ppo": (),
     "sapo": (),
+    "dppo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gspo_moe.algorithms import Correction, PolicyLoss, PolicyStatistics
+from gspo_moe.algorithms import Correction, PolicyLoss, PolicyStatistics, Segments
+from gspo_moe.algorithms import policy_loss as unchanged
 from gspo_moe.errors import ConfigError, DataError
 from tests.losses import CLIPS, policy_loss
 
@@ -261,6 +262,23 @@ def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], me
     arguments = {"algorithm": "gspo", **CLIP_PACK, "clip_low": 3e-4, "clip_high": 4e-4, **change}
     with pytest.raises(error, match=message):
         policy_loss(**arguments)
+
+
+def test_the_defaults_are_the_papers_clips_and_the_packs_counts() -> None:
+    pack = random_pack("gspo")
+    segments = Segments.of_pack(pack["cu_seqlens"], pack["response_mask"])
+    found = unchanged("gspo", pack["log_probs"], pack["old_log_probs"], pack["advantages"], segments)
+    assert found.metrics.items() <= run("gspo", pack)[0].metrics.items()
+
+
+def test_entropy_is_logged_as_its_mean_over_response_tokens() -> None:
+    pack = random_pack("grpo")
+    entropy_T = torch.arange(sum(LENGTHS), dtype=torch.float32)
+    mask = pack["response_mask"] == 1
+    noisy_T = entropy_T.masked_fill(~mask, torch.nan)
+    metrics = run("grpo", pack, entropy=noisy_T)[0].metrics
+    assert metrics["policy/entropy"] == pytest.approx(entropy_T[mask].double().mean().item(), rel=1e-14)
+    assert "policy/entropy" not in run("grpo", pack)[0].metrics
 
 
 CLIPPED = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "ppo")

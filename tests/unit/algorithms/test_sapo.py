@@ -19,7 +19,8 @@ from tests.unit.algorithms.test_variants import BOUNDS, SEQUENCES, drawn
 
 def run(pack: dict[str, torch.Tensor], **more: Any) -> tuple[Any, np.ndarray]:
     log_probs = pack["log_probs"].clone().requires_grad_()
-    result = policy_loss("sapo", **{**pack, "log_probs": log_probs}, **more)
+    arguments: dict[str, Any] = {**pack, "log_probs": log_probs, **more}
+    result = policy_loss("sapo", **arguments)
     return result, torch.autograd.grad(result.loss, log_probs)[0].numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_moe.algorithms import Algorithm, Objective, Segments, algorithm_names, find_algorithm, policy_loss
+from gspo_moe.algorithms import Algorithm, Objective, Segments, Settings, algorithm_names, find_algorithm, policy_loss
 from gspo_moe.config import load_config
 from gspo_moe.errors import ConfigError
 from gspo_moe.section import Section
@@ -90,6 +91,23 @@ def test_an_algorithm_from_outside_is_configured_and_computed_like_the_others(ou
     assert found.loss.item() == pytest.approx(-2 * (-1.5 + 3.0) / 2, rel=1e-14)
     assert found.metrics["algorithm/seen"] == 1
     assert found.metrics["clip_fraction/token"] == 0
+
+
+def test_the_example_runs_from_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
+    config = load_config("quickstart.yaml", ["algorithm.name=my_algorithm:FADING", "algorithm.options.width=0.5"])
+    algorithm = config.algorithm
+    log_probs = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1.5, -2.0, -0.5], dtype=torch.float64)
+    segments = Segments.of_pack(torch.tensor([0, 2, 3]), torch.ones(3))
+    settings = Settings(options=algorithm.settings)
+    found = policy_loss(algorithm.spec, log_probs, old, torch.tensor([1.0, -1.0]), segments, settings)
+    faded = math.exp(-0.5)
+    assert found.loss.item() == pytest.approx(-((faded * -1.0 - 2.0) / 2 + 0.5) / 2, rel=1e-14)
+    (gradient,) = torch.autograd.grad(found.loss, log_probs)
+    assert gradient.tolist() == pytest.approx([-faded / 4, -1 / 4, 1 / 2], rel=1e-14)
+    assert found.metrics["algorithm/weight"] == pytest.approx((faded + 2) / 3, rel=1e-14)
 
 
 @pytest.mark.parametrize(
