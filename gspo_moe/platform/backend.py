@@ -48,8 +48,8 @@ def choose_backends(wanted: Mapping[str, str], dtype: str) -> Backends:
         raise ConfigError(f"{asked} cannot run here: {obstacle}, or set {instead}")
     if wanted["optimizer"] == "transformer_engine" and fused_adam() != "Transformer Engine":
         raise ConfigError(
-            "model.backend.optimizer=transformer_engine cannot run here: its transformer_engine.pytorch.optimizers "
-            "does not import; install Transformer Engine, or set model.backend.optimizer=auto"
+            "model.backend.optimizer=transformer_engine cannot run here: transformer_engine.pytorch.optimizers does "
+            "not import; install Transformer Engine, or set model.backend.optimizer=auto"
         )
     return Backends(**{part: _choose(part, wanted[part], obstacle, dtype) for part in LAYERS})
 

@@ -254,7 +254,7 @@ def _join_the_project(generator: torch.Generator) -> None:
         return torch.cat([torch_attention.causal_from_the_end(*each) for each in stretches]).view(query_THD.shape)
 
     _replace(torch_attention, "varlen_attn", varlen)
-    from gspo_moe.rollout import graphs
+    from gspo_moe.rollout.embedded import graphs
 
     _replace(graphs, "GraphPool", _Graphs)
     _replace(torch, "Generator", _Generator)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_moe.model.experts import GroupedExperts
-from gspo_moe.rollout import graphs
+from gspo_moe.rollout.embedded import graphs
 from gspo_moe.rollout.embedded.graphs import graph_obstacle, make_graphs
 from tests.qwen3 import layout
 
