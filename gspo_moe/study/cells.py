@@ -92,13 +92,15 @@ def bank_jobs(study: Study, here: Path) -> list[Job]:
         return []
     jobs = []
     for seed in study.seeds:
-        own = {"schedule.steps": 1, "algorithm.mini_batches": max(study.bank.mini_batches), "seed": seed}
-        # Any arm may replay the engine's routes.
-        routes = {"routing.engine_routes": True, "routing.replay": "none"}
         product = _bank(study, seed)
+        folder = product.with_suffix("")
+        own: Settings = {"schedule.steps": 1, "algorithm.mini_batches": max(study.bank.mini_batches), "seed": seed}
+        own["logging.run_dir"] = str(folder)
+        # Any arm may replay the engine's routes.
+        routes: Settings = {"routing.engine_routes": True, "routing.replay": "none"}
         settings = settings_as_overrides(study.set, study.bank.set, own, routes, _start(study))
         arguments = ("bank", str(here / study.base), str(product), *settings)
-        jobs.append(Job(f"bank seed{seed}", arguments, product.with_suffix(""), product, _needs(study)))
+        jobs.append(Job(f"bank seed{seed}", arguments, folder, product, _needs(study)))
     return jobs
 
 

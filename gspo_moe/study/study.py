@@ -12,11 +12,12 @@ from rich.table import Table
 
 from gspo_moe.config.outputs import hold, output_fault
 from gspo_moe.errors import ConfigError, StudyError
+from gspo_moe.observability.reward_errors import FILE, first_reward_error
 from gspo_moe.study.cells import Cell, Job, arms, bank_jobs, cells, cold_start_job
-from gspo_moe.study.runner import Outcome, last_words, run_jobs
+from gspo_moe.study.runner import Outcome, Running, last_words, run_jobs
 from gspo_moe.study.spec import Study, load_study
 from gspo_moe.study.summary import SHOWN, summarise, write_summary
-from gspo_moe.study.table import live_table
+from gspo_moe.study.table import Show, live_table
 
 WIDTH = 200  # of what goes to a file
 
@@ -53,6 +54,7 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console 
         console = Console(file=console.file, width=WIDTH)
     _take_folder(plan.study.folder)
     with live_table(plan.cells, plan.others, console) as show:
+        show = _with_reward_errors(show, console)
         outcome = run_jobs(plan.jobs, plan.study.processes, plan.study.cells_at_once, show)
     summary = summarise(plan.study, plan.cells)
     written = write_summary(plan.study, summary)
@@ -60,6 +62,24 @@ def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console 
         console.print(shown)
     _raise_failures(outcome)
     return written
+
+
+def _with_reward_errors(show: Show, console: Console) -> Show:
+    """Also tells of the first job with a reward that failed."""
+    told = False
+
+    def tell(running: Sequence[Running], outcome: Outcome) -> None:
+        nonlocal told
+        show(running, outcome)
+        jobs = [*(one.job for one in running), *outcome.finished, *outcome.failed]
+        errors = ((job, first_reward_error(job.folder)) for job in ([] if told else jobs))
+        for job, error in errors:
+            if error is not None:
+                console.print(f"{job.folder / FILE}, {error}", soft_wrap=True, markup=False, highlight=False)
+                told = True
+                return
+
+    return tell
 
 
 def _take_folder(folder: Path) -> None:
