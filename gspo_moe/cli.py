@@ -166,10 +166,10 @@ def _train(options: argparse.Namespace) -> None:
     _take_run_folder(config)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
 
     try:
-        trained = train(make_plan(config))
+        trained = train(preflight(config))
     except RunError:
         shut_down()
         raise
@@ -222,12 +222,12 @@ def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.evaluation.evaluate import evaluation_metrics
     from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session
 
     if not config.evaluation.prompts:
         raise ConfigError("evaluation.prompts=0 leaves nothing to evaluate; set it to 512, for example")
-    plan = make_plan(config)
+    plan = preflight(config)
     session = open_session(plan)
     answers = session.evaluate(policy_version=0)
     session.close()
@@ -264,11 +264,11 @@ def _bank(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.bank import make_bank
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
-    count = make_bank(make_plan(config), Path(options.bank))
+    count = make_bank(preflight(config), Path(options.bank))
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{options.bank}: answers to {count} prompts")

@@ -14,7 +14,7 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.tasks.rewards import RewardBatch, RewardPool
 from gspo_moe.training import session
 from gspo_moe.training.loop import train
-from gspo_moe.training.plan import make_plan
+from gspo_moe.training.preflight import preflight
 from gspo_moe.types import Prompt
 from tests.e2e.program import metrics_by_step
 
@@ -62,7 +62,7 @@ Run = dict[int, dict[str, float]]
 
 def run(folder: Path, tokenizer: Path, *overrides: str) -> Run:
     given = (f"logging.run_dir={folder}", f"tokenizer.path={tokenizer}", *overrides)
-    train(make_plan(load_config(None, [*SETTINGS, *given])))
+    train(preflight(load_config(None, [*SETTINGS, *given])))
     shut_down()
     return metrics_by_step(folder)
 

@@ -16,7 +16,7 @@ FLOORS = (
     {"rollout"},
     {"model", "routing"},
     {"parallel"},
-    {"algorithms", "kernels", "data", "tasks", "observability"},
+    {"algorithms", "kernels", "data", "tasks", "observability", "planning"},
     {"platform", "config"},
     {"packages"},
     {"types", "errors", "files"},

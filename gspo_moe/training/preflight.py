@@ -1,4 +1,4 @@
-"""Settles a run before any process group starts: files, tokenizer, architecture, layout."""
+"""Settles a run before any process group starts: files, tokenizer, architecture, layout, bank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspo_moe.training.session import Plan
 TOKENIZER_TEXTS = 1000
 
 
-def make_plan(config: Config) -> Plan:
+def preflight(config: Config) -> Plan:
     """Raises ConfigError, in one message, for everything about the run that cannot work here."""
     check_files(config)
     task = make_task(config.task, config.seed)
