@@ -163,10 +163,11 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     require("matplotlib")  # of the picture at the end
-    _take_run_folder(config)
+    from gspo_moe.training.preflight import preflight, take_run_folder
+
+    take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
-    from gspo_moe.training.preflight import preflight
 
     try:
         trained = train(preflight(config))
@@ -181,22 +182,6 @@ def _train(options: argparse.Namespace) -> None:
                 "Start anew with another logging.run_dir, or go on with a higher schedule.steps."
             )
         _show_run(config)
-
-
-def _take_run_folder(config: Config) -> None:
-    """Holds the folder and sees that the run may go on there: the main process alone, with which torchrun ends all."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    from gspo_moe.config.checks import check_files
-    from gspo_moe.config.continuing import check_continues
-    from gspo_moe.config.outputs import hold
-    from gspo_moe.model.hf import check_export
-
-    check_files(config)
-    hold(config.run_path, "logging.run_dir")
-    check_continues(config)
-    if config.checkpoint.export_hf:
-        check_export(config.run_path / "hf")
 
 
 def _show_run(config: Config) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
+from gspo_moe.config.continuing import check_continues
 from gspo_moe.config.layout import check_layout
+from gspo_moe.config.outputs import hold
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
+from gspo_moe.model.hf import check_export
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backend, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
@@ -39,6 +44,23 @@ def preflight(config: Config) -> Plan:
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backend(config.model.backend, config.model.dtype)
     return Plan(config, layout, architecture, tokenizer, task)
+
+
+def take_run_folder(config: Config, *, ends_together: bool) -> None:
+    """The main process holds `logging.run_dir`, and sees that the run may go on there.
+
+    ends_together: a launcher ends all processes with one that fails; without it each sees what it can for itself, lest
+    the others wait for a main process that is gone. Raises ConfigError, DataError for an export that is not ours.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if ends_together and not is_main:
+        return
+    check_files(config)
+    if is_main:
+        hold(config.run_path, "logging.run_dir")
+    check_continues(config)
+    if config.checkpoint.export_hf:
+        check_export(config.run_path / "hf")
 
 
 def check_bank(config: Config, vocab_size: int) -> None:
