@@ -12,8 +12,6 @@ from pathlib import Path
 from setuptools import setup
 
 KERNELS = Path("gspo_moe/kernels")
-# The first torch whose stable ABI has all that ops.cpp uses; the binary serves later ones too.
-TORCH_TARGET = "0x020b000000000000"
 
 
 def kernels():
@@ -25,43 +23,43 @@ def kernels():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return _without(f"there is no C++ compiler {compiler}; install g++, or name one with CXX")
+    build = _build_module()
     # setuptools wants sources relative to this file.
     sources = [KERNELS / "csrc/ops.cpp", *sorted((KERNELS / "csrc/cpu").glob("*.cpp"))]
     extension = CppExtension(
         "gspo_moe.kernels._C",
         [str(source) for source in sources],
-        depends=[str(header) for header in sorted((KERNELS / "csrc").rglob("*.h"))],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"],
+        define_macros=[("GSPO_MOE_SOURCES", build.library_fingerprint())],
+        extra_compile_args=list(build.CPU_FLAGS),
         py_limited_api=True,
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": _build_command()},
+        "cmdclass": {"build_ext": _build_command(build)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 
-def _build_command():
+def _build_command(build):
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildKernels(BuildExtension):
         """Links CUDA objects in, which nvcc makes apart: torch's CUDAExtension wants a CUDA build of torch."""
 
         def build_extensions(self):
-            cuda = _cuda_build()
-            objects = cuda.cuda_objects(Path(self.build_temp) / "cuda")
+            self.force = True  # times of change do not tell which sources a library is made of
+            objects = build.cuda_objects(Path(self.build_temp) / "cuda")
             if objects:
                 (extension,) = self.extensions
                 extension.extra_objects += objects
-                extension.extra_link_args += cuda.cuda_link_arguments()
+                extension.extra_link_args += build.cuda_link_arguments()
                 extension.define_macros.append(("GSPO_MOE_WITH_CUDA", None))
             super().build_extensions()
 
     return BuildKernels
 
 
-def _cuda_build():
+def _build_module():
     """gspo_moe/kernels/build.py by its path: importing the package would load the kernels that are yet to be built."""
     specification = importlib.util.spec_from_file_location("gspo_moe_kernels_build", KERNELS / "build.py")
     module = importlib.util.module_from_spec(specification)

@@ -163,13 +163,14 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     require("matplotlib")  # of the picture at the end
-    _take_run_folder(config)
+    from gspo_moe.training.preflight import preflight, take_run_folder
+
+    take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.loop import train
-    from gspo_moe.training.plan import make_plan
 
     try:
-        trained = train(make_plan(config))
+        trained = train(preflight(config))
     except RunError:
         shut_down()
         raise
@@ -181,22 +182,6 @@ def _train(options: argparse.Namespace) -> None:
                 "Start anew with another logging.run_dir, or go on with a higher schedule.steps."
             )
         _show_run(config)
-
-
-def _take_run_folder(config: Config) -> None:
-    """Holds the folder and sees that the run may go on there: the main process alone, with which torchrun ends all."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    from gspo_moe.config.checks import check_files
-    from gspo_moe.config.continuing import check_continues
-    from gspo_moe.config.outputs import hold
-    from gspo_moe.model.hf import check_export
-
-    check_files(config)
-    hold(config.run_path, "logging.run_dir")
-    check_continues(config)
-    if config.checkpoint.export_hf:
-        check_export(config.run_path / "hf")
 
 
 def _show_run(config: Config) -> None:
@@ -222,12 +207,12 @@ def _eval(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.evaluation.evaluate import evaluation_metrics
     from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session
 
     if not config.evaluation.prompts:
         raise ConfigError("evaluation.prompts=0 leaves nothing to evaluate; set it to 512, for example")
-    plan = make_plan(config)
+    plan = preflight(config)
     session = open_session(plan)
     groups = session.evaluate("of the model as it is")
     session.close()
@@ -264,11 +249,11 @@ def _bank(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.bank import make_bank
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
-    count = make_bank(make_plan(config), Path(options.bank))
+    count = make_bank(preflight(config), Path(options.bank))
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{options.bank}: answers to {count} prompts")

@@ -50,11 +50,11 @@ def measure(config: Config, pairs: int) -> None:
     from gspo_moe.platform import device
     from gspo_moe.routing.recorder import RoutePass
     from gspo_moe.training import rl
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session, open_trainer
 
     clock = time.perf_counter if device().kind == "cuda" else time.process_time
-    session = open_session(make_plan(config))
+    session = open_session(preflight(config))
     trainer = open_trainer(session)
     assert trainer.recorder is not None, "the config records nothing"
     inside = [0.0]

@@ -4,7 +4,7 @@
     bash launch/torchrun.sh --nproc-per-node 8 -- tools/benchmark_throughput.py CONFIG.yaml ...
 
 The steps are those of `gspo-moe train`, from the weights in model.hf or random ones; nothing is logged or saved.
-TFLOP/s are the operations that the model needs (`gspo_moe/config/flops.py`) over the time of the slowest rank.
+TFLOP/s are the operations that the model needs (`gspo_moe/planning/flops.py`) over the time of the slowest rank.
 With --synthetic N prompts are N random words, rewards random numbers, and only the length limit ends an answer
 (`tools/synthetic.py`): the config's sizes alone decide how much is done. --profile adds a step, with answers of at most
 16 tokens, under torch's profiler, and counts its kernel launches and the host's waits for the device.
@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 
 from gspo_moe.cli import LIBRARY_NOISE, USER_ERROR
 from gspo_moe.config import Architecture, Config, load_config
-from gspo_moe.config.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
 from gspo_moe.errors import ConfigError, GspoMoeError
+from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.types import RolloutGroup
 from tools.synthetic import open_synthetic_session
@@ -116,11 +116,11 @@ class RankFigures:
 def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | None:
     """Takes the steps; their report, on the first rank. Collective."""
     from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
     from gspo_moe.training.rl import rl_step
     from gspo_moe.training.session import open_session, open_trainer
 
-    plan, steps = make_plan(config), options.steps
+    plan, steps = preflight(config), options.steps
     session = open_session(plan) if options.synthetic is None else open_synthetic_session(plan, options.synthetic)
     trainer = open_trainer(session)
     updates = time_calls(trainer.optimizer, "update", device().synchronize)

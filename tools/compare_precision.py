@@ -27,11 +27,11 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     from gspo_moe.routing.recorder import RouteRecorder
     from gspo_moe.scoring.score import score
     from gspo_moe.training.packs import pack_share
-    from gspo_moe.training.plan import make_plan
+    from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session
 
     config = load_config(path, overrides)
-    session = open_session(make_plan(config))
+    session = open_session(preflight(config))
     samples = samples or answer(session)
     packs = pack_share(samples, session.groups, config)
     record = RouteRecorder(session.model.chunks, session.model.architecture, session.groups).start()

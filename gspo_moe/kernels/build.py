@@ -1,4 +1,5 @@
-"""Compiles csrc/cuda with nvcc, GPU or not. Used by setup.py and by the kernels' proof: standard library only.
+"""Compiles csrc/cuda with nvcc, GPU or not, and says which sources a library is made of. Standard library only, for
+setup.py, the loader and the kernels' proof.
 
 GSPO_MOE_CUDA=auto (default) compiles where a toolkit is found, 1 insists on it, 0 leaves the CUDA kernels out.
 """
@@ -15,12 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "csrc" / "cuda"
+CSRC = Path(__file__).parent / "csrc"
+SOURCES = CSRC / "cuda"
 # Ampere, Hopper, Blackwell; PTX of the oldest for what comes later.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 PTX_OF = "compute_80"
 # exp2f is one instruction with -ftz=true only; the sums that matter are far from subnormal numbers.
 FLAGS = ("-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# Of ops.cpp and csrc/cpu. The stable ABI is that of the first torch that has all of it that ops.cpp uses.
+CPU_FLAGS = ("-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 STRICT = ("-Werror", "all-warnings", "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage,-Werror")
 OLDEST_TOOLKIT = (12, 8)
 
@@ -156,10 +160,20 @@ def compile_objects(toolkit: Toolkit, build_dir: Path, sources: Path = SOURCES) 
     return [target for target, _ in done], uses
 
 
+def library_fingerprint(csrc: Path = CSRC) -> str | None:
+    """Of all that the library is made of, which is built into it; None where there are no sources, as in a wheel."""
+    if not csrc.is_dir():
+        return None
+    return fingerprint(csrc, [*CPU_FLAGS, *FLAGS, *ARCHITECTURES, PTX_OF])
+
+
 def fingerprint(sources: Path, flags: list[str]) -> str:
     """A hash of all sources and flags: any header may reach any object."""
-    files = sorted(path for path in sources.iterdir() if path.is_file())
-    parts = [*(path.name.encode() + path.read_bytes() for path in files), *(flag.encode() for flag in flags)]
+    files = sorted(path for path in sources.rglob("*") if path.is_file())
+    parts = [
+        *(str(path.relative_to(sources)).encode() + path.read_bytes() for path in files),
+        *(flag.encode() for flag in flags),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -7,6 +7,9 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 
+from gspo_moe.errors import KernelError
+from gspo_moe.kernels.build import library_fingerprint
+
 logger = logging.getLogger(__name__)
 BUILD = (
     "`pip install --no-build-isolation --editable .`, or `python setup.py build_ext --inplace` where nothing is to be "
@@ -32,13 +35,22 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels:
-    """Loads the extension, whose import registers its kernels for the ops of `gspo_moe.kernels`."""
+    """Loads the extension, whose import registers its kernels for the ops of `gspo_moe.kernels`.
+
+    Raises KernelError where it was built of other sources than lie beside it.
+    """
     try:
         extension = importlib.import_module("gspo_moe.kernels._C")
     except ModuleNotFoundError:
         return Kernels(None, False, f"no kernel is built; install g++ (and CUDA's nvcc for GPUs), then run {BUILD}")
     except ImportError as error:
         return Kernels(None, False, f"the built kernels do not load ({error}); build them anew with {BUILD}")
+    expected = library_fingerprint()
+    if expected is not None and getattr(extension, "sources", None) != expected:
+        raise KernelError(
+            f"{extension.__file__} was built of other sources than those in csrc beside it, so that its numbers may be "
+            "wrong; build it anew with bash launch/install.sh, or delete it to run on PyTorch operators"
+        )
     cuda = bool(extension.with_cuda)
     return Kernels(
         extension.cpu,

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,23 +33,21 @@ from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import build_model
-from gspo_moe.model.experts import StackedShard
 from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index, write_tokenizer
-from gspo_moe.model.names import Entry, hf_shapes
+from gspo_moe.model.items import Item, for_each_batch, in_batches, make_item, own_share
+from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.sharded import (
     MISFIT,
-    Shard,
     check_stored,
     not_finite,
     raise_together,
-    read_shards,
     stored,
     stored_tensors,
     weight_shards,
     with_data,
     write_streaming,
 )
-from gspo_moe.model.weights import LocalTensor, SafetensorsSource, check_shapes, local_tensors, value_problems
+from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_tensors, value_problems
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 
 
@@ -70,18 +67,6 @@ class Conversion:
     batch_bytes: int = FILE_BYTES
     timeout_minutes: float = 10.0
     show_progress: bool = True
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A parameter of the whole model, or an expert's slice: the HF tensors that it joins, and how it is stored."""
-
-    entry: Entry
-    parameter: torch.Tensor
-    shard: Shard
-
-    def __len__(self) -> int:
-        return len(self.entry.hf_names)
 
 
 def convert(config: Config, target: Path) -> int:
@@ -124,7 +109,7 @@ def hf_to_megatron(conversion: Conversion) -> int:
     check_shapes(conversion.architecture, source)
     items = _whole_model(conversion, conversion.dtype or _dtype(source.is_bf16))
     with _staged(conversion, items) as folder, _progress(conversion) as bar:
-        _write_megatron(_share(items), source, folder, bar)
+        _write_megatron(own_share(items), source, folder, bar)
         return _compare(items, folder, source, conversion, bar)
 
 
@@ -147,7 +132,7 @@ def _dtype(is_bf16: bool) -> str:
     return "bf16" if is_bf16 else "fp32"
 
 
-def _whole_model(conversion: Conversion, dtype: str) -> list[_Item]:
+def _whole_model(conversion: Conversion, dtype: str) -> list[Item]:
     """Every parameter, in the order of the HF model's tensors; joins the job."""
     world_size = world_size_from_environment()
     whole = Layout(
@@ -166,23 +151,12 @@ def _whole_model(conversion: Conversion, dtype: str) -> list[_Item]:
     model = build_model(config, conversion.architecture, groups, on_meta=True)
     shards = weight_shards(model)
     order = {name: number for number, name in enumerate(hf_shapes(conversion.architecture))}
-    items = [_item(local, shards[local.parameter]) for local in local_tensors(model)]
+    items = [make_item(local, shards[local.parameter]) for local in local_tensors(model)]
     return sorted(items, key=lambda item: order[item.entry.hf_names[0]])
 
 
-def _item(local: LocalTensor, shard: Shard) -> _Item:
-    if local.expert is not None:
-        assert isinstance(shard, StackedShard)
-        shard = shard.part(local.expert)
-    return _Item(local.entry, local.of(local.parameter), shard)
-
-
-def _share(all_of_them: Sequence[Any]) -> Sequence[Any]:
-    return all_of_them[dist.get_rank() :: dist.get_world_size()]
-
-
 @contextlib.contextmanager
-def _staged(conversion: Conversion, items: Sequence[_Item]) -> Iterator[Path]:
+def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
     """A hidden folder beside the target, which gets the target's name at the end and goes away after an error."""
     target, is_main = conversion.target, dist.get_rank() == 0
     partial = stage(target)
@@ -210,12 +184,12 @@ def _progress(conversion: Conversion) -> Iterator[Progress]:
         yield bar
 
 
-def _task(bar: Progress, name: str, items: Sequence[_Item]) -> TaskID:
+def _task(bar: Progress, name: str, items: Sequence[Item]) -> TaskID:
     share = f" (this process's share of {dist.get_world_size()})" if dist.get_world_size() > 1 else ""
     return bar.add_task(name + share, total=sum(len(item) for item in items))
 
 
-def _write_megatron(items: Sequence[_Item], source: SafetensorsSource, folder: Path, bar: Progress) -> None:
+def _write_megatron(items: Sequence[Item], source: SafetensorsSource, folder: Path, bar: Progress) -> None:
     item_of = {(piece.key, piece.global_offset): item for item in items for piece in stored(item.shard)}
     task = _task(bar, "writing", items)
     problems: list[str] = []
@@ -238,9 +212,9 @@ def _write_megatron(items: Sequence[_Item], source: SafetensorsSource, folder: P
     raise_together(source, MISFIT, problems, DataError)
 
 
-def _write_hf(items: Sequence[_Item], conversion: Conversion, folder: Path, bar: Progress) -> None:
-    batches = _batches(items, conversion.batch_bytes)
-    task = _task(bar, "writing", [item for batch in _share(batches) for item in batch])
+def _write_hf(items: Sequence[Item], conversion: Conversion, folder: Path, bar: Progress) -> None:
+    batches = in_batches(items, conversion.batch_bytes)
+    task = _task(bar, "writing", [item for batch in own_share(batches) for item in batch])
     problems: list[str] = []
 
     def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -248,7 +222,7 @@ def _write_hf(items: Sequence[_Item], conversion: Conversion, folder: Path, bar:
         save_file(tensors, folder / file_name(number, len(batches)), metadata=METADATA)
         bar.advance(task, len(tensors))
 
-    _for_each_batch(conversion.source, batches, write)
+    for_each_batch(conversion.source, batches, write)
     raise_together(conversion.source, MISFIT, problems)
     if dist.get_rank() == 0:
         names = [[name for item in batch for name in item.entry.hf_names] for batch in batches]
@@ -257,11 +231,11 @@ def _write_hf(items: Sequence[_Item], conversion: Conversion, folder: Path, bar:
 
 
 def _compare(
-    items: Sequence[_Item], megatron: Path, hf: SafetensorsSource, conversion: Conversion, bar: Progress
+    items: Sequence[Item], megatron: Path, hf: SafetensorsSource, conversion: Conversion, bar: Progress
 ) -> int:
     """Compares every tensor of the two, as they are on disk; how many there are."""
-    batches = _batches(items, conversion.batch_bytes)
-    task = _task(bar, "comparing", [item for batch in _share(batches) for item in batch])
+    batches = in_batches(items, conversion.batch_bytes)
+    task = _task(bar, "comparing", [item for batch in own_share(batches) for item in batch])
     problems: list[str] = []
 
     def compare(_: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -270,36 +244,6 @@ def _compare(
         problems.extend(not_finite(tensors.items()))
         bar.advance(task, len(tensors))
 
-    _for_each_batch(megatron, batches, compare)
+    for_each_batch(megatron, batches, compare)
     raise_together(conversion.target, "read back, it is not the source; convert again", problems)
     return sum(len(item) for item in items)
-
-
-def _for_each_batch(
-    path: Path, batches: Sequence[Sequence[_Item]], use: Callable[[int, dict[str, torch.Tensor]], None]
-) -> None:
-    """Calls `use` with the number and the HF tensors of each batch of this process's share. Collective."""
-    world_size = dist.get_world_size()
-    for start in range(0, len(batches), world_size):
-        number = start + dist.get_rank()
-        # A process without a batch takes part in reading.
-        batch = batches[number] if number < len(batches) else []
-        found = read_shards(path, {item.parameter: item.shard for item in batch})
-        tensors: dict[str, torch.Tensor] = {}
-        for item in batch:
-            tensors |= zip(item.entry.hf_names, item.entry.merge([found.pop(item.parameter)]), strict=True)
-        if batch:
-            use(number, tensors)
-        del tensors
-
-
-def _batches(items: Sequence[_Item], max_bytes: int) -> list[list[_Item]]:
-    batches: list[list[_Item]] = [[]]
-    used = 0
-    for item in items:
-        if batches[-1] and used + item.parameter.nbytes > max_bytes:
-            batches.append([])
-            used = 0
-        batches[-1].append(item)
-        used += item.parameter.nbytes
-    return batches

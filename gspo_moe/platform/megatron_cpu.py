@@ -2,8 +2,8 @@
 
 Strategy: only modules below `megatron.core` see anything new. An import hook rewrites their compiled constants
 ("cuda" becomes "cpu", "torch.cuda.FloatTensor" becomes "torch.FloatTensor") and gives each of them, as its global
-`torch`, a copy of torch's namespace whose `cuda` and `distributed` answer on CPU. torch itself and every other library
-keep what they had, save for the one entry of `ANSWERS` that says so.
+`torch`, a copy of torch's namespace whose `cuda` and `distributed` answer on CPU (`torch_overlay`). torch itself and
+every other library keep what they had, save for the one entry of `ANSWERS` that says so.
 
 Invariants: applied only where torch finds no GPU, before megatron.core's first import, once; refused for versions of
 megatron-core that it was not tried on.
@@ -11,7 +11,6 @@ megatron-core that it was not tried on.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from gspo_moe.errors import ConfigError
+from gspo_moe.platform.torch_overlay import torch_overlay
 
 PACKAGE = "megatron.core"
 TRIED_VERSIONS = ((0, 16, 1), (0, 20))
@@ -70,116 +70,6 @@ ANSWERS = (
         "embedding sharing calls it; without a GPU it would only raise",
     ),
 )
-
-
-class _Event:
-    """Stands for torch.cuda.Event: everything before it has already happened."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def record(self, *_: Any) -> None: ...
-    def wait(self, *_: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def query(self) -> bool:
-        return True
-
-
-class _Stream:
-    """Stands for torch.cuda.Stream: the one order in which a CPU thread works."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def wait_stream(self, *_: Any) -> None: ...
-    def wait_event(self, *_: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-
-class _Overlay(ModuleType):
-    """A module's namespace with some names replaced; what it does not hold is looked up in the original."""
-
-    def __init__(self, original: ModuleType, **replaced: Any) -> None:
-        super().__init__(original.__name__)
-        vars(self).update(vars(original))
-        vars(self).update(replaced)
-        self._original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _cuda_overlay() -> _Overlay:
-    generator = torch.Generator()
-    stream = _Stream()
-
-    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-        generator.set_state(state)
-
-    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-        return generator.get_state()
-
-    nvtx = _Overlay(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing, mark=_nothing)
-    return _Overlay(
-        torch.cuda,
-        current_device=lambda: torch.device("cpu"),
-        device=lambda *_: contextlib.nullcontext(),
-        Stream=_Stream,
-        Event=_Event,
-        stream=lambda _: contextlib.nullcontext(),
-        current_stream=lambda *_: stream,
-        default_stream=lambda *_: stream,
-        synchronize=_nothing,
-        set_device=_nothing,
-        empty_cache=_nothing,
-        memory_allocated=lambda *_: 0,
-        manual_seed=generator.manual_seed,
-        get_rng_state=get_rng_state,
-        set_rng_state=set_rng_state,
-        nvtx=nvtx,
-    )
-
-
-def _splits_as_list(splits: Any) -> list[int] | None:
-    return splits.tolist() if hasattr(splits, "tolist") else splits
-
-
-def _all_to_all_single(
-    output: torch.Tensor,
-    input: torch.Tensor,
-    output_split_sizes: Any = None,
-    input_split_sizes: Any = None,
-    **kwargs: Any,
-) -> Any:
-    return torch.distributed.all_to_all_single(
-        output, input, _splits_as_list(output_split_sizes), _splits_as_list(input_split_sizes), **kwargs
-    )
-
-
-def _all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
-    sizes = [len(output) for output in outputs]
-    if len(set(sizes)) == 1:
-        return torch.distributed.all_gather(outputs, tensor, group=group, **kwargs)
-    received = tensor.new_empty(sum(sizes), *tensor.shape[1:])
-    copies = torch.cat([tensor] * len(sizes))
-    torch.distributed.all_to_all_single(received, copies, sizes, [len(tensor)] * len(sizes), group=group)
-    for output, part in zip(outputs, received.split(sizes), strict=True):
-        output.copy_(part)
-    return None
-
-
-def _reduce_scatter(output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **kwargs: Any) -> Any:
-    sizes = [len(part) for part in inputs]
-    if len(set(sizes)) == 1:
-        return torch.distributed.reduce_scatter(output, inputs, group=group, **kwargs)
-    received = output.new_empty(len(sizes), *output.shape)
-    torch.distributed.all_to_all_single(
-        received.flatten(0, 1), torch.cat(inputs), [len(output)] * len(sizes), sizes, group=group
-    )
-    torch.sum(received, dim=0, out=output)
-    return None
 
 
 def _constants_for_cpu(code: CodeType) -> CodeType:
@@ -294,16 +184,6 @@ def prepare_megatron() -> bool:
         return True
     if PACKAGE in sys.modules:
         raise ConfigError("megatron.core was imported before gspo_moe; import gspo_moe.platform first")
-    overlay = _Overlay(
-        torch,
-        cuda=_cuda_overlay(),
-        distributed=_Overlay(
-            torch.distributed,
-            all_to_all_single=_all_to_all_single,
-            all_gather=_all_gather,
-            reduce_scatter=_reduce_scatter,
-        ),
-    )
-    sys.meta_path.insert(0, _Finder(overlay))
+    sys.meta_path.insert(0, _Finder(torch_overlay()))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return True

@@ -16,7 +16,7 @@ from gspo_moe.tasks.protocol import last_answer
 from gspo_moe.tasks.rewards import Reward
 from gspo_moe.training import session
 from gspo_moe.training.loop import train
-from gspo_moe.training.plan import make_plan
+from gspo_moe.training.preflight import preflight
 from tests.e2e.program import metrics_by_step
 
 STEPS = 3
@@ -65,7 +65,7 @@ Run = dict[int, dict[str, float]]
 
 def run(folder: Path, tokenizer: Path, *overrides: str) -> Run:
     given = (f"logging.run_dir={folder}", f"tokenizer.path={tokenizer}", *overrides)
-    train(make_plan(load_config(None, [*SETTINGS, *given])))
+    train(preflight(load_config(None, [*SETTINGS, *given])))
     shut_down()
     return metrics_by_step(folder)
 

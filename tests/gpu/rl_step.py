@@ -13,7 +13,7 @@ from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import last_answer
 from gspo_moe.tasks.rewards import Reward
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
-from gspo_moe.training.plan import make_plan
+from gspo_moe.training.preflight import preflight
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
 from tests.launch import renew_port
@@ -46,7 +46,7 @@ def settings(folder: Path, backend: str, parallel: dict[str, int]) -> Config:
 def step_save_and_load(folder: Path, backend: str, parallel: dict[str, int] | None = None) -> None:
     """Takes a step, saves, spoils the weights, loads, and takes another step. Collective."""
     config = settings(folder, backend, parallel or {})
-    session = open_session(make_plan(config))
+    session = open_session(preflight(config))
     session.close()
     session.answerer = replace(session.answerer, pool=Variety(config.task, config.seed))
     try:
@@ -73,7 +73,7 @@ def step_twice(folder: Path, backend: str) -> None:
     found = []
     for name in ("once", "again"):
         config = settings(folder / name, backend, {})
-        session = open_session(make_plan(config))
+        session = open_session(preflight(config))
         session.close()
         session.answerer = replace(session.answerer, pool=Variety(config.task, config.seed))
         try:

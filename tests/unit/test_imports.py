@@ -16,7 +16,7 @@ FLOORS = (
     {"rollout", "scoring"},
     {"model", "routing"},
     {"parallel"},
-    {"kernels", "data", "tasks", "observability"},
+    {"kernels", "data", "tasks", "observability", "planning"},
     {"platform", "config"},
     {"packages", "algorithms"},
     {"section"},

@@ -260,6 +260,10 @@ PyMODINIT_FUNC PyInit__C() {
   PyModule_AddIntConstant(made, "with_cuda", 0);
 #endif
   const GspoCpuKernels* const kernels = gspo_cpu_kernels(std::getenv("GSPO_MOE_CPU"));
+#define GSPO_TEXT_OF(name) #name
+#define GSPO_TEXT(name) GSPO_TEXT_OF(name)
+  // build.library_fingerprint of these sources, which the loader compares with those that lie beside the library.
+  PyModule_AddStringConstant(made, "sources", GSPO_TEXT(GSPO_MOE_SOURCES));
   PyModule_AddStringConstant(made, "cpu", kernels ? kernels->name : "");
   return made;
 }

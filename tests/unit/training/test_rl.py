@@ -15,8 +15,8 @@ from gspo_moe.config.training import ScheduleConfig
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.packs import pack_share
-from gspo_moe.training.plan import make_plan
 from gspo_moe.training.rl import rl_step
+from gspo_moe.training.preflight import preflight
 from gspo_moe.training.session import Trainer, open_session, open_trainer
 from gspo_moe.training.sft import demonstration
 from gspo_moe.types import Prompt, Rollout, TrainingSample
@@ -39,7 +39,7 @@ LARGER = ScheduleConfig(micro_batch_tokens=65)
 
 @contextlib.contextmanager
 def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
-    session = open_session(make_plan(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])))
+    session = open_session(preflight(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])))
     try:
         yield open_trainer(session)
         renew_port()

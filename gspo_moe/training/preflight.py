@@ -1,15 +1,20 @@
-"""Settles a run before any process group starts: files, tokenizer, architecture, layout."""
+"""Settles a run before any process group starts: files, tokenizer, architecture, layout, bank."""
 
 from __future__ import annotations
 
+import os
+
 from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
+from gspo_moe.config.continuing import check_continues
 from gspo_moe.config.layout import check_layout
+from gspo_moe.config.outputs import hold
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.rendering import render_prompt
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.errors import ConfigError
 from gspo_moe.evaluation.evaluate import check_held_out
+from gspo_moe.model.hf import check_export
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import SAMPLING, describe_bank
@@ -20,7 +25,7 @@ from gspo_moe.training.session import Plan
 TOKENIZER_TEXTS = 1000
 
 
-def make_plan(config: Config) -> Plan:
+def preflight(config: Config) -> Plan:
     """Raises ConfigError, in one message, for everything about the run that cannot work here."""
     check_files(config)
     task = make_task(config.task, config.seed)
@@ -46,6 +51,23 @@ def make_plan(config: Config) -> Plan:
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
     return Plan(config, layout, architecture, tokenizer, task)
+
+
+def take_run_folder(config: Config, *, ends_together: bool) -> None:
+    """The main process holds `logging.run_dir`, and sees that the run may go on there.
+
+    ends_together: a launcher ends all processes with one that fails; without it each sees what it can for itself, lest
+    the others wait for a main process that is gone. Raises ConfigError, DataError for an export that is not ours.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if ends_together and not is_main:
+        return
+    check_files(config)
+    if is_main:
+        hold(config.run_path, "logging.run_dir")
+    check_continues(config)
+    if config.checkpoint.export_hf:
+        check_export(config.run_path / "hf")
 
 
 def check_bank(config: Config, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.config.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
+from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
 from tests.qwen3 import architecture, reference_model
 
 # Sizes without a common pattern, so that no two terms of the formula can stand in for each other.
