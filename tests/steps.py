@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gspo_moe.algorithms import PolicyStatistics
+from gspo_moe.algorithms import PolicyStatistics, Segments
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.model.build import Model
 from gspo_moe.routing.recorder import Recording, RouteRecorder
@@ -27,6 +27,10 @@ class Result:
     update: UpdateResult
     log_probs: list[torch.Tensor]
     routes: list[Recording]
+
+
+def with_segments(packs: Sequence[Microbatch]) -> list[tuple[Microbatch, Segments]]:
+    return [(pack, Segments.of_pack(pack.cu_seqlens, pack.response_mask_T)) for pack in packs]
 
 
 def training_packs(model: Model, packs: Sequence[Microbatch], **found: Any) -> list[TrainingPack]:

@@ -158,7 +158,7 @@ def report(
     """What --json writes. Tokens, TFLOP and seconds are a step's; peak_tflops and mfu are None where unknown."""
     config, architecture, on_gpu = plan.config, plan.architecture, device().kind == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads a process"
-    groups = [scored.group for result in results for scored in result.answers.groups]
+    groups = [group for result in results for group in result.batch.groups]
     needed = needed_flops(architecture, groups, scored=config.algorithm.old_log_probs == "trainer")
     tflop = {phase: {k: v / len(results) / 1e12 for k, v in parts.items()} for phase, parts in needed.items()}
     seconds = {phase: spread([rank.seconds[phase] for rank in ranks]) for phase in ranks[0].seconds}
@@ -210,7 +210,7 @@ def needed_flops(architecture: Architecture, groups: Sequence[RolloutGroup], sco
         generation(len(group.rollouts[0].prompt_ids), [len(rollout.response_ids) for rollout in group.rollouts])
         for group in groups
     ]
-    whole = whole_sequences(len(rollout.prompt_ids) + len(rollout.response_ids) - 1 for rollout in rollouts)
+    whole = whole_sequences(len(rollout.token_ids) - 1 for rollout in rollouts)
     forward = forward_flops(architecture, whole)
     return {
         "rollout": forward_flops(architecture, sum(sampling, Work())),

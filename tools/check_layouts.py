@@ -165,7 +165,7 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.routing.comparison import gather_layers
     from gspo_moe.scoring.score import score
     from gspo_moe.training.optimizer import Optimizer
-    from gspo_moe.training.packs import pack_share
+    from gspo_moe.training.packs import microbatches, pack_share
     from gspo_moe.training.routing import compare_packs
     from tests.steps import train_minibatch
 
@@ -184,7 +184,7 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
             return super().update()
 
     optimizer = WatchedOptimizer(config, model, STEPS)
-    minibatches = [pack_share(_samples(step), model.groups, config) for step in range(STEPS)]
+    minibatches = [microbatches(pack_share(_samples(step), model.groups, config)) for step in range(STEPS)]
     every = [pack for packs in minibatches for pack in packs]
     record = recorder.start()
     scored = score(model, every, record=record)

@@ -26,14 +26,14 @@ def score_variant(path: str, overrides: list[str], samples: list[Any] | None) ->
     from gspo_moe.parallel.groups import leave_layout
     from gspo_moe.routing.recorder import RouteRecorder
     from gspo_moe.scoring.score import score
-    from gspo_moe.training.packs import pack_share
+    from gspo_moe.training.packs import microbatches, pack_share
     from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session
 
     config = load_config(path, overrides)
     session = open_session(preflight(config))
     samples = samples or answer(session)
-    packs = pack_share(samples, session.groups, config)
+    packs = microbatches(pack_share(samples, session.groups, config))
     record = RouteRecorder(session.model.chunks, session.model.architecture, session.groups).start()
     scored = score(session.model, packs, record=record)
     found = {}

@@ -14,7 +14,7 @@ from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.training.checkpoint import Progress, dist_checkpointing, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.packs import pack_share
+from gspo_moe.training.packs import microbatches, pack_share
 from gspo_moe.types import TrainingSample
 from tests.launch import launch
 from tests.policy import trained
@@ -71,7 +71,7 @@ def learn(model: Model, optimizer: Optimizer, config: Config, updates: int) -> l
         TrainingSample(tuple(ids.tolist()), (0,) + (1,) * (len(ids) - 1))
         for ids in random_sequences(model.architecture, (5, 9, 7, 6), seed=10)
     ]
-    packs = pack_share(samples, model.groups, config)
+    packs = microbatches(pack_share(samples, model.groups, config))
     found = []
     for _ in range(updates):
         statistics, update = train_supervised(model, optimizer, packs, num_tokens=23)

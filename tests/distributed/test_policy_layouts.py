@@ -212,7 +212,7 @@ def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel:
         assert found[kind].keys() == named.keys()
         for name, rollout in named.items():
             one: Rollout = found[kind][name]
-            assert (one.response_ids, one.finished) == (rollout.response_ids, rollout.finished), (parallel, kind, name)
+            assert (one.response_ids, one.finish) == (rollout.response_ids, rollout.finish), (parallel, kind, name)
             assert one.log_probs == pytest.approx(rollout.log_probs, abs=1e-4), (parallel, kind, name)
             assert (one.routes is None) == (kind == "greedy")
             if one.routes is not None and rollout.routes is not None:

@@ -24,7 +24,7 @@ from tests.distributed.test_policy_layouts import CHECKPOINT, DONE, SIZES, by_sa
 from tests.launch import launch
 from tests.policy import trained
 from tests.qwen3 import layout, random_sequences
-from tests.steps import train_minibatch
+from tests.steps import train_minibatch, with_segments
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -47,13 +47,13 @@ def config(**parallel: Any) -> Config:
 
 
 def samples() -> list[TrainingSample]:
-    """A prompt, a response, and tool tokens where there is room; `advantage` is the reward."""
+    """A prompt, a response, and tool tokens where there is room; with rewards."""
     found = []
     for number, ids in enumerate(random_sequences(SIZES, LENGTHS, seed=8)):
         mask = [0] + [1] * (len(ids) - 1)
         if len(ids) > 8:
             mask[5:7] = [0, 0]
-        found.append(TrainingSample(tuple(ids.tolist()), tuple(mask), advantage=(-1.0) ** number * (1 + number / 7)))
+        found.append(TrainingSample(tuple(ids.tolist()), tuple(mask), reward=(-1.0) ** number * (1 + number / 7)))
     return found
 
 
@@ -75,7 +75,7 @@ def observe(model: Model, optimizer: Optimizer) -> Any:
     mine, settings = packs(model.groups, samples()), config()
     scored = score_with_values(model, mine)
     values = [values_T for _, values_T in scored]
-    estimates = estimate(mine, shaken(values, mine, 0.1), settings.algorithm.settings, model.groups)
+    estimates = estimate(with_segments(mine), shaken(values, mine, 0.1), settings.algorithm.settings, model.groups)
     tokens = sum(sum(sample.response_mask) for sample in samples())
     old = shaken([log_probs_T for log_probs_T, _ in scored], mine, 0.2)
     more: dict[str, Any] = {"num_tokens": tokens, "estimates": estimates}

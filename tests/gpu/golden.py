@@ -28,7 +28,7 @@ from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.packs import pack_share
+from gspo_moe.training.packs import microbatches, pack_share
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.launch import renew_port
 from tests.qwen3 import Tensors
@@ -159,7 +159,7 @@ def observe(config: Config, layout: Layout, tensors: dict[str, torch.Tensor] | N
         greedy = _greedy(model)
         recorder = RouteRecorder(model.chunks, SIZES, groups)
         optimizer = Optimizer(config, model, total_updates=1)
-        packs = pack_share(samples(), groups, config)
+        packs = microbatches(pack_share(samples(), groups, config))
         record = recorder.start()
         log_probs = score(model, packs, record=record)
         whole = [gather_layers(one.routes_TLK, recorder.layers) for one in record.recordings()]

@@ -15,7 +15,7 @@ from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.optimizer import Optimizer
-from gspo_moe.training.packs import pack_share
+from gspo_moe.training.packs import microbatches, pack_share
 from tests.gpu.golden import BF16, FP32, LENGTHS, PROMPTS, SIZES, Tolerance, samples, settings, weights
 from tests.gpu.rl_step import step_save_and_load
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
@@ -80,7 +80,7 @@ def training_step() -> Waits:
     model, config = _model()
     recorder = RouteRecorder(model.chunks, SIZES, model.groups)
     optimizer = Optimizer(config, model, total_updates=2)
-    packs = pack_share(samples(), model.groups, config)
+    packs = microbatches(pack_share(samples(), model.groups, config))
     old, _ = score_and_record(model, packs, recorder)
 
     def step() -> Waits:

@@ -6,25 +6,17 @@ import pytest
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.evaluation.evaluate import check_held_out, evaluate, evaluation_metrics, held_out_prompts
-from gspo_moe.rollout.answers import Answers, ScoredGroup
-from gspo_moe.types import Prompt, Rollout, RolloutGroup
-
-
-def scored(uid: str, rewards: tuple[float, ...], lengths: tuple[int, ...], finished: tuple[bool, ...]) -> ScoredGroup:
-    rollouts = tuple(
-        Rollout(uid, number, (1,), (2,) * length, (-1.0,) * length, done, 0)
-        for number, (length, done) in enumerate(zip(lengths, finished, strict=True))
-    )
-    return ScoredGroup(RolloutGroup(Prompt(uid, "?", "t"), rollouts), rewards)
+from gspo_moe.types import Prompt
+from tests.rollouts import rewarded
 
 
 def test_accuracy_counts_full_rewards_and_reward_is_the_mean() -> None:
     groups = (
-        scored("eval/0", (1.0, 0.5), (3, 5), (True, False)),
-        scored("eval/1", (0.0, 1.0), (4, 4), (True, True)),
-        scored("eval/2", (1.5, -1.0), (1, 1), (True, True)),
+        rewarded("eval/0", (1.0, 0.5), (3, 5), (True, False)),
+        rewarded("eval/1", (0.0, 1.0), (4, 4), (True, True)),
+        rewarded("eval/2", (1.5, -1.0), (1, 1), (True, True)),
     )
-    assert evaluation_metrics(Answers(groups, 0, 0, None)) == pytest.approx(
+    assert evaluation_metrics(groups) == pytest.approx(
         {
             "eval/accuracy": 3 / 6,
             "eval/reward": 3 / 6,
@@ -48,15 +40,17 @@ def test_more_held_out_prompts_than_there_are_are_refused() -> None:
         check_held_out(Config.model_validate({"evaluation": {"prompts": 3}}), task)
 
 
-def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
+def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def generate(prompts: Any, samples: int, params: Any, policy_version: int) -> str:
-        asked.append((samples, params, policy_version))
+    def generate(prompts: Any, samples: int, params: Any) -> str:
+        asked.append((samples, params))
         return "share"
 
-    answered = Answers((scored("eval/0", (1.0, 0.0), (1, 1), (True, True)),), 1, 0, "eval/0 broke")
-    answerer: Any = SimpleNamespace(generate=generate, rewards=lambda share: answered)
+    answered = [rewarded("eval/0", (1.0, 0.0), (1, 1), (True, True))]
+    groups = SimpleNamespace(data_context=None)
+    answerer: Any = SimpleNamespace(generate=generate, reward=lambda share: answered, groups=groups)
+    monkeypatch.setattr("gspo_moe.evaluation.evaluate.gather_objects", lambda value, group: [value])
     config = Config.model_validate(
         {
             "seed": 5,
@@ -64,10 +58,10 @@ def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated() -> None:
             "rollout": {"top_p": 0.5, "top_k": 3, "temperature": 2.0, "max_response_tokens": 9},
         }
     )
-    for version in (0, 40):
-        assert evaluate(config, answerer, [], frozenset({7}), version) == answered
-    (samples, params, first), (_, again, last) = asked
-    assert (samples, first, last) == (2, 0, 40)
+    for _ in range(2):
+        assert evaluate(config, answerer, [], frozenset({7})) == answered
+    (samples, params), (_, again) = asked
+    assert samples == 2
     assert params == again
     assert (params.temperature, params.top_p, params.top_k) == (0.25, 1.0, 0)
     assert (params.max_response_tokens, params.stop_ids) == (9, {7})

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from gspo_moe.errors import DataError, RolloutError
-from gspo_moe.rollout.answers import ScoredGroup
 from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
 from gspo_moe.types import Message, Prompt, Rollout, RolloutGroup
 
@@ -19,13 +18,14 @@ def rollout(uid: str, index: int, response: int, *, routes: bool) -> Rollout:
     return Rollout(
         uid=uid,
         sample_index=index,
-        prompt_ids=(7, 300, 5)[: index + 2],
-        response_ids=tuple(range(response)),
+        token_ids=(*(7, 300, 5)[: index + 2], *range(response)),
+        policy_mask=(0,) * (index + 2) + (1,) * response,
         # Floats with all their digits, as float32 engines give them.
         log_probs=tuple((-torch.rand(response, generator=generator)).tolist()),
-        finished=bool(index),
-        policy_version=4,
-        text=f"é {index}",
+        finish="stop" if index else "length",
+        versions=((4, response),),
+        turns=(Turn("policy", f"é {index}"),),
+        reward=Reward(1.0 if index else response / 10, {"right": 0.5}),
         routes=torch.randint(320, (index + 1 + response, 3, 2), generator=generator).short() if routes else None,
     )
 
@@ -38,7 +38,7 @@ def bank(*, routes: bool) -> Bank:
         if number == 1:
             prompt = Prompt(uid, "", "chat", messages=(Message("user", "hello"),))
         rollouts = tuple(rollout(uid, index, number + 2 * index + 1, routes=routes) for index in range(2))
-        groups.append(ScoredGroup(RolloutGroup(prompt, rollouts), (0.1 * number, 1.0)))
+        groups.append(RolloutGroup(prompt, rollouts))
     return Bank(tuple(groups), {"temperature": 1.0, "vocab_size": 400})
 
 
@@ -50,7 +50,7 @@ def test_everything_comes_back_as_it_was(routes: bool, tmp_path: Path) -> None:
     assert found == made
     assert describe_bank(tmp_path / "sub" / "bank.safetensors")["has_routes"] is routes
     for ours, theirs in zip(made.groups, found.groups, strict=True):
-        for left, right in zip(ours.group.rollouts, theirs.group.rollouts, strict=True):
+        for left, right in zip(ours.rollouts, theirs.rollouts, strict=True):
             assert (left.routes is None) == (right.routes is None) == (not routes)
             if left.routes is not None and right.routes is not None:
                 assert left.routes.dtype == right.routes.dtype
@@ -60,8 +60,8 @@ def test_everything_comes_back_as_it_was(routes: bool, tmp_path: Path) -> None:
 
 def test_answers_come_by_prompt() -> None:
     made = bank(routes=False)
-    prompts = [made.groups[2].group.prompt, made.groups[0].group.prompt]
-    assert made.answers(prompts).groups == (made.groups[2], made.groups[0])
+    prompts = [made.groups[2].prompt, made.groups[0].prompt]
+    assert made.answers(prompts) == [made.groups[2], made.groups[0]]
     for other in (replace(prompts[0], uid="train/9"), replace(prompts[0], text="count 2:")):
         with pytest.raises(RolloutError, match=r"no answers to train/.*its seed, task"):
             made.answers([other])
@@ -76,7 +76,11 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("reward", [-1.1e6, math.nan])
 def test_rewards_that_no_run_would_keep_are_refused(reward: float, tmp_path: Path) -> None:
     made = bank(routes=False)
-    write_bank(tmp_path / "bank", replace(made, groups=(replace(made.groups[0], rewards=(0.5, reward)),)))
+    first = made.groups[0]
+    write_bank(
+        tmp_path / "bank",
+        replace(made, groups=(replace(first, rollouts=(replace(first.rollouts[0], reward=Reward(reward)),)),)),
+    )
     with pytest.raises(DataError, match=r"holds a reward of size (1.1e\+06|nan), beyond 1e\+06"):
         read_bank(tmp_path / "bank")
 

@@ -26,7 +26,7 @@ from gspo_moe.types import Microbatch
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, reference_model, tensors_in
 from tests.steps import Result as MinibatchResult
-from tests.steps import train_minibatch
+from tests.steps import train_minibatch, with_segments
 from tests.unit.training.test_checkpoint import KINDS
 from tests.unit.training.test_step import LENGTHS, TEMPERATURE, samples
 
@@ -67,7 +67,7 @@ def old_policy(model: Model, packs: Sequence[Microbatch]) -> tuple[list[torch.Te
 
 def step(model: Model, optimizer: Any, config: Config, packs: Sequence[Microbatch]) -> MinibatchResult:
     log_probs, values = old_policy(model, packs)
-    estimates = estimate(packs, values, config.algorithm.settings, model.groups)
+    estimates = estimate(with_segments(packs), values, config.algorithm.settings, model.groups)
     more: dict[str, Any] = {"num_tokens": TOKENS, "estimates": estimates}
     return train_minibatch(
         model, optimizer, packs, log_probs, config.algorithm, len(LENGTHS), TEMPERATURE, None, **more
@@ -175,7 +175,7 @@ def test_values_come_with_the_same_log_probs() -> None:
         plain, both = score(model, packs), score_with_values(model, packs)
         assert all(torch.equal(one, other) for one, (other, _) in zip(plain, both, strict=True))
         assert all(values_T.shape == pack.target_ids_T.shape for pack, (_, values_T) in zip(packs, both, strict=True))
-        assert estimate(packs, [], configured().algorithm.settings, model.groups) == []
+        assert estimate(with_segments(packs), [], configured().algorithm.settings, model.groups) == []
 
 
 def test_other_algorithms_have_no_value_head() -> None:
@@ -189,7 +189,7 @@ def test_advantages_are_whitened_over_the_step() -> None:
     with trained(configured(), layout()) as (model, _):
         packs = packs_of(samples(), per_pack=3)
         found: list[Estimates] = estimate(
-            packs, old_policy(model, packs)[1], configured().algorithm.settings, model.groups
+            with_segments(packs), old_policy(model, packs)[1], configured().algorithm.settings, model.groups
         )
     kept = torch.cat([e.advantages_T[p.response_mask_T != 0] for e, p in zip(found, packs, strict=True)])
     assert kept.mean().item() == pytest.approx(0, abs=1e-12)
@@ -201,9 +201,11 @@ def test_values_that_are_not_finite_are_told_before_they_train() -> None:
         packs = packs_of(samples(), per_pack=3)
         _, values = old_policy(model, packs)
         assert value_fault([]) is None
-        assert value_fault(estimate(packs, values, configured().algorithm.settings, model.groups)) is None
+        assert (
+            value_fault(estimate(with_segments(packs), values, configured().algorithm.settings, model.groups)) is None
+        )
         values[-1][packs[-1].response_mask_T.nonzero()[-1]] = math.inf
-        fault = value_fault(estimate(packs, values, configured().algorithm.settings, model.groups))
+        fault = value_fault(estimate(with_segments(packs), values, configured().algorithm.settings, model.groups))
     assert "the value head's values" in str(fault)
 
 

@@ -15,8 +15,8 @@ from gspo_moe.config.training import ScheduleConfig
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.packs import pack_share
-from gspo_moe.training.rl import rl_step
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session, open_trainer
 from gspo_moe.training.sft import demonstration
 from gspo_moe.types import Prompt, Rollout, TrainingSample
@@ -55,7 +55,7 @@ def test_the_engine_pair_has_a_floor_at_equal_weights_only(tmp_path: Path, monke
 
         def older(*arguments: Any) -> list[list[Rollout]]:
             answered = type(engine).generate(engine, *arguments)
-            return [[replace(one, policy_version=one.policy_version - 1) for one in group] for group in answered]
+            return [[replace(one, versions=((-1, len(one.log_probs)),)) for one in group] for group in answered]
 
         monkeypatch.setattr(engine, "generate", older)
         metrics = rl_step(trainer).metrics

@@ -13,12 +13,12 @@ import torch
 from gspo_moe.cli import main
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.errors import RewardError
-from gspo_moe.rollout.answers import Answers
 from gspo_moe.training import loop
 from gspo_moe.training.rl import StepResult, rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save_whole_step
 from gspo_moe.training.session import Session, Trainer
+from gspo_moe.types import RolloutGroup
 from tests.unit.training.test_rl import SMALL, opened
 
 QUIET = ("logging.progress=false", "checkpoint.export_hf=false", "evaluation.prompts=2", "schedule.steps=3")
@@ -103,10 +103,10 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
     command = [*command, "schedule.steps=1"]
     evaluate = Session.evaluate
 
-    def is_signalled_at_the_end(session: Session, policy_version: int) -> Answers:
-        if policy_version:
+    def is_signalled_at_the_end(session: Session, when: str) -> list[RolloutGroup]:
+        if when != "after step 0":
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(session, policy_version)
+        return evaluate(session, when)
 
     monkeypatch.setattr(Session, "evaluate", is_signalled_at_the_end)
     assert main(command) == 128 + signal.SIGINT

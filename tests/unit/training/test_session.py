@@ -8,26 +8,28 @@ import pytest
 
 from gspo_moe.config import load_config
 from gspo_moe.errors import RewardError
-from gspo_moe.rollout.answers import Answers, ScoredGroup
 from gspo_moe.training.session import Session
-from gspo_moe.types import Prompt, RolloutGroup
+from gspo_moe.types import RolloutGroup
+from tests.rollouts import rewarded
 
-GROUP = ScoredGroup(RolloutGroup(Prompt("train/0", "?", "t"), ()), (0.0, 1.0))
+
+def groups(failed: int) -> list[RolloutGroup]:
+    return [rewarded("train/0", (0.0, 1.0), (1, 1), (True, True), failed)]
 
 
 def session(folder: Path, *, main: bool = True, allow: bool = False) -> Session:
     config = load_config(None, [f"logging.run_dir={folder}", f"task.reward.allow_all_failed={allow}"])
     part: Any = None
     plan: Any = SimpleNamespace(config=config)
-    groups: Any = SimpleNamespace(is_main=main)
-    return Session(plan, groups, part, part, frozenset(), part, part)
+    ranks: Any = SimpleNamespace(is_main=main)
+    return Session(plan, ranks, part, part, part, frozenset(), part, part)
 
 
 def test_failed_rewards_are_shown_and_kept_also_where_they_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, file = session(tmp_path), tmp_path / "reward_errors.txt"
-    fine, some, none = (Answers((GROUP,), failed, 0, "it broke" if failed else None) for failed in range(3))
+    fine, some, none = map(groups, range(3))
     assert one.checked(fine, "step 1") is fine
     assert not file.exists()
     assert one.checked(some, "step 2") is some
@@ -42,6 +44,6 @@ def test_failed_rewards_are_shown_and_kept_also_where_they_end_the_run(
 
 
 def test_one_process_alone_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    session(tmp_path, main=False).checked(Answers((GROUP,), 1, 0, "it broke"), "step 1")
+    session(tmp_path, main=False).checked(groups(1), "step 1")
     assert not caplog.records
     assert not list(tmp_path.iterdir())

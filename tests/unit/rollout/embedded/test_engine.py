@@ -35,7 +35,9 @@ def generate(
     max_batch: int = 64,
     prefill_tokens: int = 64,
 ) -> list[list[Rollout]]:
-    return MegatronEngine(model, max_batch, prefill_tokens).generate(asked, params)
+    engine = MegatronEngine(model, max_batch, prefill_tokens)
+    engine.publish(model, 3)
+    return engine.generate(asked, params)
 
 
 def flat(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
@@ -105,7 +107,9 @@ def test_samples_of_a_prompt_differ_and_so_do_seeds(model: Model) -> None:
     for request, group in zip(requests(), groups, strict=True):
         assert len({rollout.response_ids for rollout in group}) >= 7
         assert [rollout.sample_index for rollout in group] == list(range(8))
-        assert {(r.uid, r.prompt_ids, r.policy_version) for r in group} == {(request.uid, request.prompt_ids, 3)}
+        assert {(r.uid, r.prompt_ids, r.versions) for r in group} == {
+            (request.uid, request.prompt_ids, ((3, length),)) for length in {len(r.log_probs) for r in group}
+        }
     again, other = (generate(model, requests(samples=8), sampling(seed=seed)) for seed in ("1/0", "1/1"))
     assert again == groups
     assert sum(a != b for a, b in zip(flat(other), flat(groups), strict=True)) > 35
@@ -113,12 +117,12 @@ def test_samples_of_a_prompt_differ_and_so_do_seeds(model: Model) -> None:
 
 def test_a_response_ends_with_its_first_stop_token_or_at_the_length_limit(model: Model) -> None:
     rollouts = flat(generate(model, requests(samples=8), sampling()))
-    assert {rollout.finished for rollout in rollouts} == {True, False}
+    assert {rollout.finish for rollout in rollouts} == {"stop", "length"}
     for rollout in rollouts:
         *before, last = rollout.response_ids
         assert not STOP & set(before)
-        assert rollout.finished == (last in STOP)
-        assert rollout.finished or len(rollout.response_ids) == LONGEST
+        assert (rollout.finish == "stop") == (last in STOP)
+        assert rollout.finish == "stop" or len(rollout.response_ids) == LONGEST
         assert len(rollout.log_probs) == len(rollout.response_ids)
 
 
@@ -127,7 +131,7 @@ def test_one_token_is_a_whole_response(model: Model) -> None:
     for params in (sampling(stop_ids=every), sampling(longest=1, stop_ids=frozenset())):
         rollouts = flat(generate(model, requests(), params))
         assert {len(rollout.response_ids) for rollout in rollouts} == {1}
-        assert {rollout.finished for rollout in rollouts} == {bool(params.stop_ids)}
+        assert {rollout.finish for rollout in rollouts} == {"stop" if params.stop_ids else "length"}
 
 
 @pytest.mark.parametrize("max_batch", [4, 64])
