@@ -1,6 +1,7 @@
-"""An algorithm of one's own: REINFORCE with weights that fade as the policy leaves the one that sampled.
+r"""An algorithm of one's own: REINFORCE with weights that fade as the policy leaves the one that sampled.
 
-PYTHONPATH=examples gspo-moe train examples/quickstart.yaml algorithm.name=my_algorithm:FADING algorithm.options.width=0.5
+PYTHONPATH=examples gspo-moe train examples/quickstart.yaml \
+    algorithm.name=my_algorithm:FADING algorithm.options.width=0.5
 """
 
 import torch

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
-from gspo_moe.types import Message, Prompt, Rollout, RolloutGroup
+from gspo_moe.types import Message, Prompt, Reward, Rollout, RolloutGroup, Turn
 
 
 def rollout(uid: str, index: int, response: int, *, routes: bool) -> Rollout:
@@ -77,10 +77,8 @@ def test_ids_that_the_tokenizer_does_not_have_are_refused(tmp_path: Path) -> Non
 def test_rewards_that_no_run_would_keep_are_refused(reward: float, tmp_path: Path) -> None:
     made = bank(routes=False)
     first = made.groups[0]
-    write_bank(
-        tmp_path / "bank",
-        replace(made, groups=(replace(first, rollouts=(replace(first.rollouts[0], reward=Reward(reward)),)),)),
-    )
+    broken = replace(first, rollouts=(replace(first.rollouts[0], reward=Reward(reward)),))
+    write_bank(tmp_path / "bank", replace(made, groups=(broken,)))
     with pytest.raises(DataError, match=r"holds a reward of size (1.1e\+06|nan), beyond 1e\+06"):
         read_bank(tmp_path / "bank")
 

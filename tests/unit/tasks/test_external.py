@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.pool import TaskPool

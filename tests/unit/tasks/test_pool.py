@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import Task, last_answer
@@ -39,7 +39,7 @@ TROUBLE: dict[str, Any] = {
 # Two workers, one of which is busy when their trainer goes.
 KILLED = """
 import multiprocessing, os, signal, threading, time
-from gspo_moe.config.schema import RewardConfig, TaskConfig
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.tasks.pool import Item, TaskPool
 from tests.unit.tasks.test_pool import answers, make_trouble
 

@@ -34,6 +34,10 @@ TOKENS = sum(sum(sample.response_mask) for sample in samples())
 GAMMA, LAM, COEFF, CLIP, VALUE_CLIP = 0.98, 0.9, 0.7, 0.2, 0.3
 
 
+def options() -> Any:
+    return configured().algorithm.settings
+
+
 def configured(kind: dict[str, Any] | None = None, **optimizer: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient."""
     ppo = {"gamma": GAMMA, "lam": LAM, "value_coeff": COEFF, "value_clip": VALUE_CLIP}
@@ -175,7 +179,7 @@ def test_values_come_with_the_same_log_probs() -> None:
         plain, both = score(model, packs), score_with_values(model, packs)
         assert all(torch.equal(one, other) for one, (other, _) in zip(plain, both, strict=True))
         assert all(values_T.shape == pack.target_ids_T.shape for pack, (_, values_T) in zip(packs, both, strict=True))
-        assert estimate(with_segments(packs), [], configured().algorithm.settings, model.groups) == []
+        assert estimate(with_segments(packs), [], options(), model.groups) == []
 
 
 def test_other_algorithms_have_no_value_head() -> None:
@@ -188,9 +192,7 @@ def test_other_algorithms_have_no_value_head() -> None:
 def test_advantages_are_whitened_over_the_step() -> None:
     with trained(configured(), layout()) as (model, _):
         packs = packs_of(samples(), per_pack=3)
-        found: list[Estimates] = estimate(
-            with_segments(packs), old_policy(model, packs)[1], configured().algorithm.settings, model.groups
-        )
+        found: list[Estimates] = estimate(with_segments(packs), old_policy(model, packs)[1], options(), model.groups)
     kept = torch.cat([e.advantages_T[p.response_mask_T != 0] for e, p in zip(found, packs, strict=True)])
     assert kept.mean().item() == pytest.approx(0, abs=1e-12)
     assert kept.std().item() == pytest.approx(1, rel=1e-6)
@@ -201,11 +203,9 @@ def test_values_that_are_not_finite_are_told_before_they_train() -> None:
         packs = packs_of(samples(), per_pack=3)
         _, values = old_policy(model, packs)
         assert value_fault([]) is None
-        assert (
-            value_fault(estimate(with_segments(packs), values, configured().algorithm.settings, model.groups)) is None
-        )
+        assert value_fault(estimate(with_segments(packs), values, options(), model.groups)) is None
         values[-1][packs[-1].response_mask_T.nonzero()[-1]] = math.inf
-        fault = value_fault(estimate(with_segments(packs), values, configured().algorithm.settings, model.groups))
+        fault = value_fault(estimate(with_segments(packs), values, options(), model.groups))
     assert "the value head's values" in str(fault)
 
 
