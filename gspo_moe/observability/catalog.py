@@ -82,6 +82,7 @@ def _pair(pair: str, words: str) -> Iterator[MetricDoc]:
 METRICS = (
     MetricDoc("reward/mean", "reward", "mean over the step's rollouts"),
     MetricDoc("reward/std", "reward", "standard deviation over the step's rollouts"),
+    MetricDoc("reward/parts/{part}", "", "mean of a named part that the task's rubric gave"),
     MetricDoc("reward/failures", "rollouts", "rewards that raised and got `task.reward.failure_reward`"),
     MetricDoc("reward/timeouts", "rollouts", "rewards that ran past `task.reward.timeout_seconds`"),
     MetricDoc("reward/overlong_penalty", "reward", "mean of what `algorithm.overlong_buffer` takes off"),
@@ -164,12 +165,17 @@ is the l-th MoE layer, from 00, in two digits.
 """
 
 
+# Of names that tasks and algorithms give.
+OPEN = ("algorithm/{figure}", "reward/parts/{part}")
+
+
 def describe(name: str) -> MetricDoc:
     """The entry of a metric, its name perhaps with a suffix; raises KeyError for a name that is not in the catalog."""
     if name in CATALOG:
         return CATALOG[name]
-    if name.startswith("algorithm/"):
-        return CATALOG["algorithm/{figure}"]
+    for family in OPEN:
+        if name.startswith(family.partition("{")[0]):
+            return CATALOG[family]
     match = SUFFIX.match(name)
     doc = CATALOG.get(match["base"]) if match else None
     if match is None or doc is None or (MINI_BATCH if match["mini_batch"] else LAYER) not in doc.suffixes:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+
+from gspo_moe.errors import RewardError
+from gspo_moe.types import RolloutGroup
 
 FILE = "reward_errors.txt"
 _log = logging.getLogger(__name__)
@@ -19,13 +23,28 @@ def first_reward_error(run_dir: str | Path) -> str | None:
 class RewardErrors:
     """Appends to `run_dir`/reward_errors.txt; also what an attempt writes that a resumed run repeats stays there."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, main: bool, allow_all_failed: bool) -> None:
+        """main: this process writes and tells. allow_all_failed: as `task.reward.allow_all_failed`."""
         self._file = Path(run_dir) / FILE
+        self._main, self._allow_all_failed = main, allow_all_failed
         self._told = False
 
-    def tell(self, when: str, failed: int, count: int, error: str) -> None:
-        """`failed` of a batch's `count` rewards failed, the first of them with `error`."""
-        text = f"{when}: {failed} of {count} rewards failed; the first: {error}"
+    def check(self, groups: Sequence[RolloutGroup], when: str) -> None:
+        """Shows and keeps the first reward of these groups that failed.
+
+        Raises RewardError where not one rollout got a reward of its own, unless that is allowed.
+        """
+        rewards = [one.reward for group in groups for one in group.rollouts]
+        errors = [reward.error for reward in rewards if reward is not None and reward.error is not None]
+        if errors and self._main:
+            self._tell(f"{when}: {len(errors)} of {len(rewards)} rewards failed; the first: {errors[0]}")
+        if errors and len(errors) == len(rewards) and not self._allow_all_failed:
+            raise RewardError(
+                f"none of {len(rewards)} answers got a reward; the first: {errors[0]}\nMend the reward, or set task."
+                "reward.allow_all_failed=true to go on with task.reward.failure_reward for all of them"
+            )
+
+    def _tell(self, text: str) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(text + "\n\n")

@@ -109,8 +109,3 @@ class Answerer:
 
 def all_rollouts(groups: Iterable[RolloutGroup]) -> list[Rollout]:
     return [rollout for group in groups for rollout in group.rollouts]
-
-
-def failures(groups: Iterable[RolloutGroup]) -> list[str]:
-    """Why rollouts got no reward of their own, in their order."""
-    return [one.reward.error for one in all_rollouts(groups) if one.reward is not None and one.reward.error is not None]

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gspo_moe.errors import DataError, RolloutError
+from gspo_moe.config.schema import Config
+from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.files import write_whole
 from gspo_moe.tasks.rewards import LARGEST_REWARD
 from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
@@ -99,6 +100,33 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
     found: dict[str, Any] = json.loads(metadata["bank"])
     return found
+
+
+def check_bank(config: Config, vocab_size: int) -> None:
+    """Raises ConfigError where `rollout.bank` was sampled otherwise, is too small, or has no routes to replay."""
+    bank = describe_bank(config.rollout.bank or "")
+    rollout, sampling = config.rollout, bank["sampling"]
+    changed = [
+        f"rollout.{key} is {sampling[key]} there and {getattr(rollout, key)} here"
+        for key in SAMPLING
+        if sampling[key] != getattr(rollout, key)
+    ]
+    if sampling["vocab_size"] != vocab_size:
+        changed.append(f"the tokenizer has {sampling['vocab_size']} tokens there and {vocab_size} here")
+    if changed:
+        raise ConfigError(f"rollout.bank={rollout.bank}: {'; '.join(changed)}; make one with `gspo-moe bank`")
+    needed = config.schedule.steps * rollout.prompts_per_step
+    if len(bank["groups"]) < needed:
+        raise ConfigError(
+            f"rollout.bank={rollout.bank} has answers to {len(bank['groups'])} prompts, and schedule.steps="
+            f"{config.schedule.steps} with rollout.prompts_per_step={rollout.prompts_per_step} needs {needed}; lower "
+            "one of them or make a larger bank"
+        )
+    if config.routing.reports_engine_routes and not bank["has_routes"]:
+        raise ConfigError(
+            f"rollout.bank={rollout.bank} holds no routes of the rollout engine, which routing.replay=r3 and "
+            "routing.engine_routes need; make it with routing.engine_routes=true"
+        )
 
 
 def read_bank(path: str | Path) -> Bank:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from gspo_moe.config.schema import Config
 from gspo_moe.observability.timers import Timers
 from gspo_moe.rollout.answers import Answerer
 from gspo_moe.rollout.bank import Bank
@@ -32,10 +33,8 @@ class RolloutSource(Protocol):
 class EngineSource:
     """Answers of the policy as it is when they are taken."""
 
-    def __init__(
-        self, answerer: Answerer, samples: int, params: Callable[[int], SamplingParams], timers: Timers
-    ) -> None:
-        self._answerer, self._samples, self._params, self._timers = answerer, samples, params, timers
+    def __init__(self, answerer: Answerer, config: Config, stop_ids: frozenset[int], timers: Timers) -> None:
+        self._answerer, self._config, self._stop_ids, self._timers = answerer, config, stop_ids, timers
         self._asked: list[tuple[int, list[Prompt]]] = []
 
     def ask(self, prompts: Sequence[Prompt], step: int) -> None:
@@ -47,9 +46,21 @@ class EngineSource:
 
     def _answers(self, prompts: list[Prompt], step: int) -> list[RolloutGroup]:
         with self._timers("rollout"):
-            share = self._answerer.generate(prompts, self._samples, self._params(step))
+            share = self._answerer.generate(prompts, self._config.rollout.samples_per_prompt, self._sampling(step))
         with self._timers("reward"):
             return self._answerer.reward(share)
+
+    def _sampling(self, step: int) -> SamplingParams:
+        rollout = self._config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_response_tokens=rollout.max_response_tokens,
+            stop_ids=self._stop_ids,
+            seed=f"{self._config.seed}/{step}",
+            report_routes=self._config.routing.reports_engine_routes,
+        )
 
 
 class BankSource:

@@ -15,9 +15,9 @@ from gspo_moe.data.packing import subset
 from gspo_moe.model.build import Model
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.routing.attribution import FIGURES, attribution, sequence_sums
+from gspo_moe.routing.figures import Figures
 from gspo_moe.scoring.score import score
 from gspo_moe.training.packs import TrainingPack
-from gspo_moe.training.routing import Figures
 from gspo_moe.types import Microbatch
 
 

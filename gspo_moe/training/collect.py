@@ -75,7 +75,7 @@ def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Came]:
         shares[group.rank()] = share
         came |= {each.prompt.uid: Came(each, owner) for owner, of_rank in enumerate(shares) for each in of_rank}
     found = [came[prompt.uid] for prompt in prompts]
-    session.checked([each.group for each in found], f"step {step + 1}")
+    session.reward_errors.check([each.group for each in found], f"step {step + 1}")
     return found
 
 

@@ -9,13 +9,14 @@ from functools import reduce
 from typing import TypeVar
 
 from gspo_moe.algorithms import Statistics, mismatch
+from gspo_moe.data.probe import probe_set
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.routing.figures import Figures
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.batch import Batch, share_packs
 from gspo_moe.training.old_policy import with_old_policy
 from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
-from gspo_moe.training.probe import probe_set
-from gspo_moe.training.routing import Figures, Probe, routing_figures
+from gspo_moe.training.routing import Probe, routing_figures
 from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult, PolicySettings, correction_of, train_minibatch
 

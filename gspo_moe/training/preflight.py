@@ -12,12 +12,11 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.rendering import render_prompt
 from gspo_moe.data.tokenizers import load_tokenizer
-from gspo_moe.errors import ConfigError
 from gspo_moe.evaluation.evaluate import check_held_out
 from gspo_moe.model.hf import check_export
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backends, megatron_version
-from gspo_moe.rollout.bank import SAMPLING, describe_bank
+from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
 from gspo_moe.training.session import Plan
@@ -68,30 +67,3 @@ def take_run_folder(config: Config, *, ends_together: bool) -> None:
     check_continues(config)
     if config.checkpoint.export_hf:
         check_export(config.run_path / "hf")
-
-
-def check_bank(config: Config, vocab_size: int) -> None:
-    """Raises ConfigError where `rollout.bank` was sampled otherwise, is too small, or has no routes to replay."""
-    bank = describe_bank(config.rollout.bank or "")
-    rollout, sampling = config.rollout, bank["sampling"]
-    changed = [
-        f"rollout.{key} is {sampling[key]} there and {getattr(rollout, key)} here"
-        for key in SAMPLING
-        if sampling[key] != getattr(rollout, key)
-    ]
-    if sampling["vocab_size"] != vocab_size:
-        changed.append(f"the tokenizer has {sampling['vocab_size']} tokens there and {vocab_size} here")
-    if changed:
-        raise ConfigError(f"rollout.bank={rollout.bank}: {'; '.join(changed)}; make one with `gspo-moe bank`")
-    needed = config.schedule.steps * rollout.prompts_per_step
-    if len(bank["groups"]) < needed:
-        raise ConfigError(
-            f"rollout.bank={rollout.bank} has answers to {len(bank['groups'])} prompts, and schedule.steps="
-            f"{config.schedule.steps} with rollout.prompts_per_step={rollout.prompts_per_step} needs {needed}; lower "
-            "one of them or make a larger bank"
-        )
-    if config.routing.reports_engine_routes and not bank["has_routes"]:
-        raise ConfigError(
-            f"rollout.bank={rollout.bank} holds no routes of the rollout engine, which routing.replay=r3 and "
-            "routing.engine_routes need; make it with routing.engine_routes=true"
-        )

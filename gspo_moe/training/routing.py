@@ -6,7 +6,6 @@ Shape letters: T tokens of a pack, L this stage's MoE layers, A all MoE layers, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 
 import numpy as np
@@ -16,23 +15,12 @@ from gspo_moe.model.build import Model
 from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.routing import LoadSums, PairSums
 from gspo_moe.routing.comparison import compare, expert_load_of
+from gspo_moe.routing.figures import Figures, pair_figures, with_interval
 from gspo_moe.routing.recorder import Recording, RouteRecorder, routers_of
 from gspo_moe.routing.shards import StageLayers
 from gspo_moe.scoring.score import score
 from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of
 from gspo_moe.types import Microbatch
-
-
-@dataclass
-class Figures:
-    """metrics: for the log. layers: arrays [A], or [A, B], for the file of per-layer figures."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    layers: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def add(self, other: Figures) -> None:
-        self.metrics |= other.metrics
-        self.layers |= other.layers
 
 
 def engine_routes(model: Model, packs: Sequence[Microbatch]) -> list[torch.Tensor]:
@@ -91,38 +79,6 @@ def staleness(trained: Sequence[Sequence[Trained]], layers: StageLayers) -> Figu
     for name in ("slot_change", "flip_rate"):
         by_layer = figures.layers.get(f"routing/staleness/{name}", np.empty(0))
         figures.metrics |= {f"routing/staleness/{name}/layer_{i:02d}": float(v) for i, v in enumerate(by_layer)}
-    return figures
-
-
-def pair_figures(pair: str, sums: PairSums, floor: PairSums | None) -> Figures:
-    """A pair's figures and, where it is known, its noise floor's; empty where no token was compared."""
-    figures = Figures()
-    for name, value in sums.to_metrics().items():
-        if name == "flip_rate_by_margin":
-            assert isinstance(value, list)
-            bins = {f"routing/{pair}/flip_rate_by_margin/bin_{i}": rate for i, rate in enumerate(value)}
-            figures.metrics |= {key: rate for key, rate in bins.items() if rate == rate}
-            figures.layers[f"routing/{pair}/margin_tokens"] = sums.sums["binned_LB"].cpu().numpy()
-            figures.layers[f"routing/{pair}/margin_flips"] = sums.sums["binned_flips_LB"].cpu().numpy()
-        elif isinstance(value, list):
-            figures.layers[f"routing/{pair}/{name.removesuffix('_by_layer')}"] = np.array(value)
-        else:
-            figures.metrics[f"routing/{pair}/{name}"] = value
-    for name, value in ({} if floor is None else floor.to_metrics()).items():
-        if name == "slot_change":
-            assert isinstance(value, float)
-            figures.metrics[f"routing/{pair}/noise_floor/slot_change"] = value
-        elif name == "slot_change_by_layer":
-            figures.layers[f"routing/{pair}/noise_floor/slot_change"] = np.array(value)
-    return figures
-
-
-def with_interval(figures: Figures, pair: str, sums: PairSums) -> Figures:
-    """Adds the 95 % interval of slot_change over sequences, where these are a sample."""
-    half, value = sums.interval(), figures.metrics.get(f"routing/{pair}/slot_change")
-    if value is not None and half == half:
-        figures.metrics[f"routing/{pair}/slot_change_low"] = max(value - half, 0.0)
-        figures.metrics[f"routing/{pair}/slot_change_high"] = min(value + half, 1.0)
     return figures
 
 

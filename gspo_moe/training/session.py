@@ -11,24 +11,22 @@ from pathlib import Path
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.layout import Layout
-from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.tokenizers import Tokenizer
-from gspo_moe.errors import RewardError
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.sharded import load_stored_weights
-from gspo_moe.model.weights import RandomSource, SafetensorsSource, draw_value_head, load_weights
+from gspo_moe.model.initial import build_reference, load_initial_weights
+from gspo_moe.model.weights import draw_value_head
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.platform import device
-from gspo_moe.rollout.answers import Answerer, all_rollouts, failures, share_of
+from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
-from gspo_moe.rollout.engine import SamplingParams, WeightSink, make_stop_ids
+from gspo_moe.rollout.engine import WeightSink, make_stop_ids
 from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
@@ -81,46 +79,21 @@ class Session:
         if config.rollout.bank is not None:
             bank = read_bank(config.rollout.bank)
             return BankSource(bank, lambda prompts: share_of(prompts, self.groups.data_context))
-        return EngineSource(self.answerer, config.rollout.samples_per_prompt, self._sampling, self.timers)
-
-    def _sampling(self, step: int) -> SamplingParams:
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_response_tokens=rollout.max_response_tokens,
-            stop_ids=self.stop_ids,
-            seed=f"{self.config.seed}/{step}",
-            report_routes=self.config.routing.reports_engine_routes,
-        )
+        return EngineSource(self.answerer, config, self.stop_ids, self.timers)
 
     @cached_property
     def reward_errors(self) -> RewardErrors:
-        return RewardErrors(self.run_path)
+        config = self.config
+        return RewardErrors(config.run_path, self.groups.is_main, config.task.reward.allow_all_failed)
 
     @cached_property
     def held_out(self) -> list[Prompt]:
         return held_out_prompts(self.config, self.plan.task)
 
     def evaluate(self, when: str) -> list[RolloutGroup]:
-        """Answers the held-out prompts with the weights as they are. Collective. Raises RewardError as `checked`."""
+        """Answers the held-out prompts with the weights as they are. Collective. Raises as `RewardErrors.check`."""
         groups = evaluate(self.config, self.answerer, self.held_out, self.stop_ids)
-        return self.checked(groups, f"evaluation {when}")
-
-    def checked(self, groups: list[RolloutGroup], when: str) -> list[RolloutGroup]:
-        """The groups, once their first reward that failed is shown and kept.
-
-        Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
-        """
-        errors, count = failures(groups), len(all_rollouts(groups))
-        if errors and self.groups.is_main:
-            self.reward_errors.tell(when, len(errors), count, errors[0])
-        if errors and len(errors) == count and not self.config.task.reward.allow_all_failed:
-            raise RewardError(
-                f"none of {count} answers got a reward; the first: {errors[0]}\nMend the reward, or set task.reward."
-                "allow_all_failed=true to go on with task.reward.failure_reward for all of them"
-            )
+        self.reward_errors.check(groups, f"evaluation {when}")
         return groups
 
     def close(self) -> None:
@@ -153,16 +126,6 @@ def open_session(plan: Plan) -> Session:
         timers=Timers(device().synchronize),
         stop=stop,
     )
-
-
-def load_initial_weights(config: Config, model: Model) -> None:
-    """Weights from `model.hf` or `model.checkpoint`, or random ones that are the same in every layout."""
-    if config.model.hf is not None and not config.model.random_init:
-        load_weights(model, SafetensorsSource(Path(config.model.hf)))
-    elif config.model.checkpoint is not None:
-        load_stored_weights(model, Path(config.model.checkpoint))
-    else:
-        load_weights(model, RandomSource(model.architecture, config.seed))
 
 
 @dataclass
@@ -208,27 +171,6 @@ class Trainer:
         return self.session.run_path / "checkpoints"
 
 
-def open_reference(session: Session) -> Model:
-    """A second model, sharded as the policy is, without gradients or optimizer: `algorithm.kl.reference`, or the run's
-    first weights, which are read from where the run read them, so that a resumed run has the same ones. Collective.
-
-    Takes as much memory on each rank as the policy's own weights there in `model.dtype`.
-    """
-    # No routing options: they count or steer the policy's routers.
-    routing = RoutingConfig(record=False, router_dtype=session.config.routing.router_dtype)
-    config = session.config.model_copy(update={"routing": routing})
-    plan = session.plan
-    model = build_model(config, plan.architecture, session.groups, vocab=plan.tokenizer.vocab_size)
-    folder = config.algorithm.kl.reference
-    if folder is not None:
-        load_weights(model, SafetensorsSource(Path(folder)))
-    else:
-        load_initial_weights(config, model)
-    for chunk in model.chunks:
-        chunk.requires_grad_(False)
-    return model
-
-
 def open_trainer(session: Session) -> Trainer:
     """Adds optimizer and recorder; continues from the run's newest complete checkpoint if there is one. Collective."""
     config = session.config
@@ -237,7 +179,10 @@ def open_trainer(session: Session) -> Trainer:
     if config.stage == "rl" and config.routing.record:
         recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups, scores=True)
     optimizer = Optimizer(config, session.model, updates)
-    reference = open_reference(session) if config.stage == "rl" and config.algorithm.kl.coeff else None
+    reference = None
+    if config.stage == "rl" and config.algorithm.kl.coeff:
+        plan = session.plan
+        reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:

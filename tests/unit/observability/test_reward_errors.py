@@ -2,20 +2,37 @@ from pathlib import Path
 
 import pytest
 
+from gspo_moe.errors import RewardError
 from gspo_moe.observability.reward_errors import RewardErrors, first_reward_error
+from gspo_moe.types import RolloutGroup
+from tests.rollouts import rewarded
 
 
-def test_the_first_error_is_shown_and_every_batchs_first_is_kept(
+def groups(failed: int) -> list[RolloutGroup]:
+    return [rewarded("train/0", (0.0, 1.0), (1, 1), (True, True), failed)]
+
+
+def test_failed_rewards_are_shown_and_kept_also_where_they_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert first_reward_error(tmp_path / "run") is None
-    for _ in range(2):  # a run and its continuation
-        errors = RewardErrors(tmp_path / "run")
-        errors.tell("step 1", 2, 8, "train/3: ValueError: é")
-        errors.tell("step 2", 1, 8, "train/9: no reward")
-    lines = ["step 1: 2 of 8 rewards failed; the first: train/3: ValueError: é"]
-    lines.append("step 2: 1 of 8 rewards failed; the first: train/9: no reward")
-    assert (tmp_path / "run" / "reward_errors.txt").read_text(encoding="utf-8").split("\n\n") == [*lines * 2, ""]
+    file = tmp_path / "run" / "reward_errors.txt"
+    lines = ["step 2: 1 of 2 rewards failed; the first: it broke", "step 3: 2 of 2 rewards failed; the first: it broke"]
+    for attempt in range(2):  # a run and its continuation
+        errors = RewardErrors(tmp_path / "run", main=True, allow_all_failed=False)
+        errors.check(groups(0), "step 1")
+        assert attempt or not file.exists()
+        assert attempt or first_reward_error(tmp_path / "run") is None
+        errors.check(groups(1), "step 2")
+        with pytest.raises(RewardError, match="none of 2 answers got a reward; the first: it broke"):
+            errors.check(groups(2), "step 3")
+    assert file.read_text(encoding="utf-8").split("\n\n") == [*lines * 2, ""]
     assert first_reward_error(tmp_path / "run") == lines[0]
     assert [record.message.splitlines()[0] for record in caplog.records] == lines[:1] * 2
     assert "reward_errors.txt" in caplog.records[0].message
+    RewardErrors(tmp_path / "run", main=True, allow_all_failed=True).check(groups(2), "step 4")
+
+
+def test_one_process_alone_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RewardErrors(tmp_path, main=False, allow_all_failed=False).check(groups(1), "step 1")
+    assert not caplog.records
+    assert not list(tmp_path.iterdir())

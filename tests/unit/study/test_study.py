@@ -1,6 +1,7 @@
 """What a study says of rewards that failed in its jobs."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.study.cells import Job
 from gspo_moe.study.runner import Outcome
 from gspo_moe.study.study import _with_reward_errors
+from gspo_moe.types import Reward
+from tests.rollouts import rewarded
+
+
+def tell(folder: Path, error: str) -> None:
+    group = rewarded("train/0", (0.0, 1.0), (1, 1), (True, True))
+    broken = replace(group.rollouts[0], reward=Reward(0.0, error=error))
+    told = replace(group, rollouts=(broken, group.rollouts[1]))
+    RewardErrors(folder, main=True, allow_all_failed=False).check([told], "step 1")
 
 
 def test_the_first_reward_error_of_any_job_is_told_once(tmp_path: Path) -> None:
@@ -20,11 +30,11 @@ def test_the_first_reward_error_of_any_job_is_told_once(tmp_path: Path) -> None:
     outcome = Outcome(finished=jobs)
     show([], outcome)
     assert said.getvalue() == ""
-    RewardErrors(tmp_path / "two").tell("step 1", 2, 8, "train/3: ValueError: [red]")
+    tell(tmp_path / "two", "train/3: ValueError: [red]")
     for _ in range(2):
         show([], outcome)
-    RewardErrors(tmp_path / "one").tell("step 1", 1, 8, "train/4: late")
+    tell(tmp_path / "one", "train/4: late")
     show([], outcome)
     assert shown == [outcome] * 4
     place = tmp_path / "two" / "reward_errors.txt"
-    assert said.getvalue() == f"{place}, step 1: 2 of 8 rewards failed; the first: train/3: ValueError: [red]\n"
+    assert said.getvalue() == f"{place}, step 1: 1 of 2 rewards failed; the first: train/3: ValueError: [red]\n"

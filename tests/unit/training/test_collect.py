@@ -74,7 +74,10 @@ def collected(
     config = load_config(None, [*sizes, f"rollout.samples_per_prompt={len(lengths)}", *overrides])
     alone = SimpleNamespace(data_context=SimpleNamespace(rank=lambda: 0))
     session = SimpleNamespace(
-        config=config, source=Table(rewards, lengths), groups=alone, checked=lambda groups, when: groups
+        config=config,
+        source=Table(rewards, lengths),
+        groups=alone,
+        reward_errors=SimpleNamespace(check=lambda groups, when: None),
     )
     prompts = PromptSource(Endless(), "train", PromptPosition(position))
     trainer: Any = SimpleNamespace(session=session, prompts=prompts, progress=Progress(step=3))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gspo_moe.data.probe import probe_set
 from gspo_moe.errors import DataError
-from gspo_moe.training.probe import probe_set
 from gspo_moe.types import TrainingSample
 
 
