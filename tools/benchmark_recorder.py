@@ -48,7 +48,6 @@ def main() -> int:
 
 def measure(config: Config, pairs: int) -> None:
     from gspo_moe.platform import device
-    from gspo_moe.routing.recorder import RoutePass
     from gspo_moe.training import rl
     from gspo_moe.training.preflight import preflight
     from gspo_moe.training.session import open_session, open_trainer
@@ -57,8 +56,8 @@ def measure(config: Config, pairs: int) -> None:
     session = open_session(preflight(config))
     trainer = open_trainer(session)
     assert trainer.recorder is not None, "the config records nothing"
-    inside = [0.0]
-    for owner, name in ((RoutePass, "_choice"), (RoutePass, "recordings"), (rl, "_routing_figures")):
+    inside, route_pass = [0.0], type(trainer.recorder.start())
+    for owner, name in ((route_pass, "_choice"), (route_pass, "recordings"), (rl, "_routing_figures")):
         setattr(owner, name, timed(getattr(owner, name), inside))
     start, recorder = trainer.progress, trainer.recorder
 
