@@ -36,7 +36,7 @@ IDENTITY = {
     "overlong_buffer",
     "algorithm.mismatch": "correction level low high",
     "algorithm.kl": "coeff estimator",
-    "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens stop",
+    "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens max_turns stop",
     "task": "name options",
     "task.reward": "failure_reward",
     "optimizer": "lr min_lr decay warmup_updates beta1 beta2 eps weight_decay clip_grad",

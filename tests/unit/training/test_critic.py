@@ -101,7 +101,7 @@ class Reference:
             old = [values[t].item() + off_values[t].item() for t in tokens]
             following, ahead = 0.0, 0.0
             for k in reversed(range(len(tokens))):
-                reward = sample.advantage if k == len(tokens) - 1 else 0.0
+                reward = sample.reward if k == len(tokens) - 1 else 0.0
                 ahead = reward + GAMMA * following - old[k] + GAMMA * LAM * ahead
                 following = old[k]
                 t = tokens[k]
