@@ -52,8 +52,7 @@ def sequence_reduce(
     cu_seqlens: torch.Tensor,
     advantages: torch.Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
+    clips: tuple[float, float],
     scale: float,
     sum_over_context: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SequenceLoss:
@@ -62,7 +61,8 @@ def sequence_reduce(
     log_probs, old_log_probs: float32 [T] nats, gradient to the first only. mask: bool [T], response tokens; what the
     others hold, NaN included, has no effect. cu_seqlens: int64 [N + 1], bounds in T, from 0, never falling; on CUDA
     they are not checked, since that would wait for the device. advantages: [N], or [T], one a token, where each token
-    has a term, with the same loss and gradient for equal ones; N where T = N. scale: 1 / sequences of the mini-batch.
+    has a term, with the same loss and gradient for equal ones; N where T = N. clips: clip_low and clip_high, ratios are
+    bounded by 1 - clip_low and 1 + clip_high. scale: 1 / sequences of the mini-batch.
     sum_over_context: where sequences are split over ranks, adds [N, 2] over them; advantages are then [N], and every
     rank has the whole sequence's figures and the gradient of its own tokens.
     Sums are float64 and in a fixed order. A sequence without response token has ratio 1 and loss 0.
@@ -100,8 +100,7 @@ def sequence_reduce(
         advantages.detach().double().contiguous(),
         per_token,
         sums_N2,
-        clip_low,
-        clip_high,
+        *clips,
         scale,
     )
     return SequenceLoss(loss_N, ratio_N, clipped_tokens_N)

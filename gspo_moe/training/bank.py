@@ -10,9 +10,10 @@ from gspo_moe.config.outputs import output_fault
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.errors import ConfigError
 from gspo_moe.observability.progress import Progress
-from gspo_moe.parallel.exchange import Rows, exchange_rows
+from gspo_moe.parallel.exchange import exchange_rows
+from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
-from gspo_moe.training.collect import Came, draw
+from gspo_moe.training.collect import draw
 from gspo_moe.training.session import Plan, Session, open_session
 from gspo_moe.types import RolloutGroup
 
@@ -42,13 +43,13 @@ def make_bank(plan: Plan, path: Path) -> int:
     return len(kept)
 
 
-def _with_routes_on_main(session: Session, came: Sequence[Came]) -> list[RolloutGroup]:
+def _with_routes_on_main(session: Session, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     """The groups, on the main process with the routes that others have. Collective."""
-    rollouts = [(one, each.owner) for each in came for one in each.group.rollouts]
-    group = session.groups.data_context
-    items = [Rows(owner, len(one.token_ids) - 1) for one, owner in rollouts]
-    mine = {i: one.routes for i, (one, _) in enumerate(rollouts) if one.routes is not None}
-    wanted = [range(len(items)) if rank == 0 else () for rank in range(group.size())]
-    found = exchange_rows(mine, items, wanted, group) if session.config.routing.reports_engine_routes else {}
-    whole = iter([replace(one, routes=found.get(i)) for i, (one, _) in enumerate(rollouts)])
-    return [replace(each.group, rollouts=tuple(next(whole) for _ in each.group.rollouts)) for each in came]
+    if not session.config.routing.reports_engine_routes:
+        return list(groups)
+    rollouts, ranks = all_rollouts(groups), session.groups.data_context
+    mine = {i: one.routes for i, one in enumerate(rollouts) if one.routes is not None}
+    wanted = [range(len(rollouts)) if rank == 0 else () for rank in range(ranks.size())]
+    found = exchange_rows(mine, [len(one.token_ids) - 1 for one in rollouts], wanted, ranks)
+    whole = iter([replace(one, routes=found.get(i)) for i, one in enumerate(rollouts)])
+    return [replace(each, rollouts=tuple(next(whole) for _ in each.rollouts)) for each in groups]

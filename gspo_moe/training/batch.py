@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.schedule import split_mini_batches
 from gspo_moe.errors import DataError, TrainingError
-from gspo_moe.parallel.exchange import Rows, exchange_rows
+from gspo_moe.parallel.exchange import exchange_rows
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.parallel.stop import raise_everywhere
@@ -26,13 +26,11 @@ class Batch:
     """What `learn` takes; the same on every rank, but for routes, which only the rank that sampled them has.
 
     groups: those to learn from, in the order of the prompts. samples: their rollouts, in the same order.
-    owners: of each sample, the rank of `Groups.data_context` that has its routes.
     prompts: all that were used up for it. metrics: of everything that was sampled.
     """
 
     groups: tuple[RolloutGroup, ...]
     samples: tuple[TrainingSample, ...]
-    owners: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     metrics: dict[str, float]
 
@@ -72,8 +70,8 @@ def share_packs(trainer: Trainer, batch: Batch) -> StepPacks:
     samples: Sequence[TrainingSample] = batch.samples
     if config.routing.reports_engine_routes:
         wanted = [[i for plan in plans for one in plan[rank] for i in one] for rank in range(groups.layout.data)]
-        raise_everywhere(_route_fault(batch, trainer.session.plan.architecture, groups))
-        samples = with_routes(batch, wanted, groups)
+        raise_everywhere(_route_fault(samples, trainer.session.plan.architecture))
+        samples = with_routes(samples, wanted, groups)
     packs = [
         one for number, plan in enumerate(plans) for one in make_packs(samples, plan[groups.data_rank], groups, number)
     ]
@@ -81,26 +79,28 @@ def share_packs(trainer: Trainer, batch: Batch) -> StepPacks:
     return StepPacks(packs, tuple(sizes))
 
 
-def with_routes(batch: Batch, wanted: Sequence[Sequence[int]], groups: Groups) -> list[TrainingSample]:
+def with_routes(
+    samples: Sequence[TrainingSample], wanted: Sequence[Sequence[int]], groups: Groups
+) -> list[TrainingSample]:
     """The samples, of which those that this rank trains on have their routes. Collective over data and context ranks.
 
     wanted: by data-parallel rank, the numbers of the samples that it trains on.
+    Raises TrainingError, on every rank, where none has the routes of a sample that one wants.
     """
-    items = [Rows(owner, len(one.token_ids) - 1) for owner, one in zip(batch.owners, batch.samples, strict=True)]
+    lengths = [len(one.token_ids) - 1 for one in samples]
+    mine = {i: one.routes for i, one in enumerate(samples) if one.routes is not None}
     data_ranks = gather_objects(groups.data_rank, groups.data_context)
-    mine = {i: routes for i in _mine(batch, groups) if (routes := batch.samples[i].routes) is not None}
-    found = exchange_rows(mine, items, [wanted[rank] for rank in data_ranks], groups.data_context)
-    return [replace(one, routes=found.get(i)) for i, one in enumerate(batch.samples)]
+    found = exchange_rows(mine, lengths, [wanted[rank] for rank in data_ranks], groups.data_context)
+    missing = next((i for i in wanted[groups.data_rank] if i not in found), None)
+    fault = f"sample {missing} has no routes; let the rollout engine report them, or turn replay off"
+    raise_everywhere(None if missing is None else TrainingError(fault))
+    return [replace(one, routes=found.get(i)) for i, one in enumerate(samples)]
 
 
-def _route_fault(batch: Batch, architecture: Architecture, groups: Groups) -> TrainingError | None:
+def _route_fault(samples: Sequence[TrainingSample], architecture: Architecture) -> TrainingError | None:
     """What is wrong with the routes that this rank has."""
     try:
-        check_routes([(i, batch.samples[i]) for i in _mine(batch, groups)], architecture)
+        check_routes([(i, one) for i, one in enumerate(samples) if one.routes is not None], architecture)
     except DataError as error:
         return TrainingError(str(error))
     return None
-
-
-def _mine(batch: Batch, groups: Groups) -> list[int]:
-    return [i for i, owner in enumerate(batch.owners) if owner == groups.data_context.rank()]

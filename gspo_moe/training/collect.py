@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,18 +18,6 @@ from gspo_moe.training.session import Session, Trainer
 from gspo_moe.types import Prompt, Rollout, RolloutGroup, TrainingSample
 
 
-@dataclass(frozen=True)
-class Came:
-    """A group that has come. owner: the rank of `Groups.data_context` that alone has its routes."""
-
-    group: RolloutGroup
-    owner: int
-
-    @property
-    def differs(self) -> bool:
-        return len(set(self.group.rewards)) > 1
-
-
 def collect(trainer: Trainer) -> Batch:
     """Gets the step's groups from the rollout source. Collective.
 
@@ -38,44 +26,44 @@ def collect(trainer: Trainer) -> Batch:
     Raises RewardError where no group's rewards differ at all, and where every reward failed unless that is allowed.
     """
     config = trainer.session.config
-    count, prompts, came = config.rollout.prompts_per_step, list[Prompt](), list[Came]()
+    count, prompts, came = config.rollout.prompts_per_step, list[Prompt](), list[RolloutGroup]()
     for _ in range(config.algorithm.sampling_rounds if config.algorithm.samples_dynamically else 1):
         new = trainer.prompts.take(count)
         prompts += new
         came += draw(trainer.session, new, trainer.progress.step)
-        if sum(each.differs for each in came) >= count:
+        if sum(map(_differs, came)) >= count:
             break
     kept = chosen(came, count)
-    if config.algorithm.samples_dynamically and not any(each.differs for each in kept):
+    if config.algorithm.samples_dynamically and not any(map(_differs, kept)):
         raise RewardError(
             f"the answers to each of {len(came)} prompts all have the same reward, so that there is nothing to "
             "learn; take easier or harder prompts (task.options), train the model on demonstrations first (stage=sft), "
             "raise rollout.samples_per_prompt or rollout.temperature, or set algorithm.dynamic_sampling=false"
         )
-    samples, penalty = _samples(trainer, [each.group for each in kept])
+    samples, penalty = _samples(trainer, kept)
     return Batch(
-        groups=tuple(each.group for each in kept),
+        groups=tuple(kept),
         samples=tuple(samples),
-        owners=tuple(each.owner for each in kept for _ in each.group.rollouts),
         prompts=tuple(prompts),
-        metrics=_metrics([each.group for each in came], [each.group for each in kept]) | penalty,
+        metrics=_metrics(came, kept) | penalty,
     )
 
 
-def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Came]:
+def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[RolloutGroup]:
     """The source's groups of these prompts, in their order, whenever they come. step: a seed. Collective.
 
+    Those that this rank sampled have their routes.
     Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
     """
     session.source.ask(prompts, step)
-    group, came = session.groups.data_context, dict[str, Came]()
+    group, came = session.groups.data_context, dict[str, RolloutGroup]()
     while len(came) < len(prompts):
         share = session.source.take()
         shares = gather_objects([_without_routes(each) for each in share], group)
         shares[group.rank()] = share
-        came |= {each.prompt.uid: Came(each, owner) for owner, of_rank in enumerate(shares) for each in of_rank}
+        came |= {each.prompt.uid: each for of_rank in shares for each in of_rank}
     found = [came[prompt.uid] for prompt in prompts]
-    session.reward_errors.check([each.group for each in found], f"step {step + 1}")
+    session.reward_errors.check(found, f"step {step + 1}")
     return found
 
 
@@ -83,12 +71,16 @@ def _without_routes(group: RolloutGroup) -> RolloutGroup:
     return replace(group, rollouts=tuple(replace(one, routes=None) for one in group.rollouts))
 
 
-def chosen(came: Sequence[Came], count: int) -> list[Came]:
+def _differs(group: RolloutGroup) -> bool:
+    return len(set(group.rewards)) > 1
+
+
+def chosen(came: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
     """The first `count` groups whose rewards differ, in order; where they are too few, others in between fill up."""
-    spare = max(count - sum(each.differs for each in came), 0)
-    kept: list[Came] = []
+    spare = max(count - sum(map(_differs, came)), 0)
+    kept: list[RolloutGroup] = []
     for each in came:
-        if each.differs:
+        if _differs(each):
             kept.append(each)
         elif spare:
             kept.append(each)

@@ -161,8 +161,7 @@ def _fused(spec: Algorithm, cu_seqlens: torch.Tensor) -> Algorithm:
             inputs.segments.response_T,
             cu_seqlens,
             inputs.advantages_N if spec.fused == "sequence" else inputs.advantages_T,
-            clip_low=inputs.clip_low,
-            clip_high=inputs.clip_high,
+            clips=(inputs.clip_low, inputs.clip_high),
             scale=1.0,
         )
         return Objective(-found.loss, found.clipped_tokens)

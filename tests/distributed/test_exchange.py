@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_moe.parallel.exchange import Rows, exchange_rows
+from gspo_moe.errors import TrainingError
+from gspo_moe.parallel.exchange import exchange_rows
 from gspo_moe.parallel.groups import initialize
 from gspo_moe.parallel.reduce import gather_objects
-from gspo_moe.training.batch import Batch, with_routes
+from gspo_moe.training.batch import with_routes
 from gspo_moe.types import TrainingSample
 from tests.launch import launch
 from tests.qwen3 import layout
@@ -46,12 +47,11 @@ class Counted:
         patch.setattr(dist.distributed_c10d, "all_gather", gathered)
 
 
-def batch(rank: int) -> Batch:
-    samples = tuple(
+def samples(rank: int) -> list[TrainingSample]:
+    return [
         TrainingSample((1,) * length, (0,) + (1,) * (length - 1), routes=routes_of(i) if OWNERS[i] == rank else None)
         for i, length in enumerate(LENGTHS)
-    )
-    return Batch((), samples, OWNERS, (), {})
+    ]
 
 
 def _exchange() -> None:
@@ -60,7 +60,7 @@ def _exchange() -> None:
     patch = pytest.MonkeyPatch()
     counted = Counted(patch)
     wanted = [[0, 4, 2], [3, 1, 5]]
-    found = with_routes(batch(rank), wanted, groups)
+    found = with_routes(samples(rank), wanted, groups)
     for number, sample in enumerate(found):
         assert (sample.routes is not None) == (number in wanted[rank])
         if sample.routes is not None:
@@ -70,19 +70,18 @@ def _exchange() -> None:
     assert needed <= counted.bytes < needed + 2000, "more than this rank trains on"
     whole = sum(routes_of(i).numel() for i in range(len(LENGTHS)))
     counted.bytes = 0
-    gather_objects([one for one in batch(rank).samples if one.routes is not None], groups.data_context)
+    gather_objects([one for one in samples(rank) if one.routes is not None], groups.data_context)
     assert counted.bytes > whole, "the count sees what a gathering of everything costs"
 
     counted.bytes = 0
-    one_sided = exchange_rows(
-        {i: routes_of(i).short() for i in range(3)} if rank == 0 else {},
-        [Rows(0, LENGTHS[i] - 1) for i in range(3)],
-        [[1], [0, 2]],
-        groups.data_context,
-    )
+    mine = {i: routes_of(i).short() for i in range(3)} if rank == 0 else {}
+    one_sided = exchange_rows(mine, [length - 1 for length in LENGTHS], [[1], [0, 2]], groups.data_context)
     assert {n: rows.dtype for n, rows in one_sided.items()} == dict.fromkeys([[1], [0, 2]][rank], torch.int16)
     assert all(torch.equal(rows, routes_of(n).short()) for n, rows in one_sided.items())
     patch.undo()
+    without = [replace(one, routes=None) if i == 5 else one for i, one in enumerate(samples(rank))]
+    with pytest.raises(TrainingError, match="sample 5 has no routes"):
+        with_routes(without, wanted, groups)
 
 
 def test_each_rank_gets_the_routes_that_it_trains_on_and_no_others() -> None:
@@ -91,8 +90,8 @@ def test_each_rank_gets_the_routes_that_it_trains_on_and_no_others() -> None:
 
 def _with_context() -> None:
     groups = initialize(layout(2, context=2), seed=1)
-    mine = batch(groups.data_context.rank())
-    found = with_routes(replace(mine), [list(range(len(LENGTHS)))], groups)
+    mine = samples(groups.data_context.rank())
+    found = with_routes(mine, [list(range(len(LENGTHS)))], groups)
     assert all(one.routes is not None and torch.equal(one.routes, routes_of(i)) for i, one in enumerate(found))
 
 

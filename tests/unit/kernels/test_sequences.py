@@ -31,7 +31,14 @@ def drawn(lengths: tuple[int, ...] = LENGTHS) -> dict[str, torch.Tensor]:
 
 def fused(data: dict[str, torch.Tensor], log_probs: torch.Tensor, advantages: torch.Tensor, **options: Any) -> Any:
     return sequence_reduce(
-        log_probs, data["old"], data["mask"], data["bounds"], advantages, scale=1 / 20, **CLIPS, **options
+        log_probs,
+        data["old"],
+        data["mask"],
+        data["bounds"],
+        advantages,
+        scale=1 / 20,
+        clips=tuple(CLIPS.values()),
+        **options,
     )
 
 
