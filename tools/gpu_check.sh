@@ -40,8 +40,7 @@ esac
 
 export GPU_CHECK_COMMAND="OUT=${OUT:-} STAGES=${STAGES:-} TOTAL=${TOTAL:-} DRY=${DRY:-} GSPO_MOE_PYTHON=${GSPO_MOE_PYTHON:-} bash tools/gpu_check.sh"
 begun=$(date +%s)
-mkdir -p "${OUT:=$root/runs/gpu_check}"
-OUT=$(cd "$OUT" && pwd)
+mkdir -p "${OUT:=$root/runs/gpu_check}" && OUT=$(CDPATH= cd -- "$OUT" && pwd) || exit
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT
 log=$OUT/log.txt

@@ -48,18 +48,23 @@ def read_parts(folder: Path) -> Parts:
     """What of the stages' files is there and whole."""
     parts: Parts = {}
     for name in ("env", "kernels", "slice", "mismatch", "baseline"):
-        file = folder / f"{name}.json"
-        parts[name] = json.loads(file.read_text()) if file.is_file() and file.stat().st_size else None
-    metrics = folder / "quickstart.jsonl"
-    parts["quickstart"] = quickstart_figures(metrics.read_text()) if metrics.is_file() else None
-    suite = folder / "tests.xml"
-    parts["tests"] = suite_figures(suite.read_text()) if suite.is_file() else None
+        parts[name] = _whole(folder / f"{name}.json", json.loads)
+    parts["quickstart"] = _whole(folder / "quickstart.jsonl", quickstart_figures)
+    parts["tests"] = _whole(folder / "tests.xml", suite_figures)
     stages = folder / "stages.txt"
     lines = stages.read_text().splitlines() if stages.is_file() else []
     parts["stages"] = [
         {"stage": name, "exit": int(code), "seconds": int(seconds)} for name, code, seconds in map(str.split, lines)
     ]
     return parts
+
+
+def _whole(file: Path, read: Callable[[str], Any]) -> Any:
+    """What the file has; None where it is not there, or its stage was stopped while it wrote."""
+    try:
+        return read(file.read_text())
+    except (FileNotFoundError, ValueError, ElementTree.ParseError):
+        return None
 
 
 def quickstart_figures(text: str) -> dict[str, float]:

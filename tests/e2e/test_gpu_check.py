@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,16 @@ def test_figures_that_a_cpu_gave_or_that_are_missing_answer_no_goal(tmp_path: Pa
     assert "whole step, tokens/s / TRL's" in "\n".join(render(parts, goals(parts)))
 
 
+def test_what_a_stopped_stage_wrote_in_part_costs_no_other_figure(tmp_path: Path) -> None:
+    record(tmp_path, "NVIDIA H100 80GB HBM3")
+    for name in ("slice.json", "tests.xml", "quickstart.jsonl"):
+        file = tmp_path / name
+        file.write_text(file.read_text()[:-4])
+    parts = read_parts(tmp_path)
+    assert [parts[name] for name in ("slice", "tests", "quickstart")] == [None] * 3
+    assert [goal.reached for goal in goals(parts)][:2] == [True, False]
+
+
 def check(folder: Path, **environment: str) -> tuple[Program, Path]:
     """The script under way on this Python, without a developer's own wheels."""
     found = folder / "found"
@@ -150,6 +161,13 @@ def test_an_argument_that_is_none_is_refused(tmp_path: Path) -> None:
     refused = subprocess.run(["bash", SCRIPT, "--prepared"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "--prepared; the only one is --prepare" in refused.stderr
+
+
+def test_a_folder_that_cannot_be_made_ends_the_check(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = subprocess.run(["bash", SCRIPT], env={**os.environ, "OUT": str(tmp_path / "file")}, capture_output=True)
+    assert refused.returncode == 1
+    assert not refused.stdout, "no stage ran"
 
 
 @pytest.mark.slow
