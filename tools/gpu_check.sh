@@ -38,6 +38,14 @@ case ${1:-} in
         ;;
 esac
 
+stages="env build kernels slice tests baseline mismatch quickstart"
+for name in ${STAGES:-}; do
+    [[ " $stages " == *" $name "* ]] || {
+        echo "gpu_check.sh: STAGES names $name; there are $stages" >&2
+        exit 2
+    }
+done
+
 export GPU_CHECK_COMMAND="OUT=${OUT:-} STAGES=${STAGES:-} TOTAL=${TOTAL:-} DRY=${DRY:-} GSPO_MOE_PYTHON=${GSPO_MOE_PYTHON:-} bash tools/gpu_check.sh"
 begun=$(date +%s)
 mkdir -p "${OUT:=$root/runs/gpu_check}" && OUT=$(CDPATH= cd -- "$OUT" && pwd) || exit

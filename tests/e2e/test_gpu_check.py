@@ -141,6 +141,14 @@ def check(folder: Path, **environment: str) -> tuple[Program, Path]:
     return Program(["bash", SCRIPT], folder, **settings, **environment), found
 
 
+def test_a_stage_that_is_none_is_refused(tmp_path: Path) -> None:
+    program, found = check(tmp_path, STAGES="env slices")
+    outcome = program.finish()
+    assert outcome.code == 2
+    assert "STAGES names slices; there are env build kernels slice tests" in outcome.stderr
+    assert not found.exists()
+
+
 def test_the_report_says_where_and_what_ran(tmp_path: Path) -> None:
     program, found = check(tmp_path, STAGES="env")
     outcome = program.finish()
