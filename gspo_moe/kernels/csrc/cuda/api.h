@@ -64,10 +64,10 @@ const char* gspo_check_token_backward(const struct GspoTokenBackward* args);
 int gspo_token_backward(const struct GspoTokenBackward* args, void* stream);
 
 // Sums of log-ratios d = log_probs - old_log_probs over each sequence's response tokens, and from them loss and gradient
-// (SPEC section 1, GSPO with A a sequence or a token). s_i = exp(sum d / |y_i|); clipped where A > 0 and s_i > 1 + clip_high, or A < 0
+// (SPEC section 1). s_i = exp(sum d / |y_i|); clipped where A > 0 and s_i > 1 + clip_high, or A < 0
 // and s_i < 1 - clip_low; J_i = min(s_i A_i, clip(s_i) A_i), with A a token its mean over response tokens; 0 for
 // A = 0, though s_i overflow.
-// Both have the same loss and gradient where A is one a sequence; advantages_per_token asks for A_it.
+// A is one a sequence, or with advantages_per_token one a token, with the same loss and gradient for equal ones.
 //
 // phases: GSPO_WHOLE in one launch. Where a sequence is split over ranks, GSPO_PARTIAL writes sums_N2 only; add them up
 // over the ranks, then GSPO_FINISH reads them (and no log-prob). With A a sequence the outputs are then the whole
