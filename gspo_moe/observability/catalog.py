@@ -27,7 +27,7 @@ class MetricDoc:
 FIGURES = {"mean": "mean", "std": "standard deviation", "min": "smallest value", "max": "largest value"}
 PHASES = {
     "rollout": "generation",
-    "reward": "scoring answers",
+    "reward": "rewarding answers",
     "old_log_probs": "the old policy's log-probs",
     "reference": "the reference's log-probs",
     "training": "all mini-batches: forward, backward, optimizer, and what is measured between them",
