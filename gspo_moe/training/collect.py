@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import torch
 
@@ -96,7 +95,7 @@ def _samples(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[Tra
     rewards = _rewards(groups)
     buffer = config.algorithm.overlong_tokens(limit)
     if buffer:
-        penalty = overlong_penalty(_longest_turns(rollouts), limit, buffer)
+        penalty = overlong_penalty(torch.tensor([one.longest_turn for one in rollouts]), limit, buffer)
         rewards = rewards + penalty
         figures["reward/overlong_penalty"] = penalty.mean().item()
     advantages = torch.zeros_like(rewards)  # a value function makes its own, of tokens
@@ -124,12 +123,6 @@ def _rewards(groups: Sequence[RolloutGroup]) -> torch.Tensor:
 
 def _lengths(rollouts: Sequence[Rollout]) -> torch.Tensor:
     return torch.tensor([len(rollout.log_probs) for rollout in rollouts], dtype=torch.float64)
-
-
-def _longest_turns(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """Sampled tokens of each rollout's longest turn: the length limit is a turn's."""
-    turns = [[len(list(run)) for sampled, run in groupby(rollout.policy_mask) if sampled] for rollout in rollouts]
-    return torch.tensor([max(each) for each in turns], dtype=torch.float64)
 
 
 def _metrics(drawn: Sequence[RolloutGroup], kept: Sequence[RolloutGroup]) -> dict[str, float]:

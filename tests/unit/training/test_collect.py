@@ -15,7 +15,7 @@ from gspo_moe.data.prompts import PromptPosition, PromptSource
 from gspo_moe.errors import RewardError
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.checkpoint import Progress
-from gspo_moe.training.collect import _longest_turns, collect
+from gspo_moe.training.collect import collect
 from gspo_moe.types import Prompt, Reward, RolloutGroup
 from tests.rollouts import rollout
 
@@ -150,7 +150,7 @@ def test_dapo_samples_dynamically_and_shapes_rewards_but_judges_groups_by_the_ta
 
 def test_the_over_long_penalty_of_a_conversation_is_its_longest_turns() -> None:
     turns = replace(rollout("0", 0, (1, 2), (3,) * 23), policy_mask=(0, 0, *(1,) * 9, 0, *(1,) * 8, 0, *(1,) * 4))
-    assert _longest_turns([turns, rollout("0", 1, (1,), (3,) * 5)]).tolist() == [9, 5]
+    assert (turns.longest_turn, rollout("0", 1, (1,), (3,) * 5).longest_turn) == (9, 5)
 
 
 def test_dr_grpo_does_not_scale_advantages() -> None:
