@@ -91,7 +91,7 @@ METRICS = (
     MetricDoc("groups/degenerate", "groups", "sampled groups whose rewards are all equal: nothing to learn"),
     MetricDoc("response/length_mean", "tokens", "mean response length, stop token included"),
     MetricDoc("response/length_max", "tokens", "longest response"),
-    MetricDoc("response/truncated", "fraction", "responses cut off by `rollout.max_response_tokens`"),
+    MetricDoc("response/truncated", "fraction", "responses cut off by a limit of `rollout` or the model"),
     MetricDoc("eval/accuracy", "fraction", "held-out answers with full reward"),
     MetricDoc("eval/reward", "reward", "mean reward of held-out answers"),
     MetricDoc("eval/response_length", "tokens", "mean length of held-out answers"),
