@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class Rollout:
     def response_ids(self) -> tuple[int, ...]:
         """All from there on, an environment's turns included."""
         return self.token_ids[self.policy_mask.index(1) :]
+
+    @property
+    def longest_turn(self) -> int:
+        """Tokens of the policy's longest turn, which the length limit is for."""
+        return max(sum(run) for sampled, run in groupby(self.policy_mask) if sampled)
 
     @property
     def text(self) -> str:

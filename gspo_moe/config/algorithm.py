@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
 
@@ -140,57 +141,48 @@ class AlgorithmConfig(Section):
             raise ValueError(f"algorithm.name={name} has no options; leave algorithm.options out")
         return value
 
-    @model_validator(mode="after")
-    def _clips_fit(self) -> AlgorithmConfig:
+    def faults(self) -> Iterator[str]:
+        yield from self._clip_faults()
+        yield from self._correction_faults()
+        yield from self._old_policy_faults()
+
+    def _clip_faults(self) -> Iterator[str]:
         if self.spec.clips is None and (self.clip_low is not None or self.clip_high is not None):
-            raise ValueError(
+            yield (
                 f"algorithm.name={self.name} clips nothing by algorithm.clip_low and algorithm.clip_high; "
                 "leave both out"
             )
         fault = clip_fault(self.spec, *self.clips, self.allow_wide_clip, prefix="algorithm.")
         if fault:
-            raise ValueError(fault)
-        return self
+            yield fault
 
-    @model_validator(mode="after")
-    def _correction_fits(self) -> AlgorithmConfig:
+    def _correction_faults(self) -> Iterator[str]:
         correction, level = self.mismatch.correction, self.mismatch.level
-        if correction == "none":
-            return self
-        if self.old_log_probs == "rollout":
-            raise ValueError(
+        if correction != "none" and self.old_log_probs == "rollout":
+            yield (
                 f"algorithm.mismatch.correction={correction} with algorithm.old_log_probs=rollout would count the "
                 "engine's log-probs twice: ratios against them are the correction; set one of them to its default"
             )
-        if level == "token" and self.spec.terms == "sequence":
-            raise ValueError(
+        if correction != "none" and level == "token" and self.spec.terms == "sequence":
+            yield (
                 f"algorithm.name={self.name} has one term a sequence and no place for token weights; "
                 "set algorithm.mismatch.level=sequence"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _router_shift_is_there(self) -> AlgorithmConfig:
+    def _old_policy_faults(self) -> Iterator[str]:
         if self.spec.router_shift and self.old_log_probs == "rollout":
-            raise ValueError(
+            yield (
                 f"algorithm.name={self.name} weighs tokens by how far the router's scores moved since the old policy's "
                 "forward pass, which algorithm.old_log_probs=rollout leaves out; set it to trainer"
                 + (f" or use {self.spec.instead}" if self.spec.instead else "")
             )
-        return self
-
-    @model_validator(mode="after")
-    def _value_function_is_used(self) -> AlgorithmConfig:
-        if not self.spec.has_value_function:
-            return self
-        if self.old_log_probs == "rollout":
-            raise ValueError(
+        if self.spec.has_value_function and self.old_log_probs == "rollout":
+            yield (
                 f"algorithm.name={self.name} takes the old policy's values in its forward pass, which "
                 "algorithm.old_log_probs=rollout leaves out; set it to trainer"
             )
-        if self.dynamic_sampling:
-            raise ValueError(
+        if self.spec.has_value_function and self.dynamic_sampling:
+            yield (
                 "algorithm.dynamic_sampling=true replaces groups of equal rewards, in which algorithm.name="
                 f"{self.name}, that compares with its value function, has as much to learn; leave it out"
             )
-        return self

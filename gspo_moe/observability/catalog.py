@@ -27,7 +27,7 @@ class MetricDoc:
 FIGURES = {"mean": "mean", "std": "standard deviation", "min": "smallest value", "max": "largest value"}
 PHASES = {
     "rollout": "generation",
-    "reward": "scoring answers",
+    "reward": "rewarding answers",
     "old_log_probs": "the old policy's log-probs",
     "reference": "the reference's log-probs",
     "training": "all mini-batches: forward, backward, optimizer, and what is measured between them",
@@ -91,7 +91,7 @@ METRICS = (
     MetricDoc("groups/degenerate", "groups", "sampled groups whose rewards are all equal: nothing to learn"),
     MetricDoc("response/length_mean", "tokens", "mean response length, stop token included"),
     MetricDoc("response/length_max", "tokens", "longest response"),
-    MetricDoc("response/truncated", "fraction", "responses cut off by `rollout.max_response_tokens`"),
+    MetricDoc("response/truncated", "fraction", "responses cut off by a limit of `rollout` or the model"),
     MetricDoc("eval/accuracy", "fraction", "held-out answers with full reward"),
     MetricDoc("eval/reward", "reward", "mean reward of held-out answers"),
     MetricDoc("eval/response_length", "tokens", "mean length of held-out answers"),

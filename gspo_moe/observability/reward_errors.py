@@ -46,7 +46,7 @@ class RewardErrors:
 
     def _tell(self, text: str) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n\n")
         if not self._told:
             _log.warning("%s\n(the first of later ones: %s)", text, self._file)

@@ -12,7 +12,7 @@ import sys
 from difflib import get_close_matches
 
 from gspo_moe.config.task import TaskConfig
-from gspo_moe.errors import ConfigError
+from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
@@ -49,7 +49,15 @@ def _external(config: TaskConfig, seed: int) -> Task:
             f"task.name={config.name} cannot be imported ({type(error).__name__}: {error}); give my_module:my_task, "
             "with the module in the working folder or a folder of PYTHONPATH"
         ) from error
-    task = make(config.options, seed)
+    try:
+        task = make(config.options, seed)
+    except GspoMoeError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"task.name={config.name} with task.options={config.options} failed ({type(error).__name__}: {error}); "
+            "correct the options, or the module"
+        ) from error
     if not isinstance(task, Task):
         raise ConfigError(
             f"task.name={config.name} gave a {type(task).__name__}; let it return a gspo_moe.tasks.protocol.Task"

@@ -45,9 +45,16 @@ def give_reward(task: Task, prompt: Prompt, turns: Conversation) -> Reward | str
 def take_step(task: Task, prompt: Prompt, turns: Conversation) -> Step | str:
     """The environment's next turn, its first where there are no turns, or what is wrong with what it gave."""
     said = task.environment.step(prompt, turns) if turns else task.environment.reset(prompt)
-    if said is None or isinstance(said, str):
-        return Step(said)
-    return f"{'step' if turns else 'reset'} gave {said!r}, which is neither text nor None"
+    given = f"{'step' if turns else 'reset'} gave {said!r}, which"
+    if said is None:
+        return Step(None)
+    if not isinstance(said, str):
+        return f"{given} is neither text nor None"
+    try:
+        said.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{given} no tokenizer takes ({error.reason})"
+    return Step(said)
 
 
 def part_means(rewards: Iterable[Reward]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def _samples(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[Tra
     rewards = _rewards(groups)
     buffer = config.algorithm.overlong_tokens(limit)
     if buffer:
-        penalty = overlong_penalty(_lengths(rollouts), limit, buffer)
+        penalty = overlong_penalty(torch.tensor([one.longest_turn for one in rollouts]), limit, buffer)
         rewards = rewards + penalty
         figures["reward/overlong_penalty"] = penalty.mean().item()
     advantages = torch.zeros_like(rewards)  # a value function makes its own, of tokens

@@ -24,6 +24,7 @@ from gspo_moe.model.cache import KVCache
 from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.last_stage import LastStage
+from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
@@ -53,6 +54,7 @@ class MegatronEngine:
         cuda_graph: str = "auto",
     ) -> None:
         self._model = model
+        self._ranks = model.groups.data_context  # which step in unison
         self._stop = stop or StopSignals()
         self._fault: RolloutError | None = None
         self._max_batch = max_batch
@@ -91,7 +93,7 @@ class MegatronEngine:
     def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
-        for number in range(self._most(len(batches))):
+        for number in range(most(len(batches), self._ranks)):
             self._stop.check()
             batch = batches[number] if number < len(batches) else []
             for index, sequence in self._run_batch(batch, params):
@@ -133,16 +135,11 @@ class MegatronEngine:
                 start = stop
         return batches
 
-    def _most(self, count: int) -> int:
-        """The largest `count` over the data and context-parallel ranks, which step in unison."""
-        value = torch.tensor(count, device=self._device)
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=self._model.groups.data_context)
-        return int(value)
-
     def _run_batch(
         self, batch: list[tuple[int, Request, range]], params: SamplingParams
     ) -> list[tuple[int, SampleUnderWay]]:
-        capacity = params.max_response_tokens + self._most(max((len(r.prompt_ids) for _, r, _ in batch), default=1))
+        longest = most(max((len(r.prompt_ids) for _, r, _ in batch), default=1), self._ranks)
+        capacity = params.max_response_tokens + longest
         cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
         record = self._start_recording()
         first_logits = self._prefill([request for _, request, _ in batch], cache, record)
@@ -171,7 +168,7 @@ class MegatronEngine:
                 self._stop.check()
             self._append(active, logits, uniforms_NR[[s.number for s in active], step], params)
             active = in_first_rows(cache, [sequence for sequence in active if not sequence.finished])
-            if step + 1 == params.max_response_tokens or not self._most(len(active)):
+            if step + 1 == params.max_response_tokens or not most(len(active), self._ranks):
                 break
             output = decoder.step([s.response_ids[-1] for s in active], [s.next_position for s in active])
             logits = output.logits_NV
@@ -213,7 +210,7 @@ class MegatronEngine:
                 room = self._prefill_tokens
             packs[-1].append(row)
             room -= len(request.prompt_ids)
-        packs += [[] for _ in range(self._most(len(packs)) - len(packs))]
+        packs += [[] for _ in range(most(len(packs), self._ranks) - len(packs))]
         inputs = [self._prefill_input([(row, requests[row].prompt_ids) for row in pack], cache) for pack in packs]
         logits = self._logits(inputs, [item.cu_seqlens[1:] - 1 for item in inputs], record)
         return None if logits is None else torch.cat(logits)

@@ -86,6 +86,10 @@ def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], m
             ["model.overrides: num_attention_heads=4", "model.overrides: head_dim=5", "schedule.steps=0"],
         ),
         (
+            ["algorithm={name: gmpo, clip_low: 1.5, old_log_probs: rollout, mismatch: {correction: tis}}"],
+            ["algorithm.clip_low=1.5", "algorithm.mismatch.correction=tis with", "algorithm.name=gmpo has one term"],
+        ),
+        (
             ["model={hf: there, preset: tiny, checkpoint: here, random_init: true}"],
             ["model.preset='tiny' and model.hf='there' and", "model.random_init=true"],
         ),

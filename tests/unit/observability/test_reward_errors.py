@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gspo_moe.errors import RewardError
 from gspo_moe.observability.reward_errors import RewardErrors, first_reward_error
-from gspo_moe.types import RolloutGroup
+from gspo_moe.types import Reward, RolloutGroup
 from tests.rollouts import rewarded
 
 
@@ -30,6 +31,13 @@ def test_failed_rewards_are_shown_and_kept_also_where_they_end_the_run(
     assert [record.message.splitlines()[0] for record in caplog.records] == lines[:1] * 2
     assert "reward_errors.txt" in caplog.records[0].message
     RewardErrors(tmp_path / "run", main=True, allow_all_failed=True).check(groups(2), "step 4")
+
+
+def test_an_error_of_lone_surrogates_is_kept_too(tmp_path: Path) -> None:
+    (one,) = groups(0)
+    broken = tuple(replace(each, reward=Reward(0.0, error="\ud800 broke")) for each in one.rollouts)
+    RewardErrors(tmp_path, main=True, allow_all_failed=True).check([replace(one, rollouts=broken)], "step 1")
+    assert first_reward_error(tmp_path) == "step 1: 2 of 2 rewards failed; the first: \\ud800 broke"
 
 
 def test_one_process_alone_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,10 +50,12 @@ def test_the_examples_game_is_played_in_worker_processes(monkeypatch: pytest.Mon
         (":task", r"task\.name=:task cannot be imported"),
         ("own_task:absent", r"cannot be imported \(AttributeError: .*absent"),
         ("own_task:nothing", r"own_task:nothing gave a dict; let it return"),
+        ("own_task:broken", r"own_task:broken with task\.options=\{\} failed \(TypeError: .*; correct the options"),
     ],
 )
 def test_what_is_no_task_is_refused(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_task.py").write_text("def nothing(options, seed):\n    return {}\n")
+    makers = "def nothing(options, seed):\n    return {}\n\ndef broken():\n    return {}\n"
+    (tmp_path / "own_task.py").write_text(makers)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=message):

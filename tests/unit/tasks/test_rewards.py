@@ -54,3 +54,5 @@ def test_an_environments_turn_is_text_or_nothing() -> None:
     assert take_step(task, PROMPT, (Turn("policy", wrong),)) == "step gave 3, which is neither text nor None"
     environment.reset = lambda prompt: 3
     assert take_step(task, PROMPT, ()) == "reset gave 3, which is neither text nor None"
+    refused = "step gave '\\ud800', which no tokenizer takes (surrogates not allowed)"
+    assert take_step(task, PROMPT, answered("\ud800")) == refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +146,11 @@ def test_dapo_samples_dynamically_and_shapes_rewards_but_judges_groups_by_the_ta
     assert uids(off) == ["0", "1"]
     assert "reward/overlong_penalty" not in off.metrics
     assert advantages(off)[:4] == [0.0] * 4
+
+
+def test_the_over_long_penalty_of_a_conversation_is_its_longest_turns() -> None:
+    turns = replace(rollout("0", 0, (1, 2), (3,) * 23), policy_mask=(0, 0, *(1,) * 9, 0, *(1,) * 8, 0, *(1,) * 4))
+    assert (turns.longest_turn, rollout("0", 1, (1,), (3,) * 5).longest_turn) == (9, 5)
 
 
 def test_dr_grpo_does_not_scale_advantages() -> None:
