@@ -81,12 +81,18 @@ def write_bank(path: Path, bank: Bank) -> None:
         "groups": [{"prompt": asdict(g.prompt), "size": len(g.rollouts)} for g in bank.groups],
         "rollouts": [
             {key: getattr(r, key) for key in KEPT}
-            | {"turns": [asdict(turn) for turn in r.turns], "parts": r.reward.parts if r.reward else {}}
+            | {"turns": [asdict(turn) for turn in r.turns], "reward": _described(r.reward)}
             for r in rollouts
         ],
     }
     metadata = {"format": FORMAT, "bank": json.dumps(described)}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def _described(reward: Reward | None) -> dict[str, Any]:
+    """All of a reward but its total."""
+    assert reward is not None, "a bank is of rollouts with rewards"
+    return {"parts": dict(reward.parts), "error": reward.error, "timed_out": reward.timed_out}
 
 
 def describe_bank(path: str | Path) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _rollouts(tensors: dict[str, torch.Tensor], described: Sequence[dict[str, An
             log_probs=tuple(log_probs[number].tolist()),
             versions=tuple((version, count) for version, count in fields["versions"]),
             turns=tuple(Turn(**turn) for turn in fields["turns"]),
-            reward=Reward(rewards[number], fields["parts"]),
+            reward=Reward(rewards[number], **fields["reward"]),
             routes=routes[number],
         )
 
@@ -191,7 +197,7 @@ def _from_format_1(
             "finish": "stop" if fields["finished"] else "length",
             "versions": [(fields["policy_version"], length)],
             "turns": [{"role": "policy", "text": fields["text"]}],
-            "parts": {},
+            "reward": {},
         }
         for fields, length in zip(described, responses.tolist(), strict=True)
     ]

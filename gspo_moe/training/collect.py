@@ -57,7 +57,7 @@ def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Rollout
     """
     session.source.ask(prompts, step)
     group, came = session.groups.data_context, dict[str, RolloutGroup]()
-    while len(came) < len(prompts):
+    while any(prompt.uid not in came for prompt in prompts):
         share = session.source.take()
         shares = gather_objects([_without_routes(each) for each in share], group)
         shares[group.rank()] = share

@@ -30,8 +30,9 @@ def preflight(config: Config) -> Plan:
     task = make_task(config.task, config.seed)
 
     def texts() -> list[str]:
-        count = min(TOKENIZER_TEXTS, task.prompts.size("sft") or TOKENIZER_TEXTS)
-        prompts = PromptSource(task.prompts, "sft").take(count)
+        split = "train" if config.stage == "rl" and task.prompts.size("sft") == 0 else "sft"
+        count = min(TOKENIZER_TEXTS, task.prompts.size(split) or TOKENIZER_TEXTS)
+        prompts = PromptSource(task.prompts, split).take(count)
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
         return [prompt.shown for prompt in prompts] + answers
 

@@ -33,7 +33,11 @@ CONFIGS = (
     (1, "rollout.prompts_per_step=30", ("rollout.prompts_per_step=30", "algorithm.mini_batches=4; change one")),
     (1, "rollout.stop=[ab]", ("rollout.stop: 'ab'", "must be a single token")),
     (1, "algorithm.clip_high=0.2", ("algorithm.clip_high=0.2", "or set algorithm.allow_wide_clip=true")),
-    (1, "algorithm.name=reinforce", ("algorithm.name='reinforce'", "did you mean 'rspo'? Known are", "gspo, gspo_token, ppo")),
+    (
+        1,
+        "algorithm.name=reinforce",
+        ("algorithm.name='reinforce'", "did you mean 'rspo'? Known are", "gspo, gspo_token, ppo"),
+    ),
     (1, "optimizer.min_lr=1", ("optimizer.min_lr=1", "exceeds optimizer.lr=0.0001; lower it")),
     (1, "tokenizer.path=nowhere", ("tokenizer.path=nowhere", "give an existing tokenizer, or null")),
     (1, "logging.run_dir=config.yaml", ("logging.run_dir=config.yaml is a file", "name a folder")),

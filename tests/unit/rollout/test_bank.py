@@ -25,7 +25,7 @@ def rollout(uid: str, index: int, response: int, *, routes: bool) -> Rollout:
         finish="stop" if index else "length",
         versions=((4, response),),
         turns=(Turn("policy", f"é {index}"),),
-        reward=Reward(1.0 if index else response / 10, {"right": 0.5}),
+        reward=Reward(1.0 if index else response / 10, {"right": 0.5}, error="it broke" if index else None),
         routes=torch.randint(320, (index + 1 + response, 3, 2), generator=generator).short() if routes else None,
     )
 

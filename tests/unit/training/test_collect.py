@@ -34,7 +34,8 @@ class Table:
         self.asked += prompts
 
     def take(self) -> list[RolloutGroup]:
-        return [self._group(self.asked.pop())]
+        earlier = RolloutGroup(Prompt("of an earlier step", "?", "table"), ())
+        return [earlier, self._group(self.asked.pop())]
 
     def _group(self, prompt: Prompt) -> RolloutGroup:
         parts = zip(self.lengths, self.table[int(prompt.uid)], strict=True)
