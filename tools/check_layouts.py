@@ -165,9 +165,9 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     from gspo_moe.routing.comparison import gather_layers
     from gspo_moe.scoring.score import score
     from gspo_moe.training.optimizer import Optimizer
-    from gspo_moe.training.packs import microbatches, pack_share
+    from gspo_moe.training.packs import Minibatch, microbatches, pack_share, recordings_of, with_each
     from gspo_moe.training.routing import compare_packs
-    from tests.steps import train_minibatch
+    from gspo_moe.training.step import PolicySettings, train_minibatch
 
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "routing": []}
     gradients: dict[str, torch.Tensor] = {}
@@ -184,12 +184,12 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
             return super().update()
 
     optimizer = WatchedOptimizer(config, model, STEPS)
-    minibatches = [microbatches(pack_share(_samples(step), model.groups, config)) for step in range(STEPS)]
-    every = [pack for packs in minibatches for pack in packs]
+    minibatches = [pack_share(_samples(step), model.groups, config) for step in range(STEPS)]
+    every = [pack for packs in minibatches for pack in microbatches(packs)]
     record = recorder.start()
     scored = score(model, every, record=record)
     old_routes = record.recordings()
-    noise = [_noise(step, pack) for step, packs in enumerate(minibatches) for pack in packs]
+    noise = [_noise(step, pack) for step, packs in enumerate(minibatches) for pack in microbatches(packs)]
     old_log_probs = [log_probs_T + noise_T for log_probs_T, noise_T in zip(scored, noise, strict=False)]
     start = 0
     for step, packs in enumerate(minibatches):
@@ -197,24 +197,18 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
         own = [recording.routes_TLK for recording in old_routes[start:stop]]
         # The last step replays routes that no router picked: every choice moved on by one expert.
         moved = [(routes_TLK + 1) % SIZES["num_experts"] for routes_TLK in own] if step == STEPS - 1 else None
-        result = train_minibatch(
-            model,
-            optimizer,
-            packs,
-            old_log_probs[start:stop],
-            config.algorithm,
-            SEQUENCES,
-            1.0,
-            recorder,
-            old_routes=old_routes[start:stop],
-            replayed=moved,
-        )
+        known = {"old_log_probs_T": old_log_probs[start:stop], "recording": old_routes[start:stop]}
+        whole = with_each(packs, **known, replay_TLK=moved or ())
+        num_tokens = sum(sum(sample.response_mask[1:]) for sample in _samples(step))
+        minibatch = Minibatch(tuple(whole), SEQUENCES, num_tokens)
+        settings = PolicySettings(config.algorithm, temperature=1.0, max_response_tokens=0)
+        result = train_minibatch(model, optimizer, minibatch, settings, recorder)
         metrics = result.statistics.to_metrics()
         found["loss"].append([metrics["loss/policy"], metrics["clip_fraction/token"], metrics["ratio/token_max"]])
         found["grad_norm"].append(result.update.grad_norm)
-        sums = compare_packs(packs, old_routes[start:stop], result.routes, recorder.layers)
+        sums = compare_packs(microbatches(packs), old_routes[start:stop], recordings_of(result.packs), recorder.layers)
         found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
-        for number, pack in enumerate(packs, start=start):
+        for number, pack in enumerate(microbatches(packs), start=start):
             bounds = pack.cu_seqlens.tolist()
             all_layers = gather_layers(old_routes[number].routes_TLK, recorder.layers).sort(dim=-1).values
             for sample, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):

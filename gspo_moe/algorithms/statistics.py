@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 
 Parts = dict[str, torch.Tensor]
+
+
+def at_once(parts: Parts, through: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
+    """The parts, after all of them went through a function of one flat tensor."""
+    if not parts:
+        return {}
+    whole = through(torch.cat([value.reshape(-1) for value in parts.values()]))
+    pieces = whole.split([value.numel() for value in parts.values()])
+    return {name: piece.view_as(value) for (name, value), piece in zip(parts.items(), pieces, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,8 @@ class Mergeable:
         )
 
     def cpu(self) -> Self:
-        """The same on the CPU, for sending to another process; waits for the device."""
-        return type(self)(
-            {name: value.cpu() for name, value in self.sums.items()},
-            {name: value.cpu() for name, value in self.maxima.items()},
-        )
+        """The same on the CPU, for sending to another process; waits for the device once for each kind of parts."""
+        return type(self)(*(at_once(parts, torch.Tensor.cpu) for parts in (self.sums, self.maxima)))
 
 
 class Statistics(Mergeable, ABC):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from gspo_moe.algorithms.statistics import Mergeable
+from gspo_moe.algorithms.statistics import Mergeable, at_once
 from gspo_moe.platform import device
 
 if TYPE_CHECKING:
@@ -18,18 +19,17 @@ S = TypeVar("S", bound=Mergeable)
 
 def reduce_statistics(statistics: S, group: dist.ProcessGroup) -> S:
     """The statistics of all ranks of `group` together: one collective for the sums, one for the maxima."""
+
+    def total(op: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def reduced(flat: torch.Tensor) -> torch.Tensor:
+            dist.all_reduce(flat, op, group=group)
+            return flat
+
+        return reduced
+
     return type(statistics)(
-        _reduce(statistics.sums, dist.ReduceOp.SUM, group), _reduce(statistics.maxima, dist.ReduceOp.MAX, group)
+        at_once(statistics.sums, total(dist.ReduceOp.SUM)), at_once(statistics.maxima, total(dist.ReduceOp.MAX))
     )
-
-
-def _reduce(parts: dict[str, torch.Tensor], op: Any, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
-    if not parts:
-        return {}
-    flat = torch.cat([value.reshape(-1) for value in parts.values()])
-    dist.all_reduce(flat, op, group=group)
-    pieces = flat.split([value.numel() for value in parts.values()])
-    return {name: piece.view_as(value) for (name, value), piece in zip(parts.items(), pieces, strict=True)}
 
 
 def from_last_stage(value: Any, groups: Groups) -> Any:

@@ -83,9 +83,12 @@ def training_step() -> Waits:
     packs = microbatches(pack_share(samples(), model.groups, config))
     old, _ = score_and_record(model, packs, recorder)
 
+    num_tokens = int(sum(pack.response_mask_T.sum() for pack in packs))
+    given = model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0
+
     def step() -> Waits:
         with counted() as found:
-            train_minibatch(model, optimizer, packs, old, config.algorithm, len(LENGTHS), 1.0, recorder)
+            train_minibatch(*given, recorder, num_tokens=num_tokens)
         return found
 
     step()
