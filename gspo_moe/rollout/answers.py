@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from gspo_moe.data.rendering import render_prompt, render_turn
 from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.parallel.reduce import most
+from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.conversation import Exchange, Talk, opened
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
 from gspo_moe.tasks.pool import TaskPool
@@ -46,7 +48,7 @@ class Answerer:
         """This rank's share of the prompts, each answered `samples` times, without rewards. Collective."""
         share = share_of(prompts, self.groups.data_context)
         if self.max_turns is None:
-            requests = [Request(one.uid, tuple(render_prompt(self.tokenizer, one)), samples) for one in share]
+            requests = self._requests([(prompt, None) for prompt in share], samples)
             answered = zip(share, self._sampled(requests, params), strict=True)
             return [RolloutGroup(prompt, tuple(rollouts)) for prompt, rollouts in answered]
         return self._conversations(share, samples, params, self.max_turns)
@@ -56,7 +58,7 @@ class Answerer:
     ) -> list[RolloutGroup]:
         openings = self._by_one_process(self.pool.steps, [(prompt, ()) for prompt in share])
         asked = list(zip(share, openings, strict=True))
-        requests = [Request(p.uid, tuple(render_prompt(self.tokenizer, p, said.text)), samples) for p, said in asked]
+        requests = self._requests([(prompt, said.text) for prompt, said in asked], samples)
         found = [
             [Talk(prompt, opened(rollout, said, self.pool.failed)) for rollout in rollouts]
             for (prompt, said), rollouts in zip(asked, self._sampled(requests, params), strict=True)
@@ -86,6 +88,16 @@ class Answerer:
             )
             for group in share
         ]
+
+    def _requests(self, asked: Sequence[tuple[Prompt, str | None]], samples: int) -> list[Request]:
+        """Of each prompt with what its environment said first. Raises RolloutError, on every rank, for one rank's."""
+        requests, fault = list[Request](), None
+        try:
+            requests = [Request(p.uid, tuple(render_prompt(self.tokenizer, p, said)), samples) for p, said in asked]
+        except (ConfigError, DataError) as error:
+            fault = RolloutError(str(error))
+        raise_everywhere(fault)
+        return requests
 
     def _sampled(self, requests: list[Request], params: SamplingParams) -> list[list[Rollout]]:
         answered = self.engine.generate(requests, params)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from gspo_moe.errors import DataError
 from gspo_moe.rollout.engine import Request
 from gspo_moe.tasks.rewards import Step
 from gspo_moe.types import Conversation, Prompt, Reward, Rollout, Turn
@@ -64,7 +65,11 @@ class Exchange:
             if step.error is not None:
                 each.rollout = broken(each.rollout, self.failed(step.error, step.timed_out))
             elif step.text is not None:
-                ids = self.render(each.prompt, each.rollout, step.text)
+                try:
+                    ids = self.render(each.prompt, each.rollout, step.text)
+                except DataError as error:
+                    each.rollout = broken(each.rollout, self.failed(str(error), False))
+                    continue
                 if last or len(each.rollout.token_ids) + len(ids) > self.room:
                     each.rollout = replace(each.rollout, finish="length")
                 else:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.answers import Answerer, all_rollouts
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.tasks.pool import Item
-from gspo_moe.types import Prompt, Reward, Rollout
+from gspo_moe.types import Message, Prompt, Reward, Rollout
 from tests.policy import sampling
 from tests.qwen3 import layout
 from tests.rollouts import rollout
@@ -58,6 +59,15 @@ class Lengths:
         ]
 
 
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_here(error: RolloutError | None) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("gspo_moe.rollout.answers.raise_everywhere", raise_here)
+
+
 def answerer(rank: int = 0, ranks: int = 1) -> Answerer:
     """One of several data or context-parallel ranks, as far as sharing goes."""
     one: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
@@ -93,6 +103,12 @@ def test_each_of_several_stop_tokens_is_kept_out_of_the_text() -> None:
 def test_a_token_that_only_looks_like_an_end_stays_in_the_text() -> None:
     (group,) = answerer().generate(PROMPTS[:1], 1, sampling(stop_ids=frozenset({7})))
     assert group.rollouts[0].text == "a;"
+
+
+def test_a_prompt_that_cannot_be_rendered_ends_every_rank() -> None:
+    both = replace(PROMPTS[0], messages=(Message("user", "a"),))
+    with pytest.raises(RolloutError, match="prompt train/0 has both text and messages"):
+        answerer().generate([both], 1, sampling())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

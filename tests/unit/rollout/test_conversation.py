@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gspo_moe.errors import DataError
 from gspo_moe.rollout.conversation import Exchange, Talk, opened
 from gspo_moe.rollout.engine import Request
 from gspo_moe.tasks.rewards import Step
@@ -86,6 +87,15 @@ def test_a_broken_environment_ends_its_conversation_alone() -> None:
     (found,) = carried_on(over, first())
     assert (found.finish, found.reward) == ("error", Reward(-1.0, error="it broke", timed_out=True))
     assert asked == []
+
+
+def test_a_turn_that_cannot_be_rendered_ends_its_conversation_alone() -> None:
+    def refuse(prompt: Prompt, one: Rollout, text: str) -> list[int]:
+        raise DataError("no template")
+
+    over = replace(exchange({1: Step("no")})[0], render=refuse)
+    (found,) = carried_on(over, first())
+    assert (found.finish, found.reward) == ("error", Reward(-1.0, error="no template"))
 
 
 def test_what_is_said_at_the_reset_opens_the_conversation() -> None:
