@@ -6,15 +6,14 @@ Torch-free until an algorithm is asked for; its module alone is imported then.
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
-import sys
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from gspo_moe.algorithms.spec import Algorithm
 from gspo_moe.errors import ConfigError
+from gspo_moe.external import import_own
 
 FOLDER = Path(__file__).parent / "policies"
 
@@ -26,12 +25,12 @@ def algorithm_names() -> tuple[str, ...]:
 
 @cache
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of that name; `my_module:MySpec` is `MySpec` of a module on the path or in the working folder.
+    """The algorithm of that name; `my_module:MySpec` and `file.py:MySpec` are one's own.
 
     Raises ConfigError for an unknown name, a module that cannot be imported, and an attribute that is no `Algorithm`.
     """
     if ":" in name:
-        return _external(*name.split(":", 1))
+        return _external(name)
     known = algorithm_names()
     if name not in known:
         (nearest,) = get_close_matches(name, known, n=1, cutoff=0.0)
@@ -43,30 +42,11 @@ def find_algorithm(name: str) -> Algorithm:
     return spec
 
 
-def _external(module_name: str, attribute: str) -> Algorithm:
-    given = f"algorithm {module_name}:{attribute}"
-    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ConfigError(f"{given} is not of the form my_module:MySpec; name a module and its Algorithm")
-    # The command's own folder is on the path in place of the one that it was started in.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"{given}: importing {module_name} failed ({type(error).__name__}: {error}); mend the module, or put it "
-            "into the working folder or a folder of PYTHONPATH"
-        ) from error
-    if not hasattr(module, attribute):
-        found = [name for name, value in vars(module).items() if isinstance(value, Algorithm)]
-        raise ConfigError(
-            f"{given}: {module.__file__} has no {attribute}; "
-            + (f"it has {', '.join(found)}" if found else "define it")
-        )
-    spec = getattr(module, attribute)
+def _external(name: str) -> Algorithm:
+    spec = import_own(name, "algorithm.name")
     if not isinstance(spec, Algorithm):
         raise ConfigError(
-            f"{given} is of type {type(spec).__name__}; make it a gspo_moe.algorithms.Algorithm(...), as "
+            f"algorithm.name={name} is of type {type(spec).__name__}; make it a gspo_moe.algorithms.Algorithm(...), as "
             "examples/my_algorithm.py does"
         )
     return spec

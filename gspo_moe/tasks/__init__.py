@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
-import sys
 from difflib import get_close_matches
 
 from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError, GspoMoeError
+from gspo_moe.external import import_own
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
@@ -38,17 +36,7 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
 
 def _external(config: TaskConfig, seed: int) -> Task:
-    module, _, attribute = config.name.partition(":")
-    # The command's own folder is on the path in place of the one that it was started in.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of a module that may do anything
-        raise ConfigError(
-            f"task.name={config.name} cannot be imported ({type(error).__name__}: {error}); give my_module:my_task, "
-            "with the module in the working folder or a folder of PYTHONPATH"
-        ) from error
+    make = import_own(config.name, "task.name")
     try:
         task = make(config.options, seed)
     except GspoMoeError:

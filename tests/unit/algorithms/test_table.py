@@ -67,6 +67,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a module, from which the program is started."""
     (tmp_path / "outside_algorithm.py").write_text(OUTSIDE, encoding="utf-8")
     (tmp_path / "broken_algorithm.py").write_text("import nothing_of_that_name", encoding="utf-8")
+    (tmp_path / "leaving_algorithm.py").write_text("raise SystemExit(3)", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])
     monkeypatch.delitem(sys.modules, "outside_algorithm", raising=False)
@@ -114,17 +115,19 @@ def test_the_example_runs_from_its_folder(monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "message"),
     [
         ("absent_module:X", "No module named 'absent_module'"),
-        ("broken_algorithm:X", "No module named 'nothing_of_that_name'); mend the module"),
-        ("outside_algorithm:mySpec", "has no mySpec; it has MySpec"),
+        ("broken_algorithm:X", "No module named 'nothing_of_that_name'); mend it, or"),
+        ("broken_algorithm.py:X", "No module named 'nothing_of_that_name'); mend it, or"),
+        ("leaving_algorithm:X", "failed (SystemExit: 3); mend it, or"),
+        ("outside_algorithm:mySpec", "has no mySpec; it has Options, reinforce"),
         ("outside_algorithm:NUMBER", "is of type int; make it a gspo_moe.algorithms.Algorithm(...)"),
-        ("outside_algorithm:my spec", "is not of the form my_module:MySpec"),
-        ("a/b.py:X", "is not of the form my_module:MySpec"),
+        ("outside_algorithm:my spec", "is not of the form my_module:name or path/to/file.py:name"),
+        ("a/b.py:X", "importing a/b.py failed (FileNotFoundError"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(name: str, message: str, outside: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_config(None, [f"algorithm.name={name}"])
-    assert str(caught.value).startswith(f"algorithm.name='{name}': algorithm {name}")
+    assert str(caught.value).startswith(f"algorithm.name='{name}': algorithm.name={name}")
 
 
 class _Required(Section):

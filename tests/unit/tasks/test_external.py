@@ -46,9 +46,10 @@ def test_the_examples_game_is_played_in_worker_processes(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:task", r"cannot be imported \(ModuleNotFoundError: .*my_module:my_task, with the module in"),
-        (":task", r"task\.name=:task cannot be imported"),
-        ("own_task:absent", r"cannot be imported \(AttributeError: .*absent"),
+        ("no_such_module:task", r"importing no_such_module failed \(ModuleNotFoundError: .*; mend it, or put"),
+        (":task", r"task\.name=:task is not of the form my_module:name"),
+        ("own_task:absent", r"own_task\.py has no absent; it has nothing, broken"),
+        ("own_task.py:absent", r"own_task\.py has no absent; it has nothing, broken"),
         ("own_task:nothing", r"own_task:nothing gave a dict; let it return"),
         ("own_task:broken", r"own_task:broken with task\.options=\{\} failed \(TypeError: .*; correct the options"),
     ],
