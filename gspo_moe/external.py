@@ -32,8 +32,9 @@ def import_own(name: str, key: str) -> Any:
             "folder or a folder of PYTHONPATH"
         ) from error
     if not hasattr(module, attribute):
-        found = ", ".join(name for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__)
-        raise ConfigError(f"{given}: {module.__file__} has no {attribute}; " + (f"it has {found}" if found else "define it"))
+        own = [name for name, one in vars(module).items() if getattr(one, "__module__", "") == module.__name__]
+        found = f"it has {', '.join(own)}" if own else "define it"
+        raise ConfigError(f"{given}: {module.__file__} has no {attribute}; {found}")
     return getattr(module, attribute)
 
 

@@ -32,6 +32,8 @@ class Prompt:
     task: the task that made it and rewards its answers.
     reference: what the task needs to reward an answer (JSON values only); empty when the prompt says it all.
     messages: what the model reads through its tokenizer's chat template.
+    tools: what the policy may call, as JSON schemas that the template gets; with them an environment's turns are a
+        tool's, else a user's.
     """
 
     uid: str
@@ -39,11 +41,13 @@ class Prompt:
     task: str
     reference: dict[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Prompt:
         """The prompt whose `asdict` went through JSON."""
-        return cls(**{**values, "messages": tuple(Message(**one) for one in values.get("messages", ()))})
+        messages = tuple(Message(**one) for one in values.get("messages", ()))
+        return cls(**{**values, "messages": messages, "tools": tuple(values.get("tools", ()))})
 
     @property
     def shown(self) -> str:
@@ -53,10 +57,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one of the two said behind the prompt; an answer's text stands without its stop token."""
+    """What one of the two said behind the prompt; an answer's text stands without its end token or stop string.
+
+    tokens: that the policy sampled for it, end tokens included; 0 for the environment's.
+    """
 
     role: Literal["policy", "environment"]
     text: str
+    tokens: int = 0
 
 
 Conversation = tuple[Turn, ...]  # behind one prompt, in order

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import Reward
@@ -69,7 +70,7 @@ def open_synthetic_session(plan: Plan, prompt_tokens: int) -> Session:
     tokenizer: Any = Numbers(vocab)
     prompts = RandomPrompts(prompt_tokens, vocab)
     task = Task(prompts.name, prompts=prompts, rubric=prompts)
-    session = open_session(replace(plan, tokenizer=tokenizer, task=task))
+    session = open_session(replace(plan, renderer=Renderer(tokenizer), task=task))
     session.close()
     session.answerer = replace(session.answerer, pool=RandomRewards(plan.config.task, plan.config.seed))
     return session

@@ -36,6 +36,7 @@ WORK = (
     "task.reward.workers",
     "task.reward.timeout_seconds",
     "task.reward.allow_all_failed",
+    "task.reward.max_failure_rate",
     "optimizer.max_skipped_updates",
     "checkpoint",
     "logging",

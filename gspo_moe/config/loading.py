@@ -31,6 +31,9 @@ SCALARS_1_2 = (
     ("merge", re.compile(r"^<<$"), ["<"]),
 )
 
+# Sections that a name alone may stand for, and the key that it is.
+NAMED_ALONE = {"model": "preset", "task.reward": "name", "task.environment": "name"}
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -126,8 +129,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     here = values
     for depth, section in enumerate(sections):
         inner = here.get(section)
-        if depth == 0 and section == "model" and isinstance(inner, str):
-            inner = {"preset": inner}
+        alone = NAMED_ALONE.get(".".join(sections[: depth + 1]))
+        if alone is not None and isinstance(inner, str):
+            inner = {alone: inner}
         elif inner is None:
             inner = {}
         if not isinstance(inner, dict):

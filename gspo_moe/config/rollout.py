@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -17,7 +18,9 @@ class RolloutConfig(Section):
 
     samples_per_prompt: at least 2, unless the algorithm compares answers with a value function.
     max_response_tokens: of one answer, in a conversation of each turn. max_turns: answers in a conversation at most.
-    stop: strings of one token each, which end an answer as the model's own end tokens do.
+    max_prompt_tokens: of a prompt as the model reads it; null is what model and micro-batch have room for.
+    long_prompts: longer ones are an error before the run starts, left out, or cut off at their left end.
+    stop: strings which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
     cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
@@ -29,6 +32,8 @@ class RolloutConfig(Section):
     top_k: NonNegativeInt = 0
     max_response_tokens: PositiveInt = 32
     max_turns: PositiveInt = 16
+    max_prompt_tokens: PositiveInt | None = None
+    long_prompts: Literal["error", "drop", "truncate_left"] = "error"
     stop: tuple[str, ...] = ()
     max_batch: PositiveInt = 512
     cuda_graph: Literal["auto", "off"] = "auto"
@@ -36,9 +41,19 @@ class RolloutConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out accuracy: `samples` answers to each of `prompts` prompts, before, after, and every `interval` steps."""
+    """Held-out accuracy: `samples` answers to each of `prompts` prompts, before, after, and every `interval` steps.
 
-    prompts: NonNegativeInt = 512
+    prompts: a number, or `all` of a task whose prompts have an end.
+    pass_at: the k of each pass@k, at most `samples`.
+    """
+
+    prompts: NonNegativeInt | Literal["all"] = 512
     samples: PositiveInt = 1
+    pass_at: tuple[PositiveInt, ...] = ()
     interval: NonNegativeInt = 0
     temperature: Annotated[float, Field(ge=0.0, le=HOTTEST)] = 1.0
+
+    def faults(self) -> Iterator[str]:
+        beyond = [k for k in self.pass_at if k > self.samples]
+        if beyond:
+            yield f"evaluation.pass_at={beyond} needs as many evaluation.samples, which is {self.samples}; raise it"

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 
 from gspo_moe.config import rules
 from gspo_moe.config.algorithm import AlgorithmConfig
+from gspo_moe.config.chat import ChatConfig
 from gspo_moe.config.model import ModelConfig, TokenizerConfig
 from gspo_moe.config.rollout import EvaluationConfig, RolloutConfig
 from gspo_moe.config.routing import RoutingConfig
@@ -42,6 +43,7 @@ class Config(Section):
     stage: Literal["rl", "sft"] = "rl"
     model: ModelConfig = ModelConfig(preset="tiny")
     tokenizer: TokenizerConfig = TokenizerConfig()
+    chat: ChatConfig = ChatConfig()
     parallel: ParallelConfig = ParallelConfig()
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = RolloutConfig()

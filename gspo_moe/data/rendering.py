@@ -5,8 +5,10 @@ Tokens that a policy sampled are never made again from their text: a conversatio
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gspo_moe.config.chat import ChatConfig
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.types import Conversation, Message, Prompt
@@ -19,47 +21,53 @@ ROLES = {"policy": "assistant", "environment": "user"}
 MARK = "\ue0a7answer\ue0a7"
 
 
-def render_prompt(tokenizer: Tokenizer, prompt: Prompt, opening: str | None = None) -> list[int]:
-    """Ids of all that the policy reads before its first answer.
+@dataclass(frozen=True)
+class Renderer:
+    """A tokenizer with the way in which a run's config has prompts read."""
 
-    Text is encoded as it is, messages through the tokenizer's chat template, with the head of the answer behind them.
-    opening: what the environment says at its reset, text behind the text or the user's message behind the messages.
-    Raises ConfigError where messages meet a tokenizer without a template, DataError for text beside messages and
-    messages that the template refuses.
-    """
-    if not prompt.messages:
-        return tokenizer.encode(prompt.text + (opening or ""))
-    if prompt.text:
-        raise DataError(f"prompt {prompt.uid} has both text and messages; leave one of them empty")
-    said = () if opening is None else (Message("user", opening),)
-    return tokenizer.encode(_template(tokenizer, prompt).render((*prompt.messages, *said)))
+    tokenizer: Tokenizer
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
+    def prompt(self, prompt: Prompt, opening: str | None = None) -> list[int]:
+        """Ids of all that the policy reads before its first answer.
 
-def render_turn(tokenizer: Tokenizer, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
-    """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
+        Text is encoded as it is, messages through the tokenizer's chat template, with the head of the answer behind
+        them.
+        opening: what the environment says at its reset, text behind the text or the user's message behind the messages.
+        Raises ConfigError where messages meet a tokenizer without a template, DataError for text beside messages and
+        messages that the template refuses.
+        """
+        if not prompt.messages:
+            return self.tokenizer.encode(prompt.text + (opening or ""))
+        if prompt.text:
+            raise DataError(f"prompt {prompt.uid} has both text and messages; leave one of them empty")
+        said = () if opening is None else (Message("user", opening),)
+        return self.tokenizer.encode(self._template(prompt).render((*prompt.messages, *said)))
 
-    Behind a text prompt it is encoded as it is. Behind messages it is the user's, between what the chat template puts
-    after an answer and the head of the next one; the template's own end of an answer is left out where `last_id` is
-    one already. Raises as `render_prompt`.
-    """
-    if not prompt.messages:
-        return tokenizer.encode(text)
-    before = (Message(ROLES[turn.role], turn.text) for turn in turns[:-1])
-    conversation = (*prompt.messages, *before, Message("assistant", MARK), Message("user", text))
-    _, mark, rest = _template(tokenizer, prompt).render(conversation).rpartition(MARK)
-    if not mark:
-        raise DataError(
-            f"prompt {prompt.uid}: the tokenizer's chat template leaves an assistant's answer out, so that no turn can "
-            "follow it; correct the template, or give the task's prompts as text"
-        )
-    ids = tokenizer.encode(rest)
-    return ids[1:] if last_id in tokenizer.eos_ids and ids[:1] and ids[0] in tokenizer.eos_ids else ids
+    def turn(self, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
+        """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
 
+        Behind a text prompt it is encoded as it is. Behind messages it is the user's, between what the chat template
+        puts after an answer and the head of the next one; the template's own end of an answer is left out where
+        `last_id` is one already. Raises as `prompt`.
+        """
+        if not prompt.messages:
+            return self.tokenizer.encode(text)
+        before = (Message(ROLES[turn.role], turn.text) for turn in turns[:-1])
+        conversation = (*prompt.messages, *before, Message("assistant", MARK), Message("user", text))
+        _, mark, rest = self._template(prompt).render(conversation).rpartition(MARK)
+        if not mark:
+            raise DataError(
+                f"prompt {prompt.uid}: the tokenizer's chat template leaves an assistant's answer out, so that no turn "
+                "can follow it; correct the template, or give the task's prompts as text"
+            )
+        ids, ends = self.tokenizer.encode(rest), self.tokenizer.eos_ids
+        return ids[1:] if last_id in ends and ids[:1] and ids[0] in ends else ids
 
-def _template(tokenizer: Tokenizer, prompt: Prompt) -> ChatTemplate:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"prompt {prompt.uid} of task {prompt.task} consists of messages and the tokenizer has no chat template; "
-            "set tokenizer.path to a folder with tokenizer.json and chat_template.jinja"
-        )
-    return tokenizer.chat_template
+    def _template(self, prompt: Prompt) -> ChatTemplate:
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"prompt {prompt.uid} of task {prompt.task} consists of messages and the tokenizer has no chat "
+                "template; set tokenizer.path to a folder with tokenizer.json and chat_template.jinja"
+            )
+        return self.tokenizer.chat_template

@@ -17,16 +17,24 @@ CORRECT = 1.0
 
 def held_out_prompts(config: Config, task: Task) -> list[Prompt]:
     """The task's first held-out prompts; make them once, some tasks take long."""
-    return [task.prompts.prompt("eval", index) for index in range(config.evaluation.prompts)]
+    wanted = config.evaluation.prompts
+    count = task.prompts.size("eval") if wanted == "all" else wanted
+    assert count is not None, "check_held_out lets no such config pass"
+    return [task.prompts.prompt("eval", index) for index in range(count)]
 
 
 def check_held_out(config: Config, task: Task) -> None:
     """Raises ConfigError where the task has fewer held-out prompts than the config wants."""
-    size = task.prompts.size("eval")
-    if size is not None and config.evaluation.prompts > size:
+    size, wanted = task.prompts.size("eval"), config.evaluation.prompts
+    if wanted == "all":
+        if size is None:
+            raise ConfigError(
+                f"evaluation.prompts=all: task.name={task.name} has held-out prompts without end; set a number"
+            )
+    elif size is not None and wanted > size:
         raise ConfigError(
-            f"evaluation.prompts={config.evaluation.prompts} exceeds the {size} held-out prompts of task.name="
-            f"{task.name}; set it to at most {size}"
+            f"evaluation.prompts={wanted} exceeds the {size} held-out prompts of task.name={task.name}; set it to at "
+            f"most {size}, or to all"
         )
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
-from gspo_moe.data.rendering import render_prompt, render_turn
-from gspo_moe.data.tokenizers import Tokenizer
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import raise_everywhere
@@ -39,7 +38,7 @@ class Answerer:
     """
 
     engine: RolloutEngine
-    tokenizer: Tokenizer
+    renderer: Renderer
     pool: TaskPool
     groups: Groups
     max_turns: int | None = None
@@ -66,7 +65,7 @@ class Answerer:
         Exchange(
             generate=lambda requests: [one for (one,) in self._sampled(requests, params)],
             step=lambda items: self._by_one_process(self.pool.steps, items),
-            render=lambda prompt, one, said: render_turn(self.tokenizer, prompt, one.turns, said, one.token_ids[-1]),
+            render=lambda prompt, one, said: self.renderer.turn(prompt, one.turns, said, one.token_ids[-1]),
             most=lambda count: most(count, self.groups.data_context),
             room=self.engine.room(params),
             max_turns=max_turns,
@@ -93,7 +92,7 @@ class Answerer:
         """Of each prompt with what its environment said first. Raises RolloutError, on every rank, for one rank's."""
         requests, fault = list[Request](), None
         try:
-            requests = [Request(p.uid, tuple(render_prompt(self.tokenizer, p, said)), samples) for p, said in asked]
+            requests = [Request(p.uid, tuple(self.renderer.prompt(p, said)), samples) for p, said in asked]
         except (ConfigError, DataError) as error:
             fault = RolloutError(str(error))
         raise_everywhere(fault)
@@ -104,10 +103,10 @@ class Answerer:
         return [[self._with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
 
     def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:
-        ids = rollout.response_ids
+        ids = sampled = rollout.response_ids
         if ids and ids[-1] in params.stop_ids:
             ids = ids[:-1]
-        return replace(rollout, turns=(Turn("policy", self.tokenizer.decode(ids)),))
+        return replace(rollout, turns=(Turn("policy", self.renderer.tokenizer.decode(ids), len(sampled)),))
 
     def _by_one_process(self, ask: Callable[[list[Item]], list[Found]], items: list[Item]) -> list[Found]:
         """What one process of each model replica finds; the others would only repeat it."""

@@ -10,7 +10,7 @@ from gspo_moe.config.layout import check_layout
 from gspo_moe.config.outputs import hold
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
-from gspo_moe.data.rendering import render_prompt
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import load_tokenizer
 from gspo_moe.evaluation.evaluate import check_held_out
 from gspo_moe.model.hf import check_export
@@ -39,7 +39,8 @@ def preflight(config: Config) -> Plan:
     check_held_out(config, task)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
     (first,) = PromptSource(task.prompts, "sft" if config.stage == "sft" else "train").take(1)
-    render_prompt(tokenizer, first)
+    renderer = Renderer(tokenizer, config.chat)
+    renderer.prompt(first)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
@@ -50,7 +51,7 @@ def preflight(config: Config) -> Plan:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
-    return Plan(config, layout, architecture, tokenizer, task)
+    return Plan(config, layout, architecture, renderer, task)
 
 
 def take_run_folder(config: Config, *, ends_together: bool) -> None:

@@ -13,6 +13,7 @@ from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
@@ -44,8 +45,12 @@ class Plan:
     config: Config
     layout: Layout
     architecture: Architecture
-    tokenizer: Tokenizer
+    renderer: Renderer
     task: Task
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.renderer.tokenizer
 
 
 @dataclass
@@ -116,7 +121,7 @@ def open_session(plan: Plan) -> Session:
         model=model,
         answerer=Answerer(
             engine,
-            plan.tokenizer,
+            plan.renderer,
             TaskPool(config.task, config.seed),
             groups,
             max_turns=None if plan.task.single_turn else rollout.max_turns,

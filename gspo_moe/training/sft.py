@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gspo_moe.data.rendering import render_prompt
 from gspo_moe.errors import TrainingError
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.session import Plan, Trainer
@@ -31,7 +30,7 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
     """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
-    question = render_prompt(plan.tokenizer, prompt)
+    question = plan.renderer.prompt(prompt)
     if not question:
         raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
     answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gspo_moe.data.rendering import render_prompt, render_turn
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.types import Conversation, Message, Prompt, Turn
@@ -70,7 +70,7 @@ def reference(folder: Path, messages: list[dict[str, str]]) -> list[int]:
 
 
 def test_messages_become_the_ids_that_transformers_gives(chatml: HFTokenizer, tmp_path: Path) -> None:
-    ids = render_prompt(chatml, CHAT)
+    ids = Renderer(chatml).prompt(CHAT)
     assert ids == reference(tmp_path, [vars(message) for message in CHAT.messages])
     assert ids[:2] == [BOS, START]
     assert chatml.decode(ids).endswith('{"é<": 1}\n<|im_start|>assistant\n')
@@ -78,21 +78,21 @@ def test_messages_become_the_ids_that_transformers_gives(chatml: HFTokenizer, tm
 
 def test_what_an_environment_says_first_is_the_users_next_message(chatml: HFTokenizer, tmp_path: Path) -> None:
     messages = [*map(vars, CHAT.messages), {"role": "user", "content": "go"}]
-    assert render_prompt(chatml, CHAT, "go") == reference(tmp_path, messages)
+    assert Renderer(chatml).prompt(CHAT, "go") == reference(tmp_path, messages)
 
 
 @pytest.mark.parametrize("earlier", [(), (*answered("3"), Turn("environment", "more?"))])
 def test_turns_continue_what_was_sampled_as_the_whole_conversation_reads(
     earlier: Conversation, chatml: HFTokenizer, tmp_path: Path
 ) -> None:
-    ids = render_prompt(chatml, CHAT)
+    ids = Renderer(chatml).prompt(CHAT)
     messages = [dict(vars(message)) for message in CHAT.messages]
     turns: Conversation = ()
     for turn in (*earlier, *answered("some text"), Turn("environment", "and then?")):
         if turn.role == "policy":
             ids += [*chatml.encode(turn.text), END]
         else:
-            ids += render_turn(chatml, CHAT, turns, turn.text, last_id=ids[-1])
+            ids += Renderer(chatml).turn(CHAT, turns, turn.text, last_id=ids[-1])
         turns = (*turns, turn)
         messages.append({"role": "assistant" if turn.role == "policy" else "user", "content": turn.text})
     assert ids == reference(tmp_path, messages)
@@ -100,32 +100,32 @@ def test_turns_continue_what_was_sampled_as_the_whole_conversation_reads(
 
 def test_an_answer_that_ended_otherwise_gets_the_templates_end(chatml: HFTokenizer) -> None:
     turns = answered("some text")
-    stopped = render_turn(chatml, CHAT, turns, "yes", last_id=END)
-    assert render_turn(chatml, CHAT, turns, "yes", last_id=chatml.encode("t")[0]) == [END, *stopped]
+    stopped = Renderer(chatml).turn(CHAT, turns, "yes", last_id=END)
+    assert Renderer(chatml).turn(CHAT, turns, "yes", last_id=chatml.encode("t")[0]) == [END, *stopped]
 
 
 def test_text_is_encoded_as_it_is_and_needs_no_template(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(tokenizer_folder(tmp_path))
-    assert render_prompt(tokenizer, TEXT) == tokenizer.encode("some text")
-    assert render_prompt(tokenizer, TEXT, " more") == tokenizer.encode("some text more")
-    assert render_turn(tokenizer, TEXT, answered("?"), "<|im_end|>text", END) == [END, *tokenizer.encode("text")]
+    assert Renderer(tokenizer).prompt(TEXT) == tokenizer.encode("some text")
+    assert Renderer(tokenizer).prompt(TEXT, " more") == tokenizer.encode("some text more")
+    assert Renderer(tokenizer).turn(TEXT, answered("?"), "<|im_end|>text", END) == [END, *tokenizer.encode("text")]
 
 
 @pytest.mark.parametrize(
     "template", [CHATML, [{"name": "tools", "template": "-"}, {"name": "default", "template": CHATML}]]
 )
 def test_a_template_is_read_from_the_settings_where_it_has_no_file_of_its_own(template: Any, tmp_path: Path) -> None:
-    ids = render_prompt(HFTokenizer(tokenizer_folder(tmp_path, template)), CHAT)
+    ids = Renderer(HFTokenizer(tokenizer_folder(tmp_path, template))).prompt(CHAT)
     assert ids == reference(tmp_path, [vars(message) for message in CHAT.messages])
     own = HFTokenizer(tokenizer_folder(tmp_path, template, file="{{ messages[1].content }}"))
-    assert own.decode(render_prompt(own, CHAT)) == "some text? {}"
+    assert own.decode(Renderer(own).prompt(CHAT)) == "some text? {}"
 
 
 def test_messages_without_a_template_name_the_fix(tmp_path: Path) -> None:
     trained = SentencePieceTokenizer.train(["abc"], 300)
     for tokenizer in (HFTokenizer(tokenizer_folder(tmp_path)), trained):
         with pytest.raises(ConfigError, match=r"train/0 of task chat .*tokenizer\.path .*chat_template\.jinja"):
-            render_prompt(tokenizer, CHAT)
+            Renderer(tokenizer).prompt(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_messages_without_a_template_name_the_fix(tmp_path: Path) -> None:
 def test_templates_that_fail_say_where_they_stand(template: str, message: str, tmp_path: Path) -> None:
     tokenizer = HFTokenizer(tokenizer_folder(tmp_path, file=template))
     with pytest.raises(DataError, match=message) as caught:
-        render_prompt(tokenizer, CHAT)
+        Renderer(tokenizer).prompt(CHAT)
     assert "chat_template.jinja" in str(caught.value)
 
 
@@ -148,6 +148,6 @@ def test_what_no_conversation_can_come_of_is_refused(tmp_path: Path) -> None:
     both = Prompt("train/2", "text", "chat", messages=CHAT.messages)
     tokenizer = HFTokenizer(tokenizer_folder(tmp_path, file="{{ messages[1].content }}"))
     with pytest.raises(DataError, match="train/2 has both text and messages"):
-        render_prompt(tokenizer, both)
+        Renderer(tokenizer).prompt(both)
     with pytest.raises(DataError, match=r"train/0: .*leaves an assistant's answer out"):
-        render_turn(tokenizer, CHAT, answered("?"), "yes", END)
+        Renderer(tokenizer).turn(CHAT, answered("?"), "yes", END)

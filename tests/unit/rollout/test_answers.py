@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.answers import Answerer, all_rollouts
 from gspo_moe.rollout.engine import Request, SamplingParams
@@ -15,7 +16,6 @@ from gspo_moe.types import Message, Prompt, Reward, Rollout
 from tests.policy import sampling
 from tests.qwen3 import layout
 from tests.rollouts import rollout
-from tests.turns import answered
 
 STOP = 59
 PROMPTS = [Prompt(f"train/{number}", "abcdefg"[: number + 1], "letters") for number in range(7)]
@@ -51,7 +51,7 @@ class Lengths:
     """Rewards an answer with its length; an answer of three letters fails, one of four hangs."""
 
     def rewards(self, items: Sequence[Item]) -> list[Reward]:
-        assert all(turns == answered(prompt.text) for prompt, turns in items)
+        assert all([turn.text for turn in turns] == [prompt.text] for prompt, turns in items)
         answers = [prompt.text for prompt, _ in items]
         return [
             Reward(float(len(text)), error=f"{text} broke" if len(text) in (3, 4) else None, timed_out=len(text) == 4)
@@ -75,7 +75,7 @@ def answerer(rank: int = 0, ranks: int = 1) -> Answerer:
     groups: Any = SimpleNamespace(layout=layout(), data_context=data, model=one, is_main=True)
     tokenizer: Any = Letters()
     rewards: Any = Lengths()
-    return Answerer(Echo(), tokenizer, rewards, groups)
+    return Answerer(Echo(), Renderer(tokenizer), rewards, groups)
 
 
 def test_answers_are_decoded_without_the_stop_token() -> None:
