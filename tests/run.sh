@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests in the project's own venv; arguments go to pytest.
+# Runs the tests in the project's own venv, the unit tests of several files at once; arguments go to pytest instead.
 #   bash tests/run.sh -m slow                  the ones that take minutes
 #   PYTHON=python3.12 bash tests/run.sh        another interpreter, and with it another megatron-core
 #   GSPO_MOE_PYTHON=python3 bash tests/run.sh  a Python that has what is needed; nothing is installed
@@ -8,4 +8,8 @@ cd "$(dirname "$0")/.."
 python=$(bash launch/install.sh)
 export OMP_NUM_THREADS=1
 [ -n "${GSPO_MOE_PYTHON:-}" ] && export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m pytest "$@"
+[ $# -gt 0 ] && exec "$python" -m pytest "$@"
+failed=0
+"$python" -m pytest tests/unit -n logical --maxprocesses 4 --dist loadfile || failed=$?
+"$python" -m pytest --ignore tests/unit || failed=$?  # which start processes of their own
+exit $failed

@@ -18,15 +18,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# A layout a line: processes, keys of the config's `parallel` part, and with a dot in them overrides of other parts.
-LAYOUTS = Path(__file__).with_name("layouts.txt")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
+from tools.layout_cases import WITHOUT_EXPERT_TENSOR, WITHOUT_OVERLAP, Case, cases, refused
+
 VOCAB, TOPK = 61, 2
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -37,62 +37,10 @@ TOLERANCE = 1e-5
 STEPS = 3
 TIMEOUT_MINUTES = 1.0
 SEQUENCES = 16
-TIED = "model.overrides.tie_word_embeddings=true"
 RESULTS = "results.jsonl"
 # The libraries warn of each missing package on every rank.
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 COLUMNS = ("loss", "grad_norm", "gradients", "parameters", "log_probs", "routing", "routes", "greedy")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layout: processes, the config's `parallel` keys, and other overrides.
-
-    wrong: what is set past our refusal, to show what megatron-core would then compute.
-    """
-
-    world: int
-    parallel: dict[str, Any]
-    more: tuple[str, ...] = ()
-    wrong: str = ""
-
-    @property
-    def name(self) -> str:
-        parts = [f"{key}={value}" for key, value in self.parallel.items()] + [*self.more, self.wrong]
-        return f"{self.world}: " + (" ".join(filter(None, parts)) or "plain")
-
-    @property
-    def reference(self) -> str:
-        """The run of one process with the same weights: tied embeddings are another model."""
-        return Case(1, {}, tuple(text for text in self.more if text == TIED)).name
-
-
-def cases() -> list[Case]:
-    """The matrix: a line of LAYOUTS each. The first is the reference of all but those with tied embeddings."""
-    found = []
-    for line in LAYOUTS.read_text().splitlines():
-        world, *settings = line.split()
-        parallel = dict(setting.split("=") for setting in settings if "." not in setting)
-        found.append(Case(int(world), parallel, tuple(setting for setting in settings if "." in setting)))
-    return found
-
-
-WITHOUT_EXPERT_TENSOR = "expert_tensor=1 expert=1"
-WITHOUT_OVERLAP = "overlap_p2p_comm=False"
-
-
-def refused() -> list[Case]:
-    """What config/layout.py refuses, or no config can ask for, because megatron-core 0.16.1 gets it wrong silently."""
-    return [
-        Case(2, {"tensor": 2}, wrong=WITHOUT_EXPERT_TENSOR),
-        # With packs of different lengths this one crashes; equally long ones get each other's gradients.
-        Case(
-            2,
-            {"pipeline": 2, "virtual_pipeline": 2, "dispatcher": "allgather"},
-            ("schedule.micro_batch_tokens=48",),
-            wrong=WITHOUT_OVERLAP,
-        ),
-    ]
 
 
 def observe(case: Case) -> dict[str, Any]:
@@ -209,18 +157,20 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
         sums = compare_packs(microbatches(packs), old_routes[start:stop], recordings_of(result.packs), recorder.layers)
         found["routing"].append([value for value in sums.to_metrics().values() if isinstance(value, float)])
         for number, pack in enumerate(microbatches(packs), start=start):
-            bounds = pack.cu_seqlens.tolist()
-            all_layers = gather_layers(old_routes[number].routes_TLK, recorder.layers).sort(dim=-1).values
-            for sample, a, b in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
-                routes[step, sample] = all_layers[a:b].clone()
-                if scored:
-                    log_probs[step, sample] = scored[number][a:b].clone()
+            whole_routes = gather_layers(old_routes[number].routes_TLK, recorder.layers).sort(dim=-1).values
+            routes |= _by_sample(step, pack, whole_routes)
+            log_probs |= _by_sample(step, pack, scored[number]) if scored else {}
         start = stop
     found["gradients"] = gradients
     found["parameters"] = {name: tensor.clone() for name, tensor in whole_tensors(model)}
     found["log_probs"] = _gathered(log_probs, model.groups, last_stage=True)
     found["routes"] = _gathered(routes, model.groups)
     return found
+
+
+def _by_sample(step: int, pack: Any, values: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
+    pieces = values.split(pack.cu_seqlens.diff().tolist())
+    return {(step, sample): piece.clone() for sample, piece in zip(pack.sample_indices, pieces, strict=True)}
 
 
 def _noise(step: int, pack: Any) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
@@ -23,16 +23,8 @@ from gspo_moe.training.step import MinibatchResult, PolicySettings, correction_o
 S = TypeVar("S", bound=Statistics)
 
 
-@dataclass(frozen=True)
-class Learned:
-    """figures: over all ranks. updates: optimizer steps taken."""
-
-    figures: Figures
-    updates: int
-
-
-def learn(trainer: Trainer, batch: Batch) -> Learned:
-    """Takes the steps on a batch's mini-batches. Collective."""
+def learn(trainer: Trainer, batch: Batch) -> Figures:
+    """Takes the steps on a batch's `algorithm.mini_batches`; figures over all ranks. Collective."""
     shared = share_packs(trainer, batch)
     packs = with_old_policy(trainer, shared.packs)
     minibatches = replace(shared, packs=packs).minibatches()
@@ -49,7 +41,7 @@ def learn(trainer: Trainer, batch: Batch) -> Learned:
         trained = [result.packs for result in results]
         figures.add(routing_figures(trainer.session.model, trainer.recorder.layers, trained, equal_weights))
     figures.metrics |= _mismatch_metrics(trainer, packs, results[0])
-    return Learned(figures, len(minibatches))
+    return figures
 
 
 def _train(trainer: Trainer, minibatch: Minibatch) -> MinibatchResult:

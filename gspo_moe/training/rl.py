@@ -25,7 +25,7 @@ def rl_step(trainer: Trainer) -> StepResult:
     """Takes one RL step, and moves `trainer` on. Collective."""
     with trainer.session.timers("step"):
         batch = collect(trainer)
-        learned = learn(trainer, batch)
-    trainer.finish_step(batch.prompts, learned.updates)
-    metrics = {**batch.metrics, **learned.figures.metrics, "policy_version": trainer.progress.policy_version}
-    return StepResult(metrics, batch, learned.figures.layers)
+        figures = learn(trainer, batch)
+    trainer.finish_step(batch.prompts, trainer.session.config.algorithm.mini_batches)
+    metrics = {**batch.metrics, **figures.metrics, "policy_version": trainer.progress.policy_version}
+    return StepResult(metrics, batch, figures.layers)

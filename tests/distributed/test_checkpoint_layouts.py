@@ -41,7 +41,7 @@ class Ring:
 
 # Odd vocabularies are padded under tensor parallelism. Tied embeddings over stages have buckets of their own.
 RINGS = {
-    "fp32": Ring(("expert", "data", "tensor", "expert+", "pipeline+", "data+", "tensor+", "interleaved")),
+    "fp32": Ring(("expert", "data", "tensor", "expert+", "pipeline+", "data+", "tensor+", "context+", "interleaved")),
     "tied": Ring(("pipeline+", "tensor"), tied=True),
     "bf16": Ring(("expert+", "tensor+", "pipeline", "data+"), dtype="bf16", exact=1, tolerance=2e-2),
 }
@@ -49,6 +49,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "data": {},
     "expert": {"expert": 2},
     "tensor": {"tensor": 2},
+    "context": {"context": 2},
     "pipeline": {"pipeline": 2},
     "interleaved": {"pipeline": 2, "virtual_pipeline": 2},
 }

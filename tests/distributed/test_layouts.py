@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gspo_moe.config.layout import FIXES_EXPERT_GRADIENTS
 from gspo_moe.platform import megatron_version
-from tools.check_layouts import TOLERANCE, WITHOUT_EXPERT_TENSOR, Case, cases, refused, run
+from tools.check_layouts import TOLERANCE, run
+from tools.layout_cases import WITHOUT_EXPERT_TENSOR, Case, cases, refused
 
 # Every axis at least once, and those that meet in one code path together: sequence parallelism with padding, uneven
 # gathers, split sequences, interleaved schedules, tied embeddings over stages, the distributed optimizer's shards.

@@ -188,23 +188,20 @@ def one_process() -> dict[str, Any]:
 
 def check_layouts(world_size: int, folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=False)
-    for number, parallel in enumerate(LAYOUTS[world_size]):
+    for parallel in LAYOUTS[world_size]:
         policy = config(**parallel), layout(world_size, **parallel), SIZES
         with trained(*policy, LoudRows(SIZES, 2, VOCAB), VOCAB) as (model, optimizer):
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
             found = observe(model, optimizer, expected["samples"], expected["old"], parallel)
             same_numbers(model.groups, found, expected, parallel)
-            save_checkpoint(folder / str(number), model, optimizer, DONE, keep=1)
+            if world_size == 2:  # whose checkpoints test_checkpoint_layouts hands on
+                continue
+            save_checkpoint(folder, model, optimizer, DONE, keep=1)
             second = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
         with trained(*policy, LoudRows(SIZES, 9, VOCAB), VOCAB) as (model, optimizer):
-            assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
-            assert observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"] == second, (
-                parallel
-            )
-            if number:
-                load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
-                again = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
-                assert again == pytest.approx(second, rel=1e-5, abs=1e-6), parallel
+            assert load_checkpoint(folder / CHECKPOINT, model, optimizer) == DONE
+            again = observe(model, optimizer, expected["samples"], expected["old"], parallel)["metrics"]
+            assert again == second, parallel
 
 
 def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel: dict[str, int]) -> None:

@@ -103,10 +103,6 @@ def check_layouts(world_size: int, folder: Path) -> None:
             draw_value_head(model, seed=9)
             assert load_checkpoint(folder / str(number) / CHECKPOINT, model, optimizer) == DONE
             assert observe(model, optimizer)["metrics"] == second["metrics"], parallel
-            if number:
-                load_checkpoint(folder / str(number - 1) / CHECKPOINT, model, optimizer)
-                again = observe(model, optimizer)["metrics"]
-                assert again == pytest.approx(second["metrics"], rel=1e-5, abs=1e-6), parallel
             weights_alone(model, folder / str(number) / CHECKPOINT)
 
 

@@ -71,11 +71,13 @@ def replicas(entry: Entry, layout: Layout) -> int:
 
 
 @pytest.mark.usefixtures("_meta_device")
-@pytest.mark.parametrize(("name", "world_size"), [("qwen3_30b_a3b", 4 * 8), ("qwen3_235b_a22b", 32 * 8)])
-def test_the_shards_of_all_ranks_are_the_model(name: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "job", "world_size"), [("qwen3_30b_a3b", "math", 4 * 8), ("qwen3_235b_a22b", "gspo", 32 * 8)]
+)
+def test_the_shards_of_all_ranks_are_the_model(name: str, job: str, world_size: int) -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = load_config(EXAMPLES / f"{name}_gspo.yaml", ["model.hf=null", f"model.preset={name}"])
+    config = load_config(EXAMPLES / f"{name}_{job}.yaml", ["model.hf=null", f"model.preset={name}"])
     architecture = config.model.architecture()
     layout = check_layout(config, architecture, world_size, megatron_version())
     holders: Counter[Entry] = Counter()
@@ -95,8 +97,11 @@ def test_the_shards_of_all_ranks_are_the_model(name: str, world_size: int) -> No
 
 
 def test_the_examples_are_labelled_and_keep_the_papers_settings() -> None:
-    for file in EXAMPLES.glob("qwen3_*_gspo.yaml"):
+    small = []
+    for file in EXAMPLES.glob("qwen3_*.yaml"):
         assert "NOT YET RUN ON GPUS" in file.read_text().splitlines()[0]
         config = load_config(file, [])
+        small += [(config.model, config.parallel)] if "30b" in file.name else []
         assert (config.algorithm.name, config.algorithm.clips) == ("gspo", (3e-4, 4e-4))
         assert config.algorithm.mini_batches == 4
+    assert small == [small[0]] * 3
