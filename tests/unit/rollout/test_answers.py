@@ -25,6 +25,7 @@ class Letters:
     """A token a letter."""
 
     eos_id = STOP
+    chat_template = special = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
