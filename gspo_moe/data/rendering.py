@@ -63,6 +63,17 @@ class Renderer:
         text, mark = self._read(prompt, None)
         return text.replace(mark, "")
 
+    def end_of_answer(self, prompt: Prompt) -> int | None:
+        """The special token that the template puts behind an answer; None without one. Raises as `prompt`."""
+        asked, special = self._messages(prompt, None), self.tokenizer.special
+        if asked is None or special is None or self.template is None:
+            return None
+        (answer,) = unused_marks((one.content for one in asked), 1)
+        tools = list(prompt.tools)
+        text = self.template.render([*asked, Message("assistant", answer)], tools, self._variables, head=False)
+        first = self.tokenizer.encode(text.rpartition(answer)[2])[:1]
+        return first[0] if first and first[0] in special.ids else None
+
     def turn(self, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
         """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
 
