@@ -53,7 +53,8 @@ class ChatTemplate:
     """A Jinja template as transformers runs it: sandboxed, with the tokenizer's special tokens by name.
 
     special_tokens: by name, such as "eos_token". file: where it stands. variables: the names that it reads.
-    has_generation: it says by `{% generation %}` what is the assistant's. Raises DataError where it is no template.
+    own_names: those that it sets. has_generation: it says by `{% generation %}` what is the assistant's.
+    Raises DataError where it is no template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], file: Path) -> None:
@@ -67,7 +68,9 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-            self.variables = meta.find_undeclared_variables(environment.parse(source))
+            parsed = environment.parse(source)
+            self.variables = meta.find_undeclared_variables(parsed)
+            self.own_names = {name.name for name in parsed.find_all(jinja2.nodes.Name) if name.ctx == "store"}
         except jinja2.TemplateError as error:
             raise DataError(f"{file} has a chat template that cannot be read ({error}); correct it") from error
         self.has_generation = bool(HAS_GENERATION.search(source))
@@ -146,7 +149,7 @@ def find_template(chat: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate | None
         return None
     unread = [key for name, key in variables.items() if name not in template.variables or name in OWN_VARIABLES]
     if unread:
-        known = sorted(template.variables - {*OWN_VARIABLES, *DEFINED})
+        known = sorted(template.variables - template.own_names - {*OWN_VARIABLES, *DEFINED})
         raise ConfigError(
             f"{', '.join(unread)}: the chat template of {template.file} has no such variable; leave it out, or set "
             f"one of its own in chat.variables ({', '.join(known) or 'it has none'})"

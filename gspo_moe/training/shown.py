@@ -83,7 +83,8 @@ def _settings(config: Config) -> str:
 
 
 def _tokens(plan: Plan, ids: Sequence[int]) -> str:
-    return ", ".join(f"{one} {plan.tokenizer.decode([one])!r}" for one in ids)
+    texts = {one: plan.tokenizer.decode([one]) for one in ids}
+    return ", ".join(f"{one} {text!r}" if text else f"{one}, which has no text" for one, text in texts.items())
 
 
 def _reward(config: RewardConfig, task: Task) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, normalizers
 
+from gspo_moe.data.tokenizers import HFTokenizer
+
 ROOT = Path(__file__).parents[1]
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -40,3 +42,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643]}))
     shutil.copyfile(ROOT / "qwen3_chat_template.jinja", folder / "chat_template.jinja")
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer(qwen: Path) -> HFTokenizer:
+    return HFTokenizer(qwen)

@@ -1,7 +1,7 @@
 """The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.rollout.embedded import engine
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.types import Rollout
@@ -124,6 +125,35 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_length_limit(model:
         assert (rollout.finish == "stop") == (last in STOP)
         assert rollout.finish == "stop" or len(rollout.response_ids) == LONGEST
         assert len(rollout.log_probs) == len(rollout.response_ids)
+
+
+class Pairs:
+    """A tokenizer whose token n is the letter of number n."""
+
+    vocab_size = SIZES.vocab_size
+    special = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 0x100 for letter in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(chr(0x100 + one) for one in ids)
+
+
+def test_a_response_ends_where_its_text_first_holds_a_stop_string(model: Model) -> None:
+    tokenizer: Any = Pairs()
+    free = sampling(stop_ids=frozenset())
+    whole = [tokenizer.decode(rollout.response_ids) for rollout in flat(generate(model, requests(samples=8), free))]
+    # Of the answers' own text: inside of two of them, and one that is the beginning of another.
+    strings = (whole[0][3:6], whole[1][5:7], whole[2][2:4], whole[2][2:5])
+    params = replace(free, stop_strings=StopStrings(strings, tokenizer))
+    rollouts = flat(generate(model, requests(samples=8), params))
+    for rollout, text in zip(rollouts, whole, strict=True):
+        ends = [text.find(one) + len(one) for one in strings if one in text]
+        assert rollout.finish == ("stop" if ends else "length")
+        assert tokenizer.decode(rollout.response_ids) == text[: min(ends, default=LONGEST)]
+        assert len(rollout.log_probs) == len(rollout.response_ids)
+    assert [len(rollout.response_ids) for rollout in rollouts[:3]] == [6, 7, 4]
 
 
 def test_one_token_is_a_whole_response(model: Model) -> None:
