@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from gspo_moe.config.model import ModelConfig
+from gspo_moe.config.backend import BackendConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.config.task import EnvironmentConfig, RewardConfig
 from gspo_moe.config.training import ParallelConfig
@@ -23,11 +23,10 @@ def describe(config: Config) -> str:
 
     The layout is not checked: this machine need not be the one that the config is for.
     """
-    backend = ModelConfig.model_fields["backend"].get_default(call_default_factory=True)
     with tempfile.TemporaryDirectory() as folder:  # for a tokenizer that is trained on the task's text
         here = {
             "parallel": ParallelConfig(),
-            "model": config.model.model_copy(update={"backend": backend}),
+            "model": config.model.model_copy(update={"backend": BackendConfig()}),
             "logging": config.logging.model_copy(update={"run_dir": folder}),
         }
         plan = preflight(config.model_copy(update=here))

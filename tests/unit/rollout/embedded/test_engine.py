@@ -1,7 +1,7 @@
 """The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,18 @@ from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.types import Rollout
-from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling, score_and_record
+from tests.policy import (
+    LONGEST,
+    PROMPTS,
+    SIZES,
+    STOP,
+    Letters,
+    as_sample,
+    packs_of,
+    requests,
+    sampling,
+    score_and_record,
+)
 from tests.qwen3 import built, forward_logits, layout
 
 
@@ -127,21 +138,8 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_length_limit(model:
         assert len(rollout.log_probs) == len(rollout.response_ids)
 
 
-class Pairs:
-    """A tokenizer whose token n is the letter of number n."""
-
-    vocab_size = SIZES.vocab_size
-    special = None
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - 0x100 for letter in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(chr(0x100 + one) for one in ids)
-
-
 def test_a_response_ends_where_its_text_first_holds_a_stop_string(model: Model) -> None:
-    tokenizer: Any = Pairs()
+    tokenizer: Any = Letters()
     free = sampling(stop_ids=frozenset())
     whole = [tokenizer.decode(rollout.response_ids) for rollout in flat(generate(model, requests(samples=8), free))]
     # Of the answers' own text: inside of two of them, and one that is the beginning of another.
