@@ -6,13 +6,14 @@ import argparse
 import json
 import logging
 import os
+import select
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.packages import as_user_error, require
@@ -47,12 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         error = _under_launcher(_attempt)(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130  # a shell's for SIGINT
+    except BrokenPipeError:
+        if not _reader_is_gone(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at its end
+        return 141  # a shell's for SIGPIPE
     if error is None:
         return 0
     _complain(error)
     return error.exit_code
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether nobody reads this process's output any more, as behind `| head`."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # errors are told of in any case
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
@@ -149,7 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
-    command = commands.add_parser("doctor", help="what was found on this machine and what each absence means")
+    command = commands.add_parser(
+        "doctor", help="what was found on this machine and what each absence means; of a config, what its policy reads"
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="shows its first prompt, template, reward")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_doctor)
     return parser
 
@@ -279,6 +297,12 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
+    if options.config is not None:
+        config = load_config(options.config, options.overrides)
+        from gspo_moe.training.shown import describe
+
+        print(describe(config))
+        return
     from gspo_moe.kernels import kernels
     from gspo_moe.platform.doctor import report
 

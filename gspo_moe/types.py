@@ -28,7 +28,7 @@ class Prompt:
     """One question, as text or as the messages of a chat, not both.
 
     uid: names the prompt for good, `<split>/<index>`, no two of a split alike; seeds its sampling.
-    text: what the model reads, as it is.
+    text: what the model reads, as a user's message where a chat template applies, else as it is.
     task: the task that made it and rewards its answers.
     reference: what the task needs to reward an answer (JSON values only); empty when the prompt says it all.
     messages: what the model reads through its tokenizer's chat template.

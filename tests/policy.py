@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,19 @@ class LoudRows(RandomSource):
     def get(self, name: str) -> torch.Tensor:
         value = super().get(name)
         return torch.cat([value[: self._vocab], 50 * value[self._vocab :]]) if name == LM_HEAD else value
+
+
+class Letters:
+    """A tokenizer whose token n is a letter of its own."""
+
+    vocab_size = SIZES.vocab_size
+    special = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 0x100 for letter in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(chr(0x100 + one) for one in ids)
 
 
 def requests(samples: int = 4, prompts: Sequence[tuple[int, ...]] = PROMPTS) -> list[Request]:

@@ -26,6 +26,7 @@ class Numbers:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     chat_template: None = None
+    special: None = None
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

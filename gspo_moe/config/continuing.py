@@ -56,7 +56,7 @@ EXTENT = (
     "algorithm.allow_wide_clip",
 )
 # Paths, of which what lies there counts.
-DATA = ("model.hf", "model.checkpoint", "tokenizer.path", "rollout.bank", "algorithm.kl.reference")
+DATA = ("model.hf", "model.checkpoint", "tokenizer.path", "chat.template", "rollout.bank", "algorithm.kl.reference")
 # The files of a folder that are data; config.json is not: every checkpoint has its own, which a run compares.
 READ = ("tokenizer.json", "tokenizer.model", "*.safetensors", "*.distcp")
 BLOCKS, BLOCK_BYTES = 16, 1 << 20

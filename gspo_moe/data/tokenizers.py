@@ -16,6 +16,7 @@ from gspo_moe.files import write_whole
 
 if TYPE_CHECKING:
     from gspo_moe.data.chat_template import ChatTemplate
+    from gspo_moe.data.special_tokens import SpecialTokens
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -66,6 +67,11 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> ChatTemplate | None: ...
 
+    @property
+    def special(self) -> SpecialTokens | None:
+        """None where no word of a text is taken for a special token."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: nothing is put before or after it."""
         ...
@@ -82,11 +88,12 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """A SentencePiece model. With one that `train` made, `decode(encode(text)) == text` for any text.
 
-    It takes no part of a text for a special token, so it has no chat template.
+    It takes no part of a text for a special token, so it has no chat template of its own.
     Raises DataError where it has no end-of-text piece, or `ends` one that it does not know.
     """
 
     chat_template = None
+    special = None
 
     def __init__(self, model: bytes, ends: EndTokens = NO_END_TOKENS) -> None:
         import sentencepiece  # each kind of tokenizer does without the other's library
@@ -185,7 +192,19 @@ class HFTokenizer:
     def chat_template(self) -> ChatTemplate | None:
         from gspo_moe.data.chat_template import read_chat_template  # text prompts do without Jinja2
 
-        return read_chat_template(self._folder)
+        return read_chat_template(self._folder, self.special.named)
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        from gspo_moe.data.special_tokens import SpecialTokens
+
+        named = {
+            name: value["content"] if isinstance(value, dict) else value
+            for file in reversed(HF_EOS_FILES)  # the settings count
+            for name, value in read_json(self._folder / file).items()
+            if name.endswith("_token") and isinstance(value, str | dict)
+        }
+        return SpecialTokens(self._tokenizer, named)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -14,6 +14,7 @@ from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.conversation import Exchange, Talk, opened
 from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.types import Prompt, Rollout, RolloutGroup, Turn
 
@@ -35,6 +36,7 @@ class Answerer:
     """Generates and rewards; data and context-parallel ranks take shares of the prompts: decoding splits no sequence.
 
     max_turns: of the policy in one conversation; None for a task whose answers have no sequel.
+    stop_strings: end every answer, whatever it is for.
     """
 
     engine: RolloutEngine
@@ -42,9 +44,11 @@ class Answerer:
     pool: TaskPool
     groups: Groups
     max_turns: int | None = None
+    stop_strings: StopStrings | None = None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, params: SamplingParams) -> list[RolloutGroup]:
         """This rank's share of the prompts, each answered `samples` times, without rewards. Collective."""
+        params = replace(params, stop_strings=self.stop_strings)
         share = share_of(prompts, self.groups.data_context)
         if self.max_turns is None:
             requests = self._requests([(prompt, None) for prompt in share], samples)
@@ -106,7 +110,10 @@ class Answerer:
         ids = sampled = rollout.response_ids
         if ids and ids[-1] in params.stop_ids:
             ids = ids[:-1]
-        return replace(rollout, turns=(Turn("policy", self.renderer.tokenizer.decode(ids), len(sampled)),))
+        text = self.renderer.tokenizer.decode(ids)
+        if params.stop_strings is not None:
+            text = params.stop_strings.cut(text)
+        return replace(rollout, turns=(Turn("policy", text, len(sampled)),))
 
     def _by_one_process(self, ask: Callable[[list[Item]], list[Found]], items: list[Item]) -> list[Found]:
         """What one process of each model replica finds; the others would only repeat it."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import ConfigError
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.types import Rollout
 
 
@@ -25,6 +26,7 @@ class SamplingParams:
     """temperature 0 is greedy; top_k 0 keeps every token; `seed` with a request's uid fixes its samples.
 
     max_response_tokens: a request. report_routes: rollouts bring the experts that the engine picked.
+    stop_ids, stop_strings: an answer ends at such a token, and at the token with which its text holds such a string.
     """
 
     temperature: float
@@ -34,6 +36,7 @@ class SamplingParams:
     stop_ids: frozenset[int]
     seed: str
     report_routes: bool = False
+    stop_strings: StopStrings | None = None
 
 
 class RolloutEngine(Protocol):
@@ -56,11 +59,11 @@ class WeightSink(Protocol):
 
 
 def make_stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> frozenset[int]:
-    """The tokenizer's end tokens and each stop string's token. Raises ConfigError for a string of several tokens."""
-    ids = set(tokenizer.eos_ids)
-    for text in stop:
-        encoded = tokenizer.encode(text)
-        if len(encoded) != 1:
-            raise ConfigError(f"rollout.stop: {text!r} is {len(encoded)} tokens; a stop string must be a single token")
-        ids.add(encoded[0])
-    return frozenset(ids)
+    """The tokenizer's end tokens, and the token of each stop string that is one. Raises ConfigError for an empty one.
+
+    `make_stop_strings` finds those which are made of other tokens.
+    """
+    if "" in stop:
+        raise ConfigError("rollout.stop: '' is in every answer; leave it out")
+    encoded = [tokenizer.encode(text) for text in stop]
+    return frozenset((*tokenizer.eos_ids, *(ids[0] for ids in encoded if len(ids) == 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 
 from gspo_moe.errors import RunError, TrainingError
@@ -15,6 +16,7 @@ from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save, save_whole_step
 from gspo_moe.training.session import Plan, Trainer, open_session, open_trainer
 from gspo_moe.training.sft import sft_step
+from gspo_moe.training.shown import show_prompt
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ def train(plan: Plan) -> bool:
         config, export = plan.config, session.run_path / "hf"
         unfinished = trainer.unfinished
         if unfinished:
+            if session.groups.is_main and config.logging.progress:
+                print(show_prompt(plan), file=sys.stderr, flush=True)
             _run(trainer)
         if config.checkpoint.export_hf:
             export_hf(session.model, export, plan.tokenizer)

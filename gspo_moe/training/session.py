@@ -29,6 +29,7 @@ from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
 from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
+from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
@@ -125,6 +126,7 @@ def open_session(plan: Plan) -> Session:
             TaskPool(config.task, config.seed),
             groups,
             max_turns=None if plan.task.single_turn else rollout.max_turns,
+            stop_strings=make_stop_strings(plan.tokenizer, rollout.stop),
         ),
         sink=engine,
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),

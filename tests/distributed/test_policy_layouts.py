@@ -22,6 +22,7 @@ from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
 from gspo_moe.platform import prepare_megatron
 from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
@@ -29,7 +30,7 @@ from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpo
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
-from tests.policy import LoudRows, as_sample, requests, sampling, score_and_record, trained
+from tests.policy import Letters, LoudRows, as_sample, requests, sampling, score_and_record, trained
 from tests.qwen3 import architecture, layout
 from tests.steps import train_minibatch
 
@@ -48,7 +49,12 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
     ],
     4: [{"tensor": 2, "expert": 2, "expert_tensor": 1, "fused_log_probs": False}],
 }
-SAMPLINGS = {"greedy": sampling(temperature=0.0), "sampled": dataclasses.replace(sampling(), report_routes=True)}
+LETTERS: Any = Letters()
+PAIRS = [LETTERS.decode((first, second)) for first in range(1, VOCAB, 2) for second in range(0, VOCAB, 2)]
+SAMPLINGS = {
+    "greedy": dataclasses.replace(sampling(temperature=0.0), stop_strings=StopStrings(PAIRS, LETTERS)),
+    "sampled": dataclasses.replace(sampling(), report_routes=True),
+}
 CHECKPOINT = "step_00000001"
 TOLERANCE = {"routes": 0.0, "log_probs": 1e-5, "after": 2e-5, "held": 2e-5, "after_held": 4e-5}  # by steps
 DONE = Progress(step=1, prompt_position=14, policy_version=1)
@@ -232,6 +238,8 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     expected = one_process()
     lengths = {len(rollout.response_ids) for rollout in expected["rollouts"]["sampled"].values()}
     assert len(lengths) > 3
+    greedy = expected["rollouts"]["greedy"].values()
+    assert any(r.finish == "stop" and LETTERS.decode(r.response_ids[-2:]) in PAIRS for r in greedy)
     assert (
         max(token for named in expected["rollouts"].values() for r in named.values() for token in r.response_ids)
         < VOCAB

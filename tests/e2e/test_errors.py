@@ -31,7 +31,7 @@ CONFIGS = (
     (1, "task.name=sort_leters", ("task.name=sort_leters", "the nearest is sort_letters")),
     (1, "task.options.min_lenght=3", ("task.options.min_lenght=3", "task.options.min_length")),
     (1, "rollout.prompts_per_step=30", ("rollout.prompts_per_step=30", "algorithm.mini_batches=4; change one")),
-    (1, "rollout.stop=[ab]", ("rollout.stop: 'ab'", "must be a single token")),
+    (1, "rollout.stop=['']", ("rollout.stop: ''", "leave it out")),
     (1, "algorithm.clip_high=0.2", ("algorithm.clip_high=0.2", "or set algorithm.allow_wide_clip=true")),
     (
         1,

@@ -276,6 +276,9 @@ class MegatronEngine:
             sequence.response_ids.append(int(token))
             sequence.log_probs.append(log_prob)
             sequence.finished = broken or int(token) in params.stop_ids
+        if params.stop_strings is not None:
+            for sequence in active:
+                sequence.finished = sequence.finished or params.stop_strings.ended(sequence.response_ids)
 
 
 def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gspo_moe.config.chat import ChatConfig
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer
 from gspo_moe.errors import ConfigError, DataError
@@ -108,7 +109,8 @@ def test_text_is_encoded_as_it_is_and_needs_no_template(tmp_path: Path) -> None:
     tokenizer = HFTokenizer(tokenizer_folder(tmp_path))
     assert Renderer(tokenizer).prompt(TEXT) == tokenizer.encode("some text")
     assert Renderer(tokenizer).prompt(TEXT, " more") == tokenizer.encode("some text more")
-    assert Renderer(tokenizer).turn(TEXT, answered("?"), "<|im_end|>text", END) == [END, *tokenizer.encode("text")]
+    taken = Renderer(tokenizer, ChatConfig(special_tokens="tokens"))
+    assert taken.turn(TEXT, answered("?"), "<|im_end|>text", END) == [END, *tokenizer.encode("text")]
 
 
 @pytest.mark.parametrize(

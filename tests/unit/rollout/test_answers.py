@@ -11,6 +11,7 @@ from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.answers import Answerer, all_rollouts
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.tasks.pool import Item
 from gspo_moe.types import Message, Prompt, Reward, Rollout
 from tests.policy import sampling
@@ -25,6 +26,8 @@ class Letters:
     """A token a letter."""
 
     eos_id = STOP
+    vocab_size = 128
+    chat_template = special = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
@@ -103,6 +106,15 @@ def test_each_of_several_stop_tokens_is_kept_out_of_the_text() -> None:
 def test_a_token_that_only_looks_like_an_end_stays_in_the_text() -> None:
     (group,) = answerer().generate(PROMPTS[:1], 1, sampling(stop_ids=frozenset({7})))
     assert group.rollouts[0].text == "a;"
+
+
+def test_a_stop_string_and_what_follows_it_are_kept_out_of_the_text_alone() -> None:
+    tokenizer: Any = Letters()
+    asked = replace(answerer(), stop_strings=StopStrings(("cd", "de"), tokenizer))
+    groups = asked.generate(PROMPTS[:5], 1, sampling(stop_ids=frozenset({STOP})))
+    assert [group.rollouts[0].text for group in groups] == ["a", "ab", "abc", "ab", "ab"]
+    assert tokenizer.decode(groups[4].rollouts[0].response_ids) == "abcde;"
+    assert groups[4].rollouts[0].turns[0].tokens == len(groups[4].rollouts[0].log_probs) == 6
 
 
 def test_a_prompt_that_cannot_be_rendered_ends_every_rank() -> None:

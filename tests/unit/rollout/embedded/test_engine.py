@@ -15,10 +15,22 @@ from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.rollout.embedded import engine
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.types import Rollout
-from tests.policy import LONGEST, PROMPTS, SIZES, STOP, as_sample, packs_of, requests, sampling, score_and_record
+from tests.policy import (
+    LONGEST,
+    PROMPTS,
+    SIZES,
+    STOP,
+    Letters,
+    as_sample,
+    packs_of,
+    requests,
+    sampling,
+    score_and_record,
+)
 from tests.qwen3 import built, forward_logits, layout
 
 
@@ -124,6 +136,22 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_length_limit(model:
         assert (rollout.finish == "stop") == (last in STOP)
         assert rollout.finish == "stop" or len(rollout.response_ids) == LONGEST
         assert len(rollout.log_probs) == len(rollout.response_ids)
+
+
+def test_a_response_ends_where_its_text_first_holds_a_stop_string(model: Model) -> None:
+    tokenizer: Any = Letters()
+    free = sampling(stop_ids=frozenset())
+    whole = [tokenizer.decode(rollout.response_ids) for rollout in flat(generate(model, requests(samples=8), free))]
+    # Of the answers' own text: inside of two of them, and one that is the beginning of another.
+    strings = (whole[0][3:6], whole[1][5:7], whole[2][2:4], whole[2][2:5])
+    params = replace(free, stop_strings=StopStrings(strings, tokenizer))
+    rollouts = flat(generate(model, requests(samples=8), params))
+    for rollout, text in zip(rollouts, whole, strict=True):
+        ends = [text.find(one) + len(one) for one in strings if one in text]
+        assert rollout.finish == ("stop" if ends else "length")
+        assert tokenizer.decode(rollout.response_ids) == text[: min(ends, default=LONGEST)]
+        assert len(rollout.log_probs) == len(rollout.response_ids)
+    assert [len(rollout.response_ids) for rollout in rollouts[:3]] == [6, 7, 4]
 
 
 def test_one_token_is_a_whole_response(model: Model) -> None:
