@@ -23,10 +23,14 @@ MARK = "\ue0a7answer\ue0a7"
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer with the way in which a run's config has prompts read."""
+    """A tokenizer with the way in which a run's config has prompts read.
+
+    max_prompt_tokens: longer prompts are cut off at their left end; None never cuts.
+    """
 
     tokenizer: Tokenizer
     chat: ChatConfig = field(default_factory=ChatConfig)
+    max_prompt_tokens: int | None = None
 
     def prompt(self, prompt: Prompt, opening: str | None = None) -> list[int]:
         """Ids of all that the policy reads before its first answer.
@@ -37,12 +41,17 @@ class Renderer:
         Raises ConfigError where messages meet a tokenizer without a template, DataError for text beside messages and
         messages that the template refuses.
         """
+        ids = self.tokenizer.encode(self.text(prompt, opening))
+        return ids if self.max_prompt_tokens is None else ids[-self.max_prompt_tokens :]
+
+    def text(self, prompt: Prompt, opening: str | None = None) -> str:
+        """What the model reads before its first answer. Raises as `prompt`."""
         if not prompt.messages:
-            return self.tokenizer.encode(prompt.text + (opening or ""))
+            return prompt.text + (opening or "")
         if prompt.text:
             raise DataError(f"prompt {prompt.uid} has both text and messages; leave one of them empty")
         said = () if opening is None else (Message("user", opening),)
-        return self.tokenizer.encode(self._template(prompt).render((*prompt.messages, *said)))
+        return self._template(prompt).render((*prompt.messages, *said))
 
     def turn(self, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
         """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
