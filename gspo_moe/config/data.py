@@ -84,4 +84,4 @@ class DataConfig(Section):
             if any(weights) and not all(weights):
                 yield f"task.data.{split}: some files have a weight and some have none; give each one, or none"
             if any(weights) and split == "eval":
-                yield "task.data.eval: weights are of what is trained on, each held-out prompt counts once; leave them out"
+                yield "task.data.eval: weights are for training, and each held-out prompt counts once; leave them out"

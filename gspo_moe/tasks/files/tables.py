@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gspo_moe.errors import DataError
+from gspo_moe.packages import require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 JSON_LINES, JSON, PARQUET, ARROW = ".jsonl", ".json", ".parquet", ".arrow"
 SUFFIXES = (JSON_LINES, JSON, PARQUET, ARROW)
 BOM = b"\xef\xbb\xbf"
+LFS = b"version https://git-lfs"
 
 
 class Table(Protocol):
@@ -94,6 +96,7 @@ class ArrowTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require("pyarrow")
         try:
             self._table = _read_parquet(path) if path.suffix == PARQUET else _read_arrow(path)
         except (ValueError, OSError) as error:  # pyarrow's own errors are of these two
@@ -115,9 +118,11 @@ def open_table(path: Path) -> Table:
     A `.json` file may be of lines as well.
     """
     try:
+        if _head(path).startswith(LFS):
+            raise DataError(f"{path} only points to its content in Git LFS; run `git lfs pull` where it lies")
         if path.suffix in (PARQUET, ARROW):
             table: Table = ArrowTable(path)
-        elif path.suffix == JSON and _starts_with_list(path):
+        elif path.suffix == JSON and _head(path).removeprefix(BOM).lstrip()[:1] == b"[":
             table = JsonList(path)
         else:
             table = JsonLines(path)
@@ -128,9 +133,9 @@ def open_table(path: Path) -> Table:
     return table
 
 
-def _starts_with_list(path: Path) -> bool:
+def _head(path: Path) -> bytes:
     with path.open("rb") as opened:
-        return opened.read(1024).removeprefix(BOM).lstrip()[:1] == b"["
+        return opened.read(1024)
 
 
 def _parsed(content: bytes) -> Any:
@@ -153,26 +158,17 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _pyarrow() -> Any:
-    from gspo_moe.packages import require
-
-    require("pyarrow")
-    import pyarrow
-
-    return pyarrow
-
-
 def _read_parquet(path: Path) -> pyarrow.Table:
-    _pyarrow()
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(path, partitioning=None)
 
 
 def _read_arrow(path: Path) -> pyarrow.Table:
-    arrow = _pyarrow()
-    source = arrow.memory_map(str(path))
+    import pyarrow
+
+    source = pyarrow.memory_map(str(path))
     try:
-        return arrow.ipc.open_stream(source).read_all()
-    except arrow.ArrowInvalid:
-        return arrow.ipc.open_file(source).read_all()
+        return pyarrow.ipc.open_stream(source).read_all()
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_file(source).read_all()

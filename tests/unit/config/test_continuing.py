@@ -189,7 +189,7 @@ def test_records_may_move_and_not_change(tmp_path: Path) -> None:
     check_continues(configured(run, f"task.data.train={tmp_path}/moved/train.jsonl"))
     others = (at("changed", '{"prompt": "2"}'), at("other", entry="path: {}, limit: 3"), at("both", "[]"))
     for other in others:
-        with pytest.raises(ConfigError, match="holds another run .task.data.train was "):
+        with pytest.raises(ConfigError, match=r"task\.data\.train was "):
             check_continues(configured(run, other))
     with pytest.raises(ConfigError, match="with other content"):
         check_continues(configured(run, at("first", '{"prompt": "3"}')))
