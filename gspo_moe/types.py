@@ -6,10 +6,10 @@ of a pack holds the input token t, the target that follows it, and the routes th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import torch  # reward workers import this module and must start fast
@@ -27,7 +27,8 @@ class Message:
 class Prompt:
     """One question, as text or as the messages of a chat, not both.
 
-    uid: names the prompt for good, `<split>/<index>`, no two of a split alike; seeds its sampling.
+    uid: names the prompt for good, `<split>/<index>` or `<split>/<file>/<row>`, no two of a split alike; seeds its
+        sampling.
     text: what the model reads, as a user's message where a chat template applies, else as it is.
     task: the task that made it and rewards its answers.
     reference: what the task needs to reward an answer (JSON values only); empty when the prompt says it all.
@@ -79,6 +80,27 @@ class Prompts(Protocol):
 
     def size(self, split: str) -> int | None:
         """How many prompts the split has; None where they never end."""
+        ...
+
+
+@runtime_checkable
+class OrderedPrompts(Prompts, Protocol):
+    """Prompts that end, in an order of their own, each of which stands somewhere."""
+
+    def at(self, split: str, place: int) -> tuple[int, int]:
+        """(epoch, index) of the prompt at a place of the endless order, all from 0."""
+        ...
+
+    def where(self, split: str, index: int) -> str:
+        """Where a person finds the prompt."""
+        ...
+
+    def skipped(self, split: str) -> Sequence[str]:
+        """What was wrong with each record that is left out."""
+        ...
+
+    def kept(self, split: str, indices: Sequence[int]) -> Self:
+        """The same without the split's other prompts."""
         ...
 
 

@@ -57,8 +57,11 @@ EXTENT = (
 )
 # Paths, of which what lies there counts.
 DATA = ("model.hf", "model.checkpoint", "tokenizer.path", "chat.template", "rollout.bank", "algorithm.kl.reference")
+# Lists of sections with a path each, whose other keys are the run's identity.
+RECORDS = ("task.data.train", "task.data.eval", "task.data.sft")
 # The files of a folder that are data; config.json is not: every checkpoint has its own, which a run compares.
 READ = ("tokenizer.json", "tokenizer.model", "*.safetensors", "*.distcp")
+RECORD_FILES = ("**/*.jsonl", "**/*.json", "**/*.parquet", "**/*.arrow")
 BLOCKS, BLOCK_BYTES = 16, 1 << 20
 
 
@@ -78,6 +81,7 @@ def record_run(config: Config) -> None:
     save_config(config, config.run_path / CONFIG_FILE)
     values = _leaves(config.model_dump(mode="json"))
     digests = {key: digest(Path(values[key])) for key in DATA if values[key] is not None}
+    digests |= {key: digest_of_records(values[key]) for key in RECORDS if values.get(key)}
     write_whole(config.run_path / INPUTS_FILE, json.dumps(digests, indent=1) + "\n")
 
 
@@ -126,6 +130,12 @@ def _read_digests(file: Path) -> dict[str, str]:
 
 def _difference(key: str, before: Any, now: Any, digest_before: str | None) -> str | None:
     """None where the key's values mean the same, else what to say beside the two."""
+    if key in RECORDS and before and now and digest_before is not None:
+        alike = _without_paths(before) == _without_paths(now)
+        if not all(Path(file["path"]).exists() for file in now):  # said by what reads files
+            return None if before == now else ""
+        same = alike and digest_of_records(now) == digest_before
+        return None if same else " with other content" if before == now else ""
     if key not in DATA or before is None or now is None:
         return None if before == now else ""
     path = Path(now)
@@ -136,12 +146,23 @@ def _difference(key: str, before: Any, now: Any, digest_before: str | None) -> s
     return None if digest(path) == digest_before else " with other content"
 
 
-def digest(path: Path) -> str:
+def digest_of_records(files: Sequence[Mapping[str, Any]]) -> str:
+    """Of what lies at the paths of a list of `task.data`, in order; names count, as prompts are called by them."""
+    paths = [Path(file["path"]) for file in files]
+    found = [f"{path.name if path.is_file() else ''} {digest(path, RECORD_FILES)}" for path in paths if path.exists()]
+    return hashlib.blake2b("\n".join(found).encode(), digest_size=16).hexdigest()
+
+
+def _without_paths(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in file.items() if name != "path"} for file in files]
+
+
+def digest(path: Path, patterns: Sequence[str] = READ) -> str:
     """Of a file, or of a folder's weights and tokenizer: names, sizes and `BLOCKS` evenly spaced blocks of each.
 
-    A file of up to 16 MiB is read whole; of a larger one, 16 MiB.
+    patterns: of a folder's files that count. A file of up to 16 MiB is read whole; of a larger one, 16 MiB.
     """
-    files = [path] if path.is_file() else sorted({file for pattern in READ for file in path.glob(pattern)})
+    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
     found = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat
 
 from gspo_moe.section import Section
 
 Format = Literal["auto", "verl", "gsm8k", "aime", "livecodebench", "codeforces"]
+
+
+COLUMNS = ("prompt", "messages", "answer", "demonstration", "system", "uid")
+
+
+def _known(value: dict[str, str]) -> dict[str, str]:
+    unknown = [name for name in value if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(COLUMNS)}; name one of these and its column")
+    return value
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known)]
 
 
 class DataFile(Section):
@@ -26,7 +39,7 @@ class DataFile(Section):
     path: str
     split: str | None = None
     format: Format = "auto"
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     weight: PositiveFloat | None = None
     reward: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -38,7 +51,6 @@ def _listed(value: Any) -> Any:
 
 
 Files = Annotated[tuple[DataFile, ...], BeforeValidator(_listed)]
-COLUMNS = ("prompt", "messages", "answer", "demonstration", "system", "uid")
 
 
 class DataConfig(Section):
@@ -56,19 +68,11 @@ class DataConfig(Section):
     eval: Files = ()
     sft: Files = ()
     held_out: NonNegativeInt = 0
-    columns: dict[str, str] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     system: str | None = None
     template: str | None = None
     shuffle: bool = True
     on_bad_record: Literal["error", "skip"] = "error"
-
-    @field_validator("columns")
-    @classmethod
-    def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        unknown = [name for name in value if name not in COLUMNS]
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is none of {', '.join(COLUMNS)}; name one of these and its column")
-        return value
 
     def faults(self) -> Iterator[str]:
         if not (self.train or self.eval or self.sft):
@@ -79,3 +83,5 @@ class DataConfig(Section):
             weights = [one.weight for one in files]
             if any(weights) and not all(weights):
                 yield f"task.data.{split}: some files have a weight and some have none; give each one, or none"
+            if any(weights) and split == "eval":
+                yield "task.data.eval: weights are for training, and each held-out prompt counts once; leave them out"

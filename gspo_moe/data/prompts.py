@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.types import Prompt, Prompts
+from gspo_moe.types import OrderedPrompts, Prompt, Prompts
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class PromptPosition:
 class PromptSource:
     """Gives one split's prompts in order and, where a resume finds some not done, these first.
 
-    Finite prompts begin again at their end: place p is prompt p mod size, and from the second epoch on its uid has
-    `/epoch2` and so on behind it, so that the same prompt is not answered with the same random numbers again.
+    Finite prompts begin again at their end: place p is prompt p mod size, unless they have an order of their own. From
+    the second epoch on its uid has `/epoch2` and so on behind it, so that the same prompt is not answered with the same
+    random numbers again.
     """
 
     def __init__(self, prompts: Prompts, split: str, position: PromptPosition = PromptPosition()) -> None:
@@ -32,7 +33,10 @@ class PromptSource:
         self._split = split
         self._size = prompts.size(split)
         if self._size is not None and self._size < 1:
-            raise ConfigError(f"the task has no prompts in its split {split!r}; give it at least one (task.options)")
+            raise ConfigError(
+                f"the task has no prompts in its split {split!r}; give it at least one (task.data.{split}, or "
+                "task.options)"
+            )
         self._next = position.next
         self._again = list(position.pending)
         self._open: dict[str, int] = {}
@@ -55,7 +59,10 @@ class PromptSource:
             del self._open[prompt.uid]
 
     def _take(self, place: int) -> Prompt:
-        epoch, index = (0, place) if self._size is None else divmod(place, self._size)
+        if isinstance(self._prompts, OrderedPrompts):
+            epoch, index = self._prompts.at(self._split, place)
+        else:
+            epoch, index = (0, place) if self._size is None else divmod(place, self._size)
         prompt = self._prompts.prompt(self._split, index)
         if epoch:
             prompt = replace(prompt, uid=f"{prompt.uid}/epoch{epoch + 1}")

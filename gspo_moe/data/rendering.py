@@ -32,10 +32,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer with the way in which a run's config has prompts read."""
+    """A tokenizer with the way in which a run's config has prompts read.
+
+    max_prompt_tokens: longer prompts are cut off at their left end; None never cuts.
+    """
 
     tokenizer: Tokenizer
     chat: ChatConfig = field(default_factory=ChatConfig)
+    max_prompt_tokens: int | None = None
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -56,7 +60,8 @@ class Renderer:
         Raises ConfigError where messages meet a tokenizer without a template, DataError for text beside messages and
         messages that the template refuses.
         """
-        return self._ids(*self._read(prompt, opening))
+        ids = self._ids(*self._read(prompt, opening))
+        return ids if self.max_prompt_tokens is None else ids[-self.max_prompt_tokens :]
 
     def text(self, prompt: Prompt) -> str:
         """What the policy reads before its first answer, for a person to read. Raises as `prompt`."""

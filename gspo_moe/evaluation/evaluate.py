@@ -26,6 +26,11 @@ def held_out_prompts(config: Config, task: Task) -> list[Prompt]:
 def check_held_out(config: Config, task: Task) -> None:
     """Raises ConfigError where the task has fewer held-out prompts than the config wants."""
     size, wanted = task.prompts.size("eval"), config.evaluation.prompts
+    if size == 0 and wanted:
+        raise ConfigError(
+            f"evaluation.prompts={wanted}: task.name={task.name} has no held-out prompts; name a file of some "
+            "(task.data.eval), take some out of training's (task.data.held_out), or set evaluation.prompts=0"
+        )
     if wanted == "all":
         if size is None:
             raise ConfigError(

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 from difflib import get_close_matches
 
-from gspo_moe.config.task import TaskConfig
+from gspo_moe.config.task import FROM_FILES, TaskConfig
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.external import import_own
+from gspo_moe.tasks.files import data_task
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
@@ -32,6 +33,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         from gspo_moe.tasks.reasoning_gym_task import reasoning_gym_task
 
         return reasoning_gym_task(config.name.removeprefix(REASONING_GYM), config.options, seed)
+    if config.name == FROM_FILES:
+        return data_task(config, seed)
     raise ConfigError(_unknown(config.name))
 
 
@@ -62,5 +65,6 @@ def _unknown(name: str) -> str:
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
         f"task.name={name} is unknown; the nearest is {nearest}; "
-        f"known are {SortLetters.name}, {REASONING_GYM}<data set>, and my_module:my_task for one of your own"
+        f"known are {SortLetters.name}, {REASONING_GYM}<data set>, {FROM_FILES} for files of prompts (task.data), and "
+        "my_module:my_task for one of your own"
     )

@@ -19,39 +19,49 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
+from gspo_moe.training.fitting import check_rewarded, fitted, used_splits
 from gspo_moe.training.session import Plan
+from gspo_moe.types import Message, OrderedPrompts
 
 TOKENIZER_TEXTS = 1000
 
 
-def preflight(config: Config) -> Plan:
-    """Raises ConfigError, in one message, for everything about the run that cannot work here."""
+def preflight(config: Config, *, trains: bool = True) -> Plan:
+    """Raises ConfigError, in one message, for everything about the run that cannot work here.
+
+    trains: prompts are needed of training too, not of evaluation alone.
+    """
     check_files(config)
-    task = make_task(config.task, config.seed)
+    task, splits = make_task(config.task, config.seed), used_splits(config, trains)
 
     def texts() -> list[str]:
-        split = "train" if config.stage == "rl" and task.prompts.size("sft") == 0 else "sft"
+        without = isinstance(task.prompts, OrderedPrompts) or task.prompts.size("sft") == 0
+        split = splits[0] if config.stage == "rl" and without else "sft"
         count = min(TOKENIZER_TEXTS, task.prompts.size(split) or TOKENIZER_TEXTS)
         prompts = PromptSource(task.prompts, split).take(count)
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
-        return [prompt.shown for prompt in prompts] + answers
+        return [prompt.shown for prompt in prompts] + [_text_of(answer) for answer in answers]
 
     check_held_out(config, task)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
-    (first,) = PromptSource(task.prompts, "sft" if config.stage == "sft" else "train").take(1)
+    (first,) = PromptSource(task.prompts, splits[0]).take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
     check_reference(config, architecture)
-    if config.stage == "sft":
+    if "sft" in splits:
         task.demonstration(first)
     elif config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
-    return Plan(config, layout, architecture, renderer, task)
+    plan = Plan(config, layout, architecture, renderer, task)
+    check_rewarded(plan, splits)
+    plan = fitted(plan, splits)
+    check_held_out(config, plan.task)
+    return plan
 
 
 def take_run_folder(config: Config, *, ends_together: bool) -> None:
@@ -69,3 +79,7 @@ def take_run_folder(config: Config, *, ends_together: bool) -> None:
     check_continues(config)
     if config.checkpoint.export_hf:
         check_export(config.run_path / "hf")
+
+
+def _text_of(answer: str | tuple[Message, ...]) -> str:
+    return answer if isinstance(answer, str) else "\n".join(message.content for message in answer)

@@ -16,6 +16,7 @@ from gspo_moe.config.continuing import (
     BLOCKS,
     DATA,
     EXTENT,
+    RECORDS,
     WORK,
     changes,
     check_continues,
@@ -40,7 +41,7 @@ IDENTITY = {
     "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens max_turns stop "
     "max_prompt_tokens long_prompts",
     "task": "name options environment.name environment.options",
-    "task.data": "train eval sft held_out columns system template shuffle on_bad_record",
+    "task.data": "held_out columns system template shuffle on_bad_record",
     "task.reward": "name options sum failure_reward",
     "optimizer": "lr min_lr decay warmup_updates beta1 beta2 eps weight_decay clip_grad",
     "schedule": "sft_batch",
@@ -72,7 +73,7 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_every_key_is_of_one_class() -> None:
     found = list(keys(Config))
     identity = [f"{section}.{name}".strip(".") for section, names in IDENTITY.items() for name in names.split()]
-    classes = [*WORK, *EXTENT, *DATA, *identity]
+    classes = [*WORK, *EXTENT, *DATA, *RECORDS, *identity]
     assert [key for key in found if sum(covers([name], key) for name in classes) != 1] == []
     assert [name for name in classes if not any(covers([name], key) for key in found)] == []
 
@@ -173,6 +174,30 @@ def test_of_a_path_what_lies_there_counts(key: str, recorded: bool, tmp_path: Pa
         other.rename(first)
         with pytest.raises(ConfigError, match=f"{key} was {first} and is {first} with other content"):
             check_continues(configured(run, *at(first)))
+
+
+def test_records_may_move_and_not_change(tmp_path: Path) -> None:
+    def at(folder: str, text: str = '{"prompt": "1"}', entry: str = "path: {}") -> str:
+        file = tmp_path / folder / "train.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        return f"task.data.train=[{{{entry.format(file)}}}]"
+
+    run = tmp_path / "run"
+    started(run, at("first"))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    check_continues(configured(run, f"task.data.train={tmp_path}/moved/train.jsonl"))
+    others = (at("changed", '{"prompt": "2"}'), at("other", entry="path: {}, limit: 3"), at("both", "[]"))
+    for other in others:
+        with pytest.raises(ConfigError, match=r"task\.data\.train was "):
+            check_continues(configured(run, other))
+    with pytest.raises(ConfigError, match="with other content"):
+        check_continues(configured(run, at("first", '{"prompt": "3"}')))
+    folder = f"task.data.train=[{{path: {tmp_path}/first}}]"
+    started(tmp_path / "of_a_folder", folder)
+    at("first", '{"prompt": "4"}')
+    with pytest.raises(ConfigError, match="with other content"):
+        check_continues(configured(tmp_path / "of_a_folder", folder))
 
 
 def test_the_digest_reads_small_files_whole_and_large_ones_from_end_to_end(tmp_path: Path) -> None:
