@@ -19,6 +19,7 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
+from gspo_moe.tasks.rewards import check_rewards
 from gspo_moe.training.session import Plan
 
 TOKENIZER_TEXTS = 1000
@@ -41,6 +42,10 @@ def preflight(config: Config) -> Plan:
     (first,) = PromptSource(task.prompts, "sft" if config.stage == "sft" else "train").take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
+    if config.stage == "rl":
+        check_rewards(task.rubric, task.prompts, "train")
+    if config.evaluation.prompts:
+        check_rewards(task.rubric, task.prompts, "eval")
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
