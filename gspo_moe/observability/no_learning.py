@@ -22,10 +22,10 @@ class NoLearning:
             return
         self._told += 1
         _log.warning(
-            "for %d steps in a row all answers to every prompt have had the same reward (mean %.3g), so that nothing was "
-            "learnt: look whether the reward is right (the answers are in the run's folder); take easier or harder "
-            "prompts, train on demonstrations first (stage=sft), raise rollout.samples_per_prompt or rollout.temperature,"
-            " or leave such groups out (algorithm.dynamic_sampling=true)",
+            "for %d steps in a row all answers to every prompt have had the same reward (mean %.3g), so that nothing "
+            "was learnt: look whether the reward is right (the answers are in the run's folder); take easier or harder "
+            "prompts, train on demonstrations first (stage=sft), raise rollout.samples_per_prompt or "
+            "rollout.temperature, or leave such groups out (algorithm.dynamic_sampling=true)",
             self._steps,
             mean_reward,
         )

@@ -42,14 +42,21 @@ class RewardErrors:
             self._tell(f"{when}: {len(errors)} of {len(rewards)} rewards failed; the first: {errors[0]}")
         if errors and len(errors) == len(rewards) and not self._allow_all_failed:
             raise RewardError(
-                f"none of {len(rewards)} answers got a reward; the first: {errors[0]}\nMend the reward, or set task."
-                "reward.allow_all_failed=true to go on with task.reward.failure_reward for all of them"
+                f"none of {len(rewards)} answers got a reward; the first: {self._last_line(errors[0])}; mend the "
+                "reward, or set task.reward.allow_all_failed=true to go on with task.reward.failure_reward for all of "
+                "them"
             )
         if len(errors) > self._max_rate * len(rewards):
             raise RewardError(
                 f"{len(errors)} of {len(rewards)} rewards failed, a larger share than task.reward.max_failure_rate="
-                f"{self._max_rate:g}; the first: {errors[0]}\nMend the reward, or raise task.reward.max_failure_rate"
+                f"{self._max_rate:g}; the first: {self._last_line(errors[0])}; mend the reward, or raise "
+                "task.reward.max_failure_rate"
             )
+
+    def _last_line(self, error: str) -> str:
+        """Of a stack trace what it ends with, and where all of it stands."""
+        *before, last = error.splitlines()
+        return f"{last} (in whole: {self._file})" if before else last
 
     def _tell(self, text: str) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,8 @@ class Rubric(Protocol):
 class BatchRubric(Rubric, Protocol):
     """A rubric that would rather see many conversations at once, those of one prompt together.
 
-    Two more methods are optional in any rubric: `check(prompt)` raises ConfigError, before a run starts, where it cannot
-    reward answers to that prompt; `prepare()` loads what it needs in a worker, outside of any time limit.
+    Two more methods are optional in any rubric: `check(prompt)` raises ConfigError, before a run starts, where it
+    cannot reward answers to that prompt; `prepare()` loads what it needs in a worker, outside of any time limit.
     """
 
     def rewards(self, items: Sequence[Item]) -> Sequence[float | Mapping[str, float]]:

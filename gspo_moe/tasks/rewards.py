@@ -39,7 +39,8 @@ def as_reward(given: object) -> Reward | str:
         if isinstance(value, str | None) and total_name not in (None, name):
             continue
         number = _number(value)
-        if not isinstance(number, Real) or not abs(number) <= LARGEST_REWARD:
+        is_number = isinstance(number, Real)
+        if not is_number or not abs(number) <= LARGEST_REWARD:
             part = "" if parts is not given else f" as {name!r}"
             return f"reward gave {value!r}{part}, which is no number from {-LARGEST_REWARD:.0f} to {LARGEST_REWARD:.0f}"
         numbers[name] = float(number)

@@ -42,7 +42,7 @@ def preflight(config: Config) -> Plan:
     (first,) = PromptSource(task.prompts, "sft" if config.stage == "sft" else "train").take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
-    if config.stage == "rl":
+    if config.stage == "rl" and config.rollout.bank is None:
         check_rewards(task.rubric, task.prompts, "train")
     if config.evaluation.prompts:
         check_rewards(task.rubric, task.prompts, "eval")

@@ -79,8 +79,8 @@ def _rubric(name: str, options: Mapping[str, Any], own: Rubric | None, key: str)
         raise ConfigError(f"{key}={name} names a file and no function; write {name}:function")
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"{key}={name} is unknown; the nearest is {nearest}; known are {', '.join(known)}, and path/to/my_reward.py:function "
-        "or my_module:function for one of your own"
+        f"{key}={name} is unknown; the nearest is {nearest}; known are {', '.join(known)}, and "
+        "path/to/my_reward.py:function or my_module:function for one of your own"
     )
 
 

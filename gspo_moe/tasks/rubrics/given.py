@@ -1,4 +1,4 @@
-"""What rewards are made from: a prompt's reference answers and row, and the policy's last answer without its thinking."""
+"""What rewards are made from: a prompt's reference answers and row, and the policy's last answer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The reward `math`: the answer's last boxed expression, else its last one, is equal to the reference (math-verify).
 
-math-verify and SymPy may run for ever on what a policy writes: `9**9**9`, a hundred thousand brackets. What is too long,
-too deep or too large is wrong before it gets there, and a timer of this process ends the rest.
+math-verify and SymPy may run for ever on what a policy writes: `9**9**9`, a hundred thousand brackets. What is too
+long, too deep or too large is wrong before it gets there, and a timer of this process ends the rest.
 """
 
 from __future__ import annotations

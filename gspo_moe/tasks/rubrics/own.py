@@ -57,7 +57,7 @@ def own_rubric(name: str, options: Mapping[str, Any], key: str = "task.reward") 
         if hasattr(found, "reward"):
             return found
     if not callable(found):
-        raise ConfigError(f"{key}={name} is a {type(found).__name__}; name a function")
+        raise ConfigError(f"{key}={name} is of type {type(found).__name__}; name a function")
     if inspect.iscoroutinefunction(found):
         raise ConfigError(f"{key}={name} is an async function; define it with def, and use asyncio.run inside")
     form = _Call(f"{key}={name}", found, options, key)
@@ -101,10 +101,10 @@ class OwnBatch:
         whole = {"options": call.options} if "options" in lists else {}
         given = call.function(**lists | whole)
         if isinstance(given, str | Mapping) or not hasattr(given, "__len__") or len(given) != len(items):
-            count = len(given) if hasattr(given, "__len__") else "no"
+            what = f"{len(given)} rewards" if hasattr(given, "__len__") else "no list"
             raise RewardError(
-                f"{call.shown} gave {count} rewards in a {type(given).__name__} for {len(items)} answers; give a list with "
-                "one for each"
+                f"{call.shown} gave {what} for {len(items)} answers ({type(given).__name__}); give a list with one for "
+                "each"
             )
         return list(given)
 
@@ -157,7 +157,8 @@ class _Call:
                 if option not in self.parameters:
                     (nearest, *_) = get_close_matches(option, self.parameters, n=1, cutoff=0.0) or ["no parameter"]
                     raise ConfigError(
-                        f"{key}.options.{option}={options[option]!r} is no parameter of {shown}; the nearest is {nearest}"
+                        f"{key}.options.{option}={options[option]!r} is no parameter of {shown}; the nearest is "
+                        f"{nearest}"
                     )
 
     def check(self, prompt: Prompt, values: Callable[[Prompt, Conversation], dict[str, Any]]) -> None:
@@ -179,8 +180,8 @@ class _Call:
         if missing:
             columns = f"the row has {', '.join(row)}" if row else "there is no row with columns"
             raise DataError(
-                f"{self.shown} wants {missing[0]}, which nothing gives for {prompt.uid}: there are {SHOWN}, and {columns}; "
-                f"rename {missing[0]}, give it a default"
+                f"{self.shown} wants {missing[0]}, which nothing gives for {prompt.uid}: there are {SHOWN}, and "
+                f"{columns}; rename {missing[0]}, give it a default"
                 + (", or name the column of answers in task.data.columns.answer" if "answer" not in values else "")
             )
         given = {name: one for name, one in found.items() if one is not _NOTHING}

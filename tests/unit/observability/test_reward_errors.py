@@ -65,3 +65,5 @@ def test_an_error_with_empty_lines_is_one_entry(tmp_path: Path) -> None:
     broken = tuple(replace(each, reward=Reward(0.0, error="one\n\n \ntwo")) for each in one.rollouts)
     RewardErrors(tmp_path, main=True, allow_all_failed=True).check([replace(one, rollouts=broken)], "step 1")
     assert first_reward_error(tmp_path) == "step 1: 2 of 2 rewards failed; the first: one\ntwo"
+    with pytest.raises(RewardError, match=r"the first: two \(in whole: .*reward_errors\.txt\); mend the reward"):
+        RewardErrors(tmp_path, main=True, allow_all_failed=False).check([replace(one, rollouts=broken)], "step 1")
