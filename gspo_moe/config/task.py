@@ -14,11 +14,16 @@ FROM_FILES = "data"  # the name of the task whose prompts are `task.data`
 
 
 class RewardTerm(Section):
-    """One term of a weighted sum; `name` and `options` as `RewardConfig` has them."""
+    """One term of a weighted sum; `name` and `options` as `RewardConfig` has them. A name alone stands for it."""
 
     name: str
     weight: float = 1.0
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class RewardConfig(Section):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from difflib import get_close_matches
 
 from gspo_moe.config.task import FROM_FILES, TaskConfig
@@ -13,6 +14,7 @@ from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.external import import_own
 from gspo_moe.tasks.files import data_task
 from gspo_moe.tasks.protocol import Task
+from gspo_moe.tasks.rubrics import task_rubric
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
 REASONING_GYM = "reasoning_gym/"
@@ -21,9 +23,15 @@ REASONING_GYM = "reasoning_gym/"
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task that `config.name` names, with `config.options`; `seed` moves all of its random streams.
 
+    `task.reward`, where it names one, takes the place of the task's own rewards.
     `my_module:my_task` is a function (options, seed) -> Task of the user's own, imported in every process.
     Raises ConfigError for an unknown name, an unknown option or a value that does not fit.
     """
+    task = _named(config, seed)
+    return replace(task, rubric=task_rubric(config, task.rubric))
+
+
+def _named(config: TaskConfig, seed: int) -> Task:
     if ":" in config.name:
         return _external(config, seed)
     if config.name == SortLetters.name:

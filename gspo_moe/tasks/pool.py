@@ -1,7 +1,8 @@
 """A task's own code in worker processes: what raises, hangs, crashes or gives nonsense is an error and never fatal.
 
 Items travel in groups, so that talking to the workers costs little. A group has one item's time limit; when it runs
-over, or takes its worker down, its items are done again one by one, each with the whole limit to itself.
+over, or takes its worker down, its items are done again one by one, each with the whole limit to itself. A rubric of
+the batch form gets a group in one call, and whole prompts in a group; where it raises, its items come one by one too.
 """
 
 from __future__ import annotations
@@ -16,24 +17,27 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import groupby
+from pathlib import Path
 from typing import TypeVar
 
 from pebble import ProcessPool
 
 from gspo_moe.config.schema import TaskConfig
+from gspo_moe.errors import GspoMoeError, RewardError
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.orphans import end_with
-from gspo_moe.tasks.protocol import Task
-from gspo_moe.tasks.rewards import Step, give_reward, take_step
+from gspo_moe.tasks.protocol import Item, Task
+from gspo_moe.tasks.rewards import Step, give_reward, give_rewards, is_batched, prepare, take_step
 from gspo_moe.types import Conversation, Prompt, Reward
 
 GROUPS_PER_WORKER = 4
 MAX_GROUP = 64
 MAX_ROUNDS = 3
+OURS = str(Path(__file__).parent)
 POLL_SECONDS = 1.0  # a pool that breaks leaves what it had not handed out yet waiting for ever
 
 MakeTask = Callable[[TaskConfig, int], Task]
-Item = tuple[Prompt, Conversation]
 Result = TypeVar("Result", Reward, Step)
 Job = Callable[[Task, Prompt, Conversation], Result | str]  # which a worker imports by name; a text is an error
 
@@ -45,8 +49,9 @@ class TaskPool:
     worker and must be importable there; spawning also imports the program's main module, so keep that one light.
     """
 
-    def __init__(self, config: TaskConfig, seed: int, make: MakeTask = make_task) -> None:
-        self._reward = config.reward
+    def __init__(self, config: TaskConfig, seed: int, make: MakeTask = make_task, batched: bool = False) -> None:
+        """batched: keeps the conversations of one prompt in one group, for a rubric of the batch form."""
+        self._reward, self._batched = config.reward, batched
         self._task = (make, pickle.dumps(config), seed)
         self._pool: ProcessPool | None = None
 
@@ -94,7 +99,7 @@ class TaskPool:
     def _outcomes(self, job: Job[Result], items: Sequence[Item]) -> list[Result | str | BaseException]:
         """Of each item the job's result, or why there is none."""
         outcomes: dict[int, Result | str | BaseException] = {}
-        pending = self._grouped(len(items))
+        pending = self._grouped(items)
         for round_number in range(MAX_ROUNDS):
             retry: list[list[int]] = []
             for group, result in zip(pending, self._run(job, items, pending), strict=True):
@@ -108,9 +113,16 @@ class TaskPool:
             pending = retry
         return [outcomes[index] for index in range(len(items))]
 
-    def _grouped(self, count: int) -> list[list[int]]:
-        size = min(MAX_GROUP, max(1, math.ceil(count / (GROUPS_PER_WORKER * self._reward.workers))))
-        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    def _grouped(self, items: Sequence[Item]) -> list[list[int]]:
+        size = min(MAX_GROUP, max(1, math.ceil(len(items) / (GROUPS_PER_WORKER * self._reward.workers))))
+        groups: list[list[int]] = []
+        for _, same in groupby(range(len(items)), key=lambda index: items[index][0].uid if self._batched else index):
+            whole = list(same)
+            if groups and len(groups[-1]) + len(whole) <= size:
+                groups[-1] += whole
+            else:
+                groups.append(whole)
+        return groups
 
     def _run(
         self, job: Job[Result], items: Sequence[Item], groups: list[list[int]]
@@ -150,7 +162,7 @@ def _start_worker(trainer: int, make: MakeTask, config: bytes, seed: int) -> Non
     # At a signal to its group, or to a whole job, the trainer finishes its step, and needs its workers.
     os.setsid()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    _worker_task(make, config, seed)
+    prepare(_worker_task(make, config, seed).rubric)
 
 
 @functools.cache
@@ -160,14 +172,22 @@ def _worker_task(make: MakeTask, config: bytes, seed: int) -> Task:
 
 
 def _work(task: tuple[MakeTask, bytes, int], job: Job[Result], items: Sequence[Item]) -> list[Result | str]:
-    return [_work_on_one(_worker_task(*task), job, *item) for item in items]
+    made = _worker_task(*task)
+    if job is give_reward and len(items) > 1 and is_batched(made.rubric):
+        try:
+            return give_rewards(made.rubric, items)  # type: ignore[return-value]  # of that job
+        except RewardError as error:  # no item's fault, so that each alone would hide it
+            return [f"{type(error).__name__}: {error}"] * len(items)
+    return [_work_on_one(made, job, *item) for item in items]
 
 
 def _work_on_one(task: Task, job: Job[Result], prompt: Prompt, turns: Conversation) -> Result | str:
     try:
         return job(task, prompt, turns)
+    except GspoMoeError as error:  # says all there is to say
+        return f"{type(error).__name__}: {error}"
     except Exception as error:  # a task may be any code, and none of its errors may end the run
         trace = error.__traceback__
-        for _ in range(2):  # without this function and the job
-            trace = trace.tb_next if trace else None
+        while trace and trace.tb_next and trace.tb_frame.f_code.co_filename.startswith(OURS):
+            trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace)).strip()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from gspo_moe.errors import ConfigError
 from gspo_moe.types import Conversation, Message, Prompt, Prompts
+
+Item = tuple[Prompt, Conversation]
 
 
 class Environment(Protocol):
@@ -31,9 +33,21 @@ class Rubric(Protocol):
     def reward(self, prompt: Prompt, turns: Conversation) -> float | Mapping[str, float]:
         """The reward of a whole conversation: a number, normally 0 (wrong) to 1 (right), or its parts by name.
 
-        The reward is the parts' sum, unless one of them is called "reward": then that is, and the others are only
-        logged. Every number must be at most `tasks.rewards.LARGEST_REWARD` in size.
+        The reward is the parts' sum, unless one of them is called "reward", or "score": then that is, and the others
+        are only logged. Every number must be at most `tasks.rewards.LARGEST_REWARD` in size.
         """
+        ...
+
+
+class BatchRubric(Rubric, Protocol):
+    """A rubric that would rather see many conversations at once, those of one prompt together.
+
+    Two more methods are optional in any rubric: `check(prompt)` raises ConfigError, before a run starts, where it
+    cannot reward answers to that prompt; `prepare()` loads what it needs in a worker, outside of any time limit.
+    """
+
+    def rewards(self, items: Sequence[Item]) -> Sequence[float | Mapping[str, float]]:
+        """Of each conversation its reward, in order; where this raises, they are done again one by one by `reward`."""
         ...
 
 

@@ -23,7 +23,7 @@ def collect(trainer: Trainer) -> Batch:
 
     With dynamic sampling (2503.14476, equation 11) batches of prompts are drawn until enough groups have rewards that
     differ, at most `algorithm.sampling_rounds` of them; if they do not suffice, groups of equal rewards fill the rest.
-    Raises RewardError where no group's rewards differ at all, and where every reward failed unless that is allowed.
+    Raises RewardError where no group's rewards differ at all, and where too many rewards failed.
     """
     config = trainer.session.config
     count, prompts, came = config.rollout.prompts_per_step, list[Prompt](), list[RolloutGroup]()
@@ -53,7 +53,7 @@ def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[Rollout
     """The source's groups of these prompts, in their order, whenever they come. step: a seed. Collective.
 
     Those that this rank sampled have their routes.
-    Raises RewardError where every reward failed, unless `task.reward.allow_all_failed`.
+    Raises RewardError as `RewardErrors.check`.
     """
     session.source.ask(prompts, step)
     group, came = session.groups.data_context, dict[str, RolloutGroup]()
@@ -98,10 +98,13 @@ def _samples(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[Tra
         penalty = overlong_penalty(torch.tensor([one.longest_turn for one in rollouts]), limit, buffer)
         rewards = rewards + penalty
         figures["reward/overlong_penalty"] = penalty.mean().item()
+    size = config.rollout.samples_per_prompt
+    if not config.has_value_head and size > 1:
+        trainer.session.no_learning.step(len(groups), degenerate_groups(rewards, size), rewards.mean().item())
     advantages = torch.zeros_like(rewards)  # a value function makes its own, of tokens
     if not config.has_value_head:
         scale = config.algorithm.spec.advantages == "group"
-        advantages = group_advantages(rewards, config.rollout.samples_per_prompt, scale=scale)
+        advantages = group_advantages(rewards, size, scale=scale)
     shaped = zip(rollouts, rewards.tolist(), advantages.tolist(), strict=True)
     return [_sample(rollout, reward, advantage) for rollout, reward, advantage in shaped], figures
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from gspo_moe.config.schema import Config
 from gspo_moe.data.long_prompts import KeptPrompts, ShortPrompts, lengths, prompt_limit, too_long
 from gspo_moe.errors import DataError
-from gspo_moe.tasks.files import Unrewarded
 from gspo_moe.training.session import Plan
 from gspo_moe.training.sft import demonstration
 from gspo_moe.types import OrderedPrompts, Prompt, Prompts
@@ -55,17 +54,6 @@ def fitted(plan: Plan, splits: Sequence[str]) -> Plan:
         limit = prompt_limit(config, positions)
         prompts = ShortPrompts(prompts, endless, plan.renderer, limit, drops=mode == "drop")
     return plan if prompts is plan.task.prompts else replace(plan, task=replace(plan.task, prompts=prompts))
-
-
-def check_rewarded(plan: Plan, splits: Sequence[str]) -> None:
-    """Raises ConfigError where answers to prompts of these splits are to be rewarded and nothing does."""
-    config, rubric = plan.config, plan.task.rubric
-    data = config.task.data
-    if data is None or not isinstance(rubric, Unrewarded):
-        return
-    asked = [split for split in splits if split == "eval" or (split == "train" and config.rollout.bank is None)]
-    if any(file.reward is None for split in asked for file in getattr(data, split) or data.train):
-        raise rubric.refusal()
 
 
 def _of_prompts(plan: Plan, split: str) -> Check:

@@ -19,7 +19,8 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
-from gspo_moe.training.fitting import check_rewarded, fitted, used_splits
+from gspo_moe.tasks.rewards import check_rewards
+from gspo_moe.training.fitting import fitted, used_splits
 from gspo_moe.training.session import Plan
 from gspo_moe.types import Message, OrderedPrompts
 
@@ -47,6 +48,9 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
     (first,) = PromptSource(task.prompts, splits[0]).take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
+    for split in splits:
+        if split == "eval" or (split == "train" and config.rollout.bank is None):
+            check_rewards(task.rubric, task.prompts, split)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
@@ -58,7 +62,6 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
     plan = Plan(config, layout, architecture, renderer, task)
-    check_rewarded(plan, splits)
     plan = fitted(plan, splits)
     check_held_out(config, plan.task)
     return plan

@@ -19,6 +19,7 @@ from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.initial import build_reference, load_initial_weights
 from gspo_moe.model.weights import draw_value_head
+from gspo_moe.observability.no_learning import NoLearning
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
@@ -33,6 +34,7 @@ from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
+from gspo_moe.tasks.rewards import is_batched
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
@@ -89,8 +91,12 @@ class Session:
 
     @cached_property
     def reward_errors(self) -> RewardErrors:
-        config = self.config
-        return RewardErrors(config.run_path, self.groups.is_main, config.task.reward.allow_all_failed)
+        reward = self.config.task.reward
+        return RewardErrors(self.config.run_path, self.groups.is_main, reward.allow_all_failed, reward.max_failure_rate)
+
+    @cached_property
+    def no_learning(self) -> NoLearning:
+        return NoLearning(self.groups.is_main)
 
     @cached_property
     def held_out(self) -> list[Prompt]:
@@ -123,7 +129,7 @@ def open_session(plan: Plan) -> Session:
         answerer=Answerer(
             engine,
             plan.renderer,
-            TaskPool(config.task, config.seed),
+            TaskPool(config.task, config.seed, batched=is_batched(plan.task.rubric)),
             groups,
             max_turns=None if plan.task.single_turn else rollout.max_turns,
             stop_strings=make_stop_strings(plan.tokenizer, rollout.stop),

@@ -12,15 +12,15 @@ from gspo_moe.types import Conversation, Prompt
 class Unrewarded:
     """The rubric of prompts for which the config names no reward."""
 
-    def reward(self, prompt: Prompt, turns: Conversation) -> float:
-        raise self.refusal()
-
-    def refusal(self) -> ConfigError:
-        """What to tell the user, best before anything starts."""
-        return ConfigError(
+    def check(self, prompt: Prompt) -> None:
+        """Raises ConfigError before anything starts."""
+        raise ConfigError(
             "nothing rewards the answers to the prompts of task.data; set task.reward, for example to math, exact or "
             "path/to/my_reward.py:function"
         )
+
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
+        raise AssertionError("the check before the start lets no such run pass")
 
 
 def data_task(config: TaskConfig, seed: int) -> Task:

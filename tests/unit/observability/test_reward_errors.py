@@ -44,3 +44,26 @@ def test_one_process_alone_tells(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     RewardErrors(tmp_path, main=False, allow_all_failed=False).check(groups(1), "step 1")
     assert not caplog.records
     assert not list(tmp_path.iterdir())
+
+
+def test_a_share_of_failures_beyond_the_limit_ends_the_run(tmp_path: Path) -> None:
+    RewardErrors(tmp_path, main=True, allow_all_failed=False, max_failure_rate=0.5).check(groups(1), "step 1")
+    strict = RewardErrors(tmp_path, main=True, allow_all_failed=True, max_failure_rate=0.4)
+    strict.check(groups(0), "step 1")
+    with pytest.raises(
+        RewardError, match=r"1 of 2 rewards failed, a larger share than task\.reward\.max_failure_rate=0\.4"
+    ):
+        strict.check(groups(1), "step 2")
+    never = RewardErrors(tmp_path, main=True, allow_all_failed=True, max_failure_rate=0.0)
+    never.check(groups(0), "step 1")
+    with pytest.raises(RewardError, match="it broke"):
+        never.check(groups(1), "step 2")
+
+
+def test_an_error_with_empty_lines_is_one_entry(tmp_path: Path) -> None:
+    (one,) = groups(0)
+    broken = tuple(replace(each, reward=Reward(0.0, error="one\n\n \ntwo")) for each in one.rollouts)
+    RewardErrors(tmp_path, main=True, allow_all_failed=True).check([replace(one, rollouts=broken)], "step 1")
+    assert first_reward_error(tmp_path) == "step 1: 2 of 2 rewards failed; the first: one\ntwo"
+    with pytest.raises(RewardError, match=r"the first: two \(in whole: .*reward_errors\.txt\); mend the reward"):
+        RewardErrors(tmp_path, main=True, allow_all_failed=False).check([replace(one, rollouts=broken)], "step 1")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gspo_moe.tasks.rewards import Reward, give_reward, part_means, take_step
@@ -22,6 +23,14 @@ def test_the_reward_is_the_sum_of_its_parts_unless_one_is_the_reward() -> None:
     assert given(0.5) == Reward(0.5)
     assert given({"right": 1, "short": -0.25}) == Reward(0.75, {"right": 1.0, "short": -0.25})
     assert given({"right": 1.0, "reward": 0.25, "words": 12}) == Reward(0.25, {"right": 1.0, "words": 12.0})
+    assert given({"score": 0.25, "acc": True, "pred": "72", "note": None}) == Reward(0.25, {"acc": 1.0})
+    assert given({"reward": 0.5, "score": 0.25}) == Reward(0.5, {"score": 0.25})
+
+
+def test_scalars_of_numpy_are_numbers() -> None:
+    assert given(np.float32(0.5)) == given(np.array(0.5)) == Reward(0.5)
+    assert given({"right": np.bool_(True), "short": np.int64(2)}) == Reward(3.0, {"right": 1.0, "short": 2.0})
+    assert "is no number" in str(given(np.array([0.5])))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,7 @@ def test_the_reward_is_the_sum_of_its_parts_unless_one_is_the_reward() -> None:
     [
         (None, "reward gave None, which is no number from -1000000 to 1000000"),
         ({"right": "1"}, "reward gave '1' as 'right', which is no number"),
+        ({"score": "1", "acc": 1}, "reward gave '1' as 'score', which is no number"),
         ({"right": float("nan")}, "reward gave nan as 'right', which is no number"),
         ({"reward": 0.5, "words": 2e6}, "reward gave 2000000.0 as 'words', which is no number"),
         ({"one": 9e5, "two": 9e5}, "sum 1.8e+06, which is beyond 1000000 in size"),

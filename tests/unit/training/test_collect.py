@@ -22,6 +22,9 @@ from tests.rollouts import rollout
 LIMIT = 10
 
 
+told: list[tuple[int, int, float]] = []  # what the watch on learning was last given
+
+
 class Table:
     """A source that answers prompt i with rewards and lengths from a table, the last one asked for first."""
 
@@ -72,6 +75,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def collected(
     rewards: Sequence[tuple[float, ...]], *overrides: str, lengths: Sequence[int] = (4, 5), position: int = 0
 ) -> Batch:
+    told.clear()
     sizes = ("rollout.prompts_per_step=2", "algorithm.mini_batches=1", f"rollout.max_response_tokens={LIMIT}")
     config = load_config(None, [*sizes, f"rollout.samples_per_prompt={len(lengths)}", *overrides])
     alone = SimpleNamespace(data_context=SimpleNamespace(rank=lambda: 0))
@@ -80,6 +84,7 @@ def collected(
         source=Table(rewards, lengths),
         groups=alone,
         reward_errors=SimpleNamespace(check=lambda groups, when: None),
+        no_learning=SimpleNamespace(step=lambda *counts: told.append(counts)),
     )
     prompts = PromptSource(Endless(), "train", PromptPosition(position))
     trainer: Any = SimpleNamespace(session=session, prompts=prompts, progress=Progress(step=3))
@@ -106,6 +111,7 @@ def test_without_dynamic_sampling_the_next_prompts_are_taken_as_they_are() -> No
     assert (uids(found), int(found.prompts[-1].uid) + 1) == (["1", "2"], 3)
     assert advantages(found)[:2] == [0.0, 0.0]
     assert (found.metrics["groups/drawn"], found.metrics["groups/degenerate"]) == (2, 1)
+    assert told == [(2, 1, 0.75)]
 
 
 def test_groups_of_equal_rewards_are_replaced_by_new_prompts() -> None:
@@ -143,6 +149,8 @@ def test_dapo_samples_dynamically_and_shapes_rewards_but_judges_groups_by_the_ta
     assert found.metrics["reward/overlong_penalty"] == -1.5 / 4
     assert found.metrics["reward/mean"] == pytest.approx((4 + 2 + 1 + 0) / 16)
     plain = ["algorithm.name=dapo", "algorithm.dynamic_sampling=false", "algorithm.overlong_buffer=0"]
+    collected([(1.0,) * 4] * 2, *plain[:2], lengths=lengths)
+    assert told[0][:2] == (2, 0), "the penalty makes a difference where the rewards make none"
     off = collected(table, *plain, lengths=lengths)
     assert uids(off) == ["0", "1"]
     assert "reward/overlong_penalty" not in off.metrics
