@@ -5,8 +5,9 @@ Tokens that a policy sampled are never made again from their text: a conversatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gspo_moe.config.chat import ChatConfig
 from gspo_moe.data.tokenizers import Tokenizer
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 ROLES = {"policy": "assistant", "environment": "user"}
 # Stands for an answer while the template is asked what follows one: of the private use area, so in no real text.
 MARK = "\ue0a7answer\ue0a7"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A whole conversation. answer_mask: one a token, 1 on what an assistant says and on the end token behind it."""
+
+    token_ids: tuple[int, ...]
+    answer_mask: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,31 @@ class Renderer:
             )
         ids, ends = self.tokenizer.encode(rest), self.tokenizer.eos_ids
         return ids[1:] if last_id in ends and ids[:1] and ids[0] in ends else ids
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> Rendered:
+        """Ids of a conversation that has been had, through the template, to the last answer's end token.
+
+        Raises ConfigError where the tokenizer has no template, DataError for messages that it refuses.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "messages need a chat template and the tokenizer has none; set tokenizer.path to a folder with "
+                "tokenizer.json and chat_template.jinja"
+            )
+        marked = [Message(one.role, MARK) if one.role == "assistant" else one for one in messages]
+        answers = [one.content for one in messages if one.role == "assistant"]
+        head, *rest = self.tokenizer.chat_template.render(marked).split(MARK)
+        if len(rest) != len(answers):
+            raise DataError("the tokenizer's chat template leaves an assistant's answer out; correct the template")
+        ids = self.tokenizer.encode(head)
+        mask = [0] * len(ids)
+        for number, (answer, behind) in enumerate(zip(answers, rest, strict=True), start=1):
+            said, after = self.tokenizer.encode(answer), self.tokenizer.encode(behind)
+            end = next((i + 1 for i, one in enumerate(after) if one in self.tokenizer.eos_ids), 0)
+            after = after[:end] if number == len(answers) else after
+            ids += [*said, *after]
+            mask += [1] * (len(said) + end) + [0] * (len(after) - end)
+        return Rendered(tuple(ids), tuple(mask))
 
     def _template(self, prompt: Prompt) -> ChatTemplate:
         if self.tokenizer.chat_template is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.types import Conversation, Prompt, Prompts
+from gspo_moe.types import Conversation, Message, Prompt, Prompts
 
 
 class Environment(Protocol):
@@ -52,7 +52,8 @@ SINGLE_TURN = SingleTurn()
 
 @dataclass(frozen=True)
 class Task:
-    """demonstrate: gives an answer to learn in supervised training; None where the task has none.
+    """demonstrate: gives an answer to learn in supervised training, as text or as the messages that follow the prompt,
+    the first and the last an assistant's; None where the task has none.
 
     No prompt that the split eval can give should ever be given by the others (see `tasks.splits`).
     """
@@ -61,14 +62,14 @@ class Task:
     prompts: Prompts
     rubric: Rubric
     environment: Environment = SINGLE_TURN
-    demonstrate: Callable[[Prompt], str] | None = None
+    demonstrate: Callable[[Prompt], str | tuple[Message, ...]] | None = None
 
     @property
     def single_turn(self) -> bool:
         return isinstance(self.environment, SingleTurn)
 
-    def demonstration(self, prompt: Prompt) -> str:
-        """An answer to learn. Raises ConfigError where the task has none (stage sft)."""
+    def demonstration(self, prompt: Prompt) -> str | tuple[Message, ...]:
+        """An answer to learn, as `demonstrate` gives it. Raises ConfigError where the task has none (stage sft)."""
         if self.demonstrate is None:
             raise ConfigError(f"task.name={self.name} has no demonstrations, so stage sft cannot use it; change one")
         return self.demonstrate(prompt)

@@ -1,8 +1,9 @@
-"""One step of supervised cold start: learn the task's own demonstrations."""
+"""One step of supervised training on the task's demonstrations."""
 
 from __future__ import annotations
 
-from gspo_moe.errors import TrainingError
+from gspo_moe.errors import ConfigError, DataError, TrainingError
+from gspo_moe.training.demonstrations import training_sample
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
@@ -29,9 +30,8 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
-    """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
-    question = plan.renderer.prompt(prompt)
-    if not question:
-        raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
-    answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]
-    return TrainingSample(token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer))
+    """The prompt and the answer to learn. Raises TrainingError where `training_sample` finds a fault."""
+    try:
+        return training_sample(plan.renderer, prompt, plan.task.demonstration(prompt))
+    except (ConfigError, DataError) as error:
+        raise TrainingError(str(error)) from error
