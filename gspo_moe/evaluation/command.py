@@ -39,7 +39,9 @@ def _generate(options: argparse.Namespace) -> None:
     if options.samples < 1:
         raise ConfigError(f"--samples {options.samples} gives no answer; set it to 1 or more")
     config = _config(options.config, options.model, options.overrides)
-    answered = generate(config, _prompt(options.prompt, options.messages), options.samples)
+    asked = config.evaluation.max_response_tokens or "max_response_tokens" in config.rollout.model_fields_set
+    limit = None if asked or options.model is None else LIMIT
+    answered = generate(config, _prompt(options.prompt, options.messages), options.samples, limit)
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(*shown(answered), sep="\n")
@@ -55,8 +57,7 @@ def _config(path: str | None, model: str | None, overrides: Sequence[str]) -> Co
     if path is not None and "=" not in path:
         raise ConfigError(f"{path} and --model {model} are both given; leave one out, or override model.hf={model}")
     first = [] if path is None else [path]
-    own = [f"model.hf={model}", "model.preset=null", f"evaluation.max_response_tokens={LIMIT}"]
-    return load_config(None, [*own, *first, *overrides])
+    return load_config(None, ["model.preset=null", f"model.hf={model}", *first, *overrides])
 
 
 def _prompt(text: str | None, file: str | None) -> Prompt:

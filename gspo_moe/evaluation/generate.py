@@ -24,16 +24,16 @@ from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.types import Prompt, RolloutGroup
 
 
-def generate(config: Config, prompt: Prompt, samples: int) -> RolloutGroup:
+def generate(config: Config, prompt: Prompt, samples: int, limit: int | None = None) -> RolloutGroup:
     """`samples` answers, the same on every rank and at every call; sampled as `evaluation` has it. Collective.
 
-    The limit of an answer's length is lowered to what the model has room for behind the prompt.
+    limit: of an answer's tokens, in place of the config's; either is lowered to what the model has room for.
     Raises ConfigError or DataError before any process group starts for what cannot work.
     """
     check_files(config, run_folder=False)
     tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
     if tokenizer is None:
-        raise ConfigError("the model's folder has no tokenizer; set tokenizer.path to one")
+        raise ConfigError("the model has no tokenizer beside it; set model.hf to a folder with one, or tokenizer.path")
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
     renderer = Renderer(tokenizer, config.chat)
@@ -41,7 +41,7 @@ def generate(config: Config, prompt: Prompt, samples: int) -> RolloutGroup:
     if not 0 < length < longest:
         raise DataError(f"the prompt has {length} tokens; give at least one, and fewer than the model's {longest}")
     params = sampling(config, make_stop_ids(tokenizer, config.rollout.stop))
-    params = replace(params, max_response_tokens=min(params.max_response_tokens, longest - length))
+    params = replace(params, max_response_tokens=min(limit or params.max_response_tokens, longest - length))
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
