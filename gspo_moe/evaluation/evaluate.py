@@ -27,8 +27,8 @@ def check_held_out(config: Config, task: Task) -> None:
     size, wanted = task.prompts.size("eval"), config.evaluation.prompts
     if size == 0 and wanted:
         raise ConfigError(
-            f"evaluation.prompts={wanted}: task.name={task.name} holds no prompts out; set evaluation.prompts=0, or "
-            "for prompts from files task.data.eval or task.data.held_out"
+            f"evaluation.prompts={wanted}: task.name={task.name} has no held-out prompts; name a file of some "
+            "(task.data.eval), take some out of training's (task.data.held_out), or set evaluation.prompts=0"
         )
     if wanted == "all":
         if size is None:

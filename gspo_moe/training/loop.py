@@ -103,9 +103,9 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
     with session.timers("evaluation"):
         groups = session.evaluate(f"after step {trainer.progress.step}")
     trainer.progress = replace(trainer.progress, evaluation_due=False)
-    log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
     if options.keep_answers and session.groups.is_main:
         write_answers(session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl", groups)
+    log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
 
 
 def _check_updates(trainer: Trainer) -> None:

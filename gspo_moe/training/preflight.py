@@ -19,7 +19,6 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
-from gspo_moe.training.demonstrations import as_text, with_fitting_demonstrations
 from gspo_moe.training.session import Plan
 
 TOKENIZER_TEXTS = 1000
@@ -28,24 +27,24 @@ TOKENIZER_TEXTS = 1000
 def preflight(config: Config, *, trains: bool = True) -> Plan:
     """Raises ConfigError, in one message, for everything about the run that cannot work here.
 
-    trains: False where only held-out prompts are to be answered, so that the task needs no others.
+    trains: prompts are needed of training too, not of evaluation alone.
     """
     check_files(config)
     task = make_task(config.task, config.seed)
-    split = "sft" if config.stage == "sft" else "train"
-    if not trains and task.prompts.size(split) == 0:
-        split = "eval"
+    trained = "sft" if config.stage == "sft" else "train"
+    first_split = trained if trains or task.prompts.size(trained) != 0 else "eval"
 
     def texts() -> list[str]:
-        source = split if config.stage == "rl" and task.prompts.size("sft") == 0 else "sft"
-        count = min(TOKENIZER_TEXTS, task.prompts.size(source) or TOKENIZER_TEXTS)
-        prompts = PromptSource(task.prompts, source).take(count)
-        answers = [as_text(task.demonstration(prompt)) for prompt in prompts] if config.stage == "sft" else []
-        return [prompt.shown for prompt in prompts] + answers
+        split = first_split if config.stage == "rl" and task.prompts.size("sft") == 0 else "sft"
+        count = min(TOKENIZER_TEXTS, task.prompts.size(split) or TOKENIZER_TEXTS)
+        prompts = PromptSource(task.prompts, split).take(count)
+        answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
+        said = [one if isinstance(one, str) else "\n".join(part.content for part in one) for one in answers]
+        return [prompt.shown for prompt in prompts] + said
 
     check_held_out(config, task)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
-    (first,) = PromptSource(task.prompts, split).take(1)
+    (first,) = PromptSource(task.prompts, first_split).take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
     make_stop_ids(tokenizer, config.rollout.stop)
@@ -53,7 +52,7 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
     check_vocabulary(tokenizer.vocab_size, architecture)
     check_reference(config, architecture)
     if trains and config.stage == "sft":
-        task = with_fitting_demonstrations(config, task, renderer, architecture.max_positions)
+        task.demonstration(first)
     elif trains and config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())

@@ -43,7 +43,7 @@ def test_more_held_out_prompts_than_there_are_are_refused() -> None:
 def test_a_task_that_holds_nothing_out_is_refused() -> None:
     task: Any = SimpleNamespace(name="data", prompts=SimpleNamespace(size=lambda split: 0))
     for wanted in (3, "all"):
-        with pytest.raises(ConfigError, match=rf"evaluation\.prompts={wanted}: task\.name=data holds no prompts out"):
+        with pytest.raises(ConfigError, match=rf"evaluation\.prompts={wanted}: task\.name=data has no held-out"):
             check_held_out(Config.model_validate({"evaluation": {"prompts": wanted}}), task)
     check_held_out(Config.model_validate({"evaluation": {"prompts": 0}}), task)
 

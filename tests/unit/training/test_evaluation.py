@@ -63,6 +63,7 @@ def test_the_recipes_sample_as_the_report_of_qwen3(name: str, samples: int, toke
     asked = found.evaluation
     assert (asked.temperature, asked.top_p, asked.top_k) == (0.6, 0.95, 20)
     assert (asked.samples, asked.max_response_tokens, asked.prompts) == (samples, tokens, "all")
+    assert found.task.data is not None
     (file,) = found.task.data.eval
     assert (file.path, file.format) == ("own.jsonl", name.removesuffix("24"))
 
