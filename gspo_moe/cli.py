@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
+from gspo_moe.evaluation.command import add_generate
 from gspo_moe.packages import as_user_error, require
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ LIBRARY_NOISE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: the error's own, with one message and no stack trace, for ours."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
     for name in LIBRARY_LOGS:
@@ -118,22 +119,37 @@ def _complain(error: GspoMoeError) -> None:
     print(text, file=sys.stderr)
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse leaves them over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(one.startswith("-") for one in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-moe", description="Reinforcement learning of Qwen3 MoE models with GSPO on megatron-core."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text in (
-        ("train", _train, "run or continue the run that a config describes"),
-        ("eval", _eval, "held-out accuracy of the config's model"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("config", help="YAML file; see examples/")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-        command.set_defaults(run=run)
+    command = commands.add_parser("train", help="run or continue the run that a config describes")
+    command.add_argument("config", help="YAML file; see examples/")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(run=_train)
+    command = commands.add_parser("eval", help="held-out accuracy, avg@k and pass@k of the config's model")
+    command.add_argument("config", help="YAML file; see examples/")
+    command.add_argument("--data", metavar="FILE", help="held-out prompts, in place of the config's")
+    command.add_argument("--output", type=Path, metavar="ANSWERS.jsonl", help="prompts, answers and rewards")
+    command.add_argument("--overwrite", action="store_true", help="replace an --output that is there")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. evaluation.samples=32")
+    command.set_defaults(run=_eval)
+    add_generate(commands)
     command = commands.add_parser("score", help="token log-probs of given sequences under a model")
     command.add_argument("--model", required=True, metavar="HF_DIR", help="folder with config.json and *.safetensors")
-    command.add_argument("--data", required=True, metavar="IN.jsonl", help='lines {"token_ids": [...]}')
+    command.add_argument("--data", required=True, metavar="IN.jsonl", help="lines of token_ids, text or messages")
     command.add_argument("--output", required=True, metavar="OUT.jsonl", help='lines {"log_probs": [...]}, in order')
     command.add_argument("--routes", action="store_true", help="add the experts that each scoring position picked")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. parallel.tensor=2")
@@ -222,22 +238,11 @@ def _show_run(config: Config) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
-    from gspo_moe.evaluation.evaluate import evaluation_metrics
-    from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.preflight import preflight
-    from gspo_moe.training.session import open_session
+    from gspo_moe.training.evaluation import evaluate_alone, evaluation_config
 
-    if not config.evaluation.prompts:
-        raise ConfigError("evaluation.prompts=0 leaves nothing to evaluate; set it to 512, for example")
-    plan = preflight(config)
-    session = open_session(plan)
-    groups = session.evaluate("of the model as it is")
-    session.close()
-    shut_down()
-    if session.groups.is_main:
-        for name, value in evaluation_metrics(groups).items():
-            print(f"{name} {value:.6g}")
+    config = evaluation_config(options.config, options.overrides, options.data)
+    for line in evaluate_alone(config, options.output, overwrite=options.overwrite):
+        print(line)
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
 """Conversations for tests."""
 
-from gspo_moe.types import Conversation, Turn
+from gspo_moe.types import Conversation, Message, Turn
 
 
-def answered(text: str) -> Conversation:
+def answered(text: str | tuple[Message, ...]) -> Conversation:
     """A policy's one answer."""
+    assert isinstance(text, str)
     return (Turn("policy", text),)

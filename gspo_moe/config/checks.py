@@ -68,13 +68,15 @@ def _model(config: Config) -> Iterator[str]:
     if architecture is None:
         return
     longest = architecture.max_positions
-    if config.rollout.max_response_tokens >= longest:
-        plain = architecture.max_position_embeddings
-        extended = f", which YaRN extends to {longest}" if longest != plain else ""
-        yield (
-            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt in the "
-            f"model's max_position_embeddings={plain}{extended}; lower it below {longest}"
-        )
+    plain = architecture.max_position_embeddings
+    extended = f", which YaRN extends to {longest}" if longest != plain else ""
+    for key in ("rollout", "evaluation"):
+        limit = getattr(config, key).max_response_tokens
+        if limit is not None and limit >= longest:
+            yield (
+                f"{key}.max_response_tokens={limit} leaves no room for a prompt in the "
+                f"model's max_position_embeddings={plain}{extended}; lower it below {longest}"
+            )
     trains_tokenizer = config.model.folder is None and config.tokenizer.kind != "hf" and config.tokenizer.path is None
     if trains_tokenizer and config.tokenizer.vocab_size > architecture.vocab_size:
         yield (

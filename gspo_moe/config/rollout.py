@@ -45,6 +45,8 @@ class EvaluationConfig(Section):
 
     prompts: a number, or `all` of a task whose prompts have an end.
     pass_at: the k of each pass@k, at most `samples`.
+    max_response_tokens: as `rollout` has it; null is that one.
+    keep_answers: every evaluation of a run leaves its answers in evaluations/step_N.jsonl of the run's folder.
     """
 
     prompts: NonNegativeInt | Literal["all"] = 512
@@ -52,6 +54,10 @@ class EvaluationConfig(Section):
     pass_at: tuple[PositiveInt, ...] = ()
     interval: NonNegativeInt = 0
     temperature: Annotated[float, Field(ge=0.0, le=HOTTEST)] = 1.0
+    top_p: Probability = 1.0
+    top_k: NonNegativeInt = 0
+    max_response_tokens: PositiveInt | None = None
+    keep_answers: bool = False
 
     def faults(self) -> Iterator[str]:
         beyond = [k for k in self.pass_at if k > self.samples]

@@ -79,6 +79,11 @@ class Renderer:
         first = self.tokenizer.encode(text.rpartition(answer)[2])[:1]
         return first[0] if first and first[0] in special.ids else None
 
+    def answer(self, prompt: Prompt, text: str) -> list[int]:
+        """Ids of an answer to learn: the text, and the end that the template, else the tokenizer, puts behind it."""
+        end = self.end_of_answer(prompt)
+        return [*self._text_ids(text), self.tokenizer.eos_id if end is None else end]
+
     def turn(self, prompt: Prompt, turns: Conversation, text: str, last_id: int) -> list[int]:
         """Ids that follow the policy's turn, the last of `turns`, whose last id is `last_id`: the environment's `text`.
 

@@ -93,6 +93,7 @@ METRICS = (
     MetricDoc("response/length_max", "tokens", "longest response"),
     MetricDoc("response/truncated", "fraction", "responses cut off by a limit of `rollout` or the model"),
     MetricDoc("eval/accuracy", "fraction", "held-out answers with full reward"),
+    MetricDoc("eval/pass_at/{k}", "fraction", "held-out prompts of which one of k answers is right, unbiased estimate"),
     MetricDoc("eval/reward", "reward", "mean reward of held-out answers"),
     MetricDoc("eval/response_length", "tokens", "mean length of held-out answers"),
     MetricDoc("eval/truncated", "fraction", "held-out answers cut off by the length limit"),
@@ -165,8 +166,8 @@ is the l-th MoE layer, from 00, in two digits.
 """
 
 
-# Of names that tasks and algorithms give.
-OPEN = ("algorithm/{figure}", "reward/parts/{part}")
+# Of names that tasks, algorithms and configs give.
+OPEN = ("algorithm/{figure}", "reward/parts/{part}", "eval/pass_at/{k}")
 
 
 def describe(name: str) -> MetricDoc:

@@ -12,6 +12,7 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 2000
+MOST_DRAWS = 10_000_000  # held at once
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def bootstrap_interval(samples_ND: np.ndarray, *, level: float = LEVEL, seed: in
     if count < 2:
         nothing = np.full(samples_ND.shape[1:], np.nan)
         return nothing, nothing
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    means_BD = draws @ samples_ND / count
+    random, shares = np.random.default_rng(seed), np.full(count, 1 / count)
+    at_once = min(RESAMPLES, max(1, MOST_DRAWS // count))
+    sizes = (min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once))
+    means_BD = np.concatenate([random.multinomial(count, shares, size=size) @ samples_ND / count for size in sizes])
     low, high = np.quantile(means_BD, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 

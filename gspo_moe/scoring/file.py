@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gspo_moe.config.layout import check_layout
 from gspo_moe.config.outputs import output_fault
 from gspo_moe.config.schema import Config
 from gspo_moe.data.packing import pack
+from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.schedule import plan_microbatches
 from gspo_moe.data.tokenizers import own_tokenizer
 from gspo_moe.errors import DataError, RolloutError
@@ -24,13 +25,16 @@ from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.platform import choose_backends, device, megatron_version
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
+from gspo_moe.scoring.lines import read_sequences
 from gspo_moe.scoring.score import score
 from gspo_moe.types import TrainingSample
 
 
 def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -> None:
-    """Writes for each line `{"token_ids": [...]}` of `data` a line `{"log_probs": [...]}` to `output`, in order.
+    """Writes for each line of `data` a line `{"log_probs": [...]}` to `output`, in order.
 
+    A line is `{"token_ids": [...]}`, `{"text": "..."}` as the tokenizer reads it, or `{"messages": [...]}` through the
+    chat template; the output of the latter two has `token_ids` and `mask` as well, 1 on what an assistant says.
     log_probs: one value (nats, temperature 1) for each token after the first. With routes, `routes` has one entry a
     log-prob: the experts [layer][slot] that the position which predicted that token picked. Rows of the model that
     the tokenizer has no token for, `tokenizer.path`'s or the model's own, have no probability; without one, every row.
@@ -47,7 +51,8 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
     vocab = architecture.vocab_size if tokenizer is None else tokenizer.vocab_size
     check_vocabulary(vocab, architecture)
-    sequences = list(read_sequences(data, vocab, architecture.max_positions))
+    renderer = None if tokenizer is None else Renderer(tokenizer, config.chat)
+    lines = list(read_sequences(data, vocab, architecture.max_positions, renderer))
     world_size = world_size_from_environment()
     layout = check_layout(config, architecture, world_size, megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
@@ -55,32 +60,12 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     model = build_model(config, architecture, groups, vocab=vocab)
     assert config.model.hf is not None
     load_weights(model, SafetensorsSource(Path(config.model.hf)))
+    sequences = [line.token_ids for line in lines]
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
     _check_finite(records, data)
+    records = [record | line.shown for record, line in zip(records, lines, strict=True)]
     if groups.is_main:
         write_whole(output, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-
-
-def read_sequences(data: Path, vocab_size: int, longest: int) -> Iterator[tuple[int, ...]]:
-    """The token ids of each line. Raises DataError for a missing file or a line that cannot be scored."""
-    if not data.is_file():
-        raise DataError(f'{data} does not exist; give a file of lines {{"token_ids": [...]}}')
-    try:
-        text = data.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f'{data} is not UTF-8 text ({error.reason}); give lines {{"token_ids": [...]}}') from error
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            ids = json.loads(line)["token_ids"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{data}, line {number}: not of the form {{"token_ids": [...]}} ({error!r})') from error
-        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-            raise DataError(f"{data}, line {number}: token_ids must be a list of one integer or more")
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise DataError(f"{data}, line {number}: token ids must lie in [0, {vocab_size}), the vocabulary")
-        if len(ids) > longest + 1:
-            raise DataError(f"{data}, line {number}: {len(ids)} tokens exceed the model's {longest} positions")
-        yield tuple(ids)
 
 
 def _check_finite(records: Sequence[dict[str, Any]], data: Path) -> None:

@@ -11,7 +11,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.long_prompts import KeptPrompts, ShortPrompts, lengths, prompt_limit, too_long
 from gspo_moe.errors import DataError
 from gspo_moe.training.session import Plan
-from gspo_moe.training.sft import demonstration
+from gspo_moe.training.sft import training_sample
 from gspo_moe.types import OrderedPrompts, Prompt, Prompts
 
 
@@ -76,7 +76,7 @@ def _of_demonstrations(plan: Plan) -> Check:
 
     def measure(prompts: Sequence[Prompt]) -> Iterator[int]:
         for prompt in prompts:
-            sample = demonstration(plan, prompt)
+            sample = training_sample(plan.renderer, prompt, plan.task.demonstration(prompt))
             before = sample.response_mask.index(1)
             yield bound + before if own is not None and before > own else len(sample.token_ids) - 1
 

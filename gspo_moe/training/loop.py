@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 from gspo_moe.errors import RunError, TrainingError
+from gspo_moe.evaluation.answers import write_answers
 from gspo_moe.evaluation.evaluate import evaluation_metrics
 from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.progress import Progress
@@ -99,14 +100,16 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
 
 
 def _evaluate(trainer: Trainer, log: RunLog) -> None:
-    session = trainer.session
-    if not session.config.evaluation.prompts:
+    session, options = trainer.session, trainer.session.config.evaluation
+    if not options.prompts:
         return
     trainer.progress = replace(trainer.progress, evaluation_due=True)
     with session.timers("evaluation"):
         groups = session.evaluate(f"after step {trainer.progress.step}")
     trainer.progress = replace(trainer.progress, evaluation_due=False)
-    log.metrics(trainer.progress.step, evaluation_metrics(groups) | session.timers.take())
+    if options.keep_answers and session.groups.is_main:
+        write_answers(session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl", groups)
+    log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
 
 
 def _check_updates(trainer: Trainer) -> None:

@@ -57,7 +57,7 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
     check_reference(config, architecture)
     if "sft" in splits:
         task.demonstration(first)
-    elif config.rollout.bank is not None:
+    elif trains and config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)

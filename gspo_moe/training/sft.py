@@ -1,12 +1,15 @@
-"""One step of supervised cold start: learn the task's own demonstrations."""
+"""One step of supervised training on the task's demonstrations."""
 
 from __future__ import annotations
 
-from gspo_moe.errors import TrainingError
+from collections.abc import Sequence
+
+from gspo_moe.data.rendering import Renderer
+from gspo_moe.errors import ConfigError, DataError, TrainingError
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
-from gspo_moe.types import Prompt, TrainingSample
+from gspo_moe.types import Message, Prompt, TrainingSample
 
 
 def sft_step(trainer: Trainer) -> dict[str, float]:
@@ -29,9 +32,32 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
-    """The prompt and the answer to learn, which ends with the end token. Raises TrainingError for an empty prompt."""
-    question = plan.renderer.prompt(prompt)
-    if not question:
-        raise TrainingError(f"prompt {prompt.uid} is empty; give at least one token")
-    answer = [*plan.tokenizer.encode(plan.task.demonstration(prompt)), plan.tokenizer.eos_id]
-    return TrainingSample(token_ids=(*question, *answer), response_mask=(0,) * len(question) + (1,) * len(answer))
+    """The prompt and the answer to learn. Raises TrainingError where `training_sample` finds a fault."""
+    try:
+        return training_sample(plan.renderer, prompt, plan.task.demonstration(prompt))
+    except (ConfigError, DataError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def training_sample(renderer: Renderer, prompt: Prompt, said: str | Sequence[Message]) -> TrainingSample:
+    """The sequence to learn: loss on what the assistant says and on its end tokens.
+
+    Text goes behind the prompt as the policy reads it, and the end token behind that. Messages are one conversation
+    with the prompt's, a text prompt being the user's. Raises DataError, naming the prompt, where there is nothing to
+    learn or the chat template refuses it; ConfigError for messages without a template.
+    """
+    try:
+        if isinstance(said, str):
+            question = renderer.prompt(prompt)
+            if not question:
+                raise DataError(f"prompt {prompt.uid} is empty; give at least one token")
+            answer = renderer.answer(prompt, said)
+            return TrainingSample((*question, *answer), (0,) * len(question) + (1,) * len(answer))
+        before = prompt.messages or (Message("user", prompt.text),)
+        whole = renderer.conversation((*before, *said), prompt.tools)
+    except DataError as error:
+        named = prompt.uid in str(error)
+        raise DataError(str(error) if named else f"the demonstration of prompt {prompt.uid}: {error}") from error
+    if not any(whole.answer_mask[1:]):
+        raise DataError(f"the demonstration of prompt {prompt.uid} has no word of an assistant; give an answer")
+    return TrainingSample(whole.token_ids, whole.answer_mask)

@@ -19,7 +19,7 @@ from gspo_moe.config.outputs import LOCK_FILE, hold
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.observability import load_run
 from tests.e2e.conftest import FinishedRun
-from tests.e2e.program import SMALL_RL, Program, gspo_moe, json_lines, metrics_by_step, succeed
+from tests.e2e.program import SMALL_RL, Program, gspo_moe, json_lines, metrics_by_step, succeed, torchrun
 
 RUNS = ("one_process", "quickstart")
 LAST = 8
@@ -162,10 +162,27 @@ def test_transformers_loads_the_export(run: FinishedRun) -> None:
 
 def test_eval_of_the_export_gives_the_last_held_out_accuracy(one_process: FinishedRun) -> None:
     folder = one_process.path.parent
-    outcome = succeed(gspo_moe("eval", "run/config.yaml", "model.hf=run/hf"), folder)
+    command = gspo_moe("eval", "run/config.yaml", "--output", "answers.jsonl", "model.hf=run/hf")
+    outcome = succeed(command, folder)
     last = metrics_by_step(one_process.path)[LAST]
     names = ("eval/accuracy", "eval/reward", "eval/response_length", "eval/truncated")
-    assert outcome.stdout.splitlines() == [f"{name} {last[name]:.6g}" for name in names]
+    found, intervals = zip(*(line.split(" [") for line in outcome.stdout.splitlines()[:2]), strict=True)
+    lines = [*found, *outcome.stdout.splitlines()[2:]]
+    assert lines == [f"{name} {last[name]:.6g}" for name in names]
+    for name, interval in zip(names, intervals, strict=False):
+        low, high = map(float, interval.removesuffix("]").split(", "))
+        assert low < last[name] < high
+    answers = json_lines(folder / "answers.jsonl")
+    assert [one["uid"] for one in answers] == [f"eval/{index}" for index in range(32)]
+    rewards = [answer["reward"] for one in answers for answer in one["answers"]]
+    assert sum(reward >= 1 for reward in rewards) / len(rewards) == last["eval/accuracy"]
+    written = (folder / "answers.jsonl").read_bytes()
+    refused = Program(command, folder).finish()
+    assert refused.code == USER_ERROR
+    assert "answers.jsonl exists; name another file, or replace it with --overwrite" in refused.stderr
+    split = [*command[1:], "--overwrite", "parallel.expert=2"]
+    assert succeed(torchrun(2, "-m", "gspo_moe", *split), folder).stdout == outcome.stdout
+    assert (folder / "answers.jsonl").read_bytes() == written
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
-from gspo_moe.evaluation.evaluate import check_held_out, evaluate, evaluation_metrics, held_out_prompts
+from gspo_moe.evaluation.evaluate import check_held_out, evaluate, evaluation_metrics, held_out_prompts, sampling
 from gspo_moe.types import Prompt
 from tests.rollouts import rewarded
 
@@ -38,6 +38,20 @@ def test_more_held_out_prompts_than_there_are_are_refused() -> None:
     check_held_out(Config.model_validate({"evaluation": {"prompts": 2}}), task)
     with pytest.raises(ConfigError, match=r"evaluation\.prompts=3 exceeds the 2 .*task\.name=few; set it to at most 2"):
         check_held_out(Config.model_validate({"evaluation": {"prompts": 3}}), task)
+
+
+def test_a_task_that_holds_nothing_out_is_refused() -> None:
+    task: Any = SimpleNamespace(name="data", prompts=SimpleNamespace(size=lambda split: 0))
+    for wanted in (3, "all"):
+        with pytest.raises(ConfigError, match=rf"evaluation\.prompts={wanted}: task\.name=data has no held-out"):
+            check_held_out(Config.model_validate({"evaluation": {"prompts": wanted}}), task)
+    check_held_out(Config.model_validate({"evaluation": {"prompts": 0}}), task)
+
+
+def test_evaluation_has_its_own_sampling() -> None:
+    own = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_response_tokens": 40}
+    params = sampling(Config.model_validate({"evaluation": own}), frozenset({7}))
+    assert {key: getattr(params, key) for key in own} == own
 
 
 def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from gspo_moe.observability.catalog import METRICS, describe, markdown
         ("routing/staleness/flip_rate/layer_00", "routing/staleness/flip_rate"),
         ("routing/staleness/slot_change/layer_93", "routing/staleness/slot_change"),
         ("routing/load/cv", "routing/load/cv"),
+        ("eval/pass_at/8", "eval/pass_at/{k}"),
         ("routing/load/entropy/layer_07", "routing/load/entropy"),
         ("timing/old_log_probs_seconds", "timing/old_log_probs_seconds"),
     ],

@@ -16,7 +16,8 @@ from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing.recorder import RouteRecorder
-from gspo_moe.scoring.file import read_sequences, score_file
+from gspo_moe.scoring.file import score_file
+from gspo_moe.scoring.lines import read_sequences
 from gspo_moe.types import TrainingSample
 from tests.policy import SIZES, LoudRows, packs_of, score_and_record
 from tests.qwen3 import built, layout, random_sequences
@@ -126,7 +127,7 @@ def test_files_with_nothing_to_predict_give_empty_lists(text: str, weights: Path
 
 def read(tmp_path: Path, text: str) -> list[tuple[int, ...]]:
     (tmp_path / "data.jsonl").write_text(text)
-    return list(read_sequences(tmp_path / "data.jsonl", vocab_size=61, longest=4))
+    return [line.token_ids for line in read_sequences(tmp_path / "data.jsonl", vocab_size=61, longest=4)]
 
 
 def test_lines_are_read_in_order(tmp_path: Path) -> None:

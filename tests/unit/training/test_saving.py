@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -100,7 +101,8 @@ def test_a_foreseen_error_and_a_signal_save_the_last_whole_step(
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*command, "schedule.steps=1"]
+    kept = ("evaluation.keep_answers=true", "evaluation.samples=3", "evaluation.pass_at=[1, 2]")
+    command = [*command, "schedule.steps=1", *kept]
     evaluate = Session.evaluate
 
     def is_signalled_at_the_end(session: Session, when: str) -> list[RolloutGroup]:
@@ -114,7 +116,15 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
     assert metrics.read_text().count("eval/accuracy") == 1
     monkeypatch.undo()
     assert main(command) == 0
-    assert metrics.read_text().count("eval/accuracy") == 2
+    evaluations = [one for one in map(json.loads, metrics.read_text().splitlines()) if "eval/accuracy" in one]
+    assert len(evaluations) == 2
+    for one in evaluations:
+        assert one["eval/pass_at/1"] == pytest.approx(one["eval/accuracy"])
+        file = tmp_path / "run" / "evaluations" / f"step_{one['step']}.jsonl"
+        answers = [answer for line in file.read_text().splitlines() for answer in json.loads(line)["answers"]]
+        assert len(answers) == 2 * 3
+        assert sum(answer["reward"] for answer in answers) / 6 == pytest.approx(one["eval/reward"])
+        assert sum(answer["tokens"] for answer in answers) / 6 == pytest.approx(one["eval/response_length"])
 
 
 def test_updates_that_are_all_skipped_end_the_run(
