@@ -37,7 +37,7 @@ IDENTITY = {
     "overlong_buffer",
     "algorithm.mismatch": "correction level low high",
     "algorithm.kl": "coeff estimator",
-    "chat": "template system thinking variables special_tokens",
+    "chat": "system thinking variables special_tokens",
     "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens max_turns stop "
     "max_prompt_tokens long_prompts",
     "task": "name options environment.name environment.options",
