@@ -6,17 +6,17 @@ import argparse
 import json
 import logging
 import os
-import select
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.evaluation.command import add_generate
+from gspo_moe.files import reader_is_gone
 from gspo_moe.packages import as_user_error, require
 
 if TYPE_CHECKING:
@@ -53,21 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # a shell's for SIGINT
     except BrokenPipeError:
-        if not _reader_is_gone(sys.stdout):
+        if not reader_is_gone(sys.stdout):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at its end
         return 141  # a shell's for SIGPIPE
     if error is None:
         return 0
     _complain(error)
     return error.exit_code
-
-
-def _reader_is_gone(stream: TextIO) -> bool:
-    """Whether nobody reads this process's output any more, as behind `| head`."""
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)  # errors are told of in any case
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
@@ -179,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
-    command = commands.add_parser(
-        "doctor", help="what was found on this machine and what each absence means; of a config, what its policy reads"
-    )
+    command = commands.add_parser("doctor", help="what was found on this machine; of a config, what its policy reads")
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="shows its first prompt, template, reward")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_doctor)

@@ -1,15 +1,18 @@
 """Files and folders that appear whole: written beside their place, then renamed. Standard library only.
 
 A run killed at any moment leaves what stood there before, or all of the new; a later writer clears what it left behind.
+`reader_is_gone` is about the one file that others close: a process's output.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
@@ -53,3 +56,13 @@ def replace_folder(partial: Path, folder: Path) -> None:
         os.replace(folder, earlier)
     os.replace(partial, folder)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def reader_is_gone(stream: TextIO) -> bool:
+    """Whether nobody reads a process's output any more, as behind `| head`; what is left of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # errors are told of in any case
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes at its end
+    return gone

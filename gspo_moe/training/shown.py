@@ -56,7 +56,8 @@ def show_prompt(plan: Plan) -> str:
     if cut > 0:
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]}\n... {cut:,} characters more ...\n{text[-half:]}"
-    lines = [f"prompt {prompt.uid} as the model reads it, {count:,} tokens, chat template: {_template(plan)}", text]
+    lines = [f"prompt {prompt.uid} as the model reads it, {count:,} tokens, chat template: {_template(plan)}"]
+    lines += [f"| {line}" for line in text.split("\n")]
     end = plan.renderer.end_of_answer(prompt)
     if end is not None and end not in make_stop_ids(plan.tokenizer, plan.config.rollout.stop):
         lines.append(

@@ -148,10 +148,12 @@ def test_keys_of_other_versions_are_no_difference(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("key", ["model.hf", "algorithm.kl.reference", "tokenizer.path", "rollout.bank"])
+@pytest.mark.parametrize(
+    "key", ["model.hf", "algorithm.kl.reference", "tokenizer.path", "rollout.bank", "chat.template"]
+)
 @pytest.mark.parametrize("recorded", [True, False])
 def test_of_a_path_what_lies_there_counts(key: str, recorded: bool, tmp_path: Path) -> None:
-    is_file, run = key == "rollout.bank", tmp_path / "run"
+    is_file, run = key in ("rollout.bank", "chat.template"), tmp_path / "run"
     first, copy, other = (tmp_path / name for name in ("first", "copy", "other"))
     for path, content in ((first, b"1"), (copy, b"1"), (other, b"2")):
         if not is_file:

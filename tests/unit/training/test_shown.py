@@ -30,7 +30,7 @@ logging: {run_dir: RUN}
 
 
 def test_doctor_tells_a_configs_template_stops_reward_and_first_prompt(
-    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    qwen: Path, qwen_tokenizer: HFTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(CONFIG.replace("QWEN", str(qwen)).replace("RUN", str(tmp_path / "run")))
@@ -47,10 +47,10 @@ def test_doctor_tells_a_configs_template_stops_reward_and_first_prompt(
     assert values["environment"] == "none: one answer a prompt"
     first, *read = prompt.splitlines()
     assert first.startswith("prompt train/0 as the model reads it, ")
-    assert read[:4] == ["<|im_start|>system", "Sort.<|im_end|>", "<|im_start|>user", read[3]]
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n\n")
-    tokens = HFTokenizer(qwen).encode("\n".join(read[:-1]) + "\n")
-    assert f", {len(tokens)} tokens, " in first
+    text = "\n".join(line.removeprefix("| ") for line in read)
+    assert text.startswith("<|im_start|>system\nSort.<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert f", {len(qwen_tokenizer.encode(text))} tokens, " in first
     assert not (tmp_path / "run").exists()
 
 
@@ -75,9 +75,9 @@ def test_a_template_whose_end_of_an_answer_stops_nothing_is_warned_of(
 def test_a_long_prompt_is_shown_by_its_ends(qwen_tokenizer: HFTokenizer) -> None:
     told = shown.show_prompt(plan(qwen_tokenizer, chat={"system": "a" * 5000 + "b"}))
     shown_characters = len(told.partition("\n")[2])
-    assert " characters more ...\n" in told
+    assert "\n| ... 1,0" in told
     assert shown_characters < 4100
-    assert told.endswith("<|im_start|>assistant\n")
+    assert told.endswith("| <|im_start|>assistant\n| ")
 
 
 def test_rewards_are_named_with_their_weights_and_options(qwen_tokenizer: HFTokenizer) -> None:
