@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 from gspo_moe.config.schema import Config
 from gspo_moe.data.long_prompts import KeptPrompts, ShortPrompts, lengths, prompt_limit, too_long
-from gspo_moe.errors import DataError
-from gspo_moe.tasks.files import Unrewarded
+from gspo_moe.errors import ConfigError, DataError, TrainingError
+from gspo_moe.tasks.files import UNREWARDED
 from gspo_moe.training.session import Plan
 from gspo_moe.training.sft import demonstration
 from gspo_moe.types import OrderedPrompts, Prompt, Prompts
+
+TASKS_OWN = "task"  # the reward that a task brings, of which files have none
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,17 @@ def fitted(plan: Plan, splits: Sequence[str]) -> Plan:
     return plan if prompts is plan.task.prompts else replace(plan, task=replace(plan.task, prompts=prompts))
 
 
-def check_rewarded(plan: Plan, splits: Sequence[str]) -> None:
-    """Raises ConfigError where answers to prompts of these splits are to be rewarded and nothing does."""
-    config, rubric = plan.config, plan.task.rubric
-    data = config.task.data
-    if data is None or not isinstance(rubric, Unrewarded):
+def check_rewarded(config: Config, splits: Sequence[str]) -> None:
+    """Raises ConfigError where answers to prompts of files in these splits are to be rewarded and nothing does."""
+    data, reward = config.task.data, config.task.reward
+    if data is None:
         return
     asked = [split for split in splits if split == "eval" or (split == "train" and config.rollout.bank is None)]
-    if any(file.reward is None for split in asked for file in getattr(data, split) or data.train):
-        raise rubric.refusal()
+    files = [file for split in asked for file in getattr(data, split) or data.train]
+    names = [file.reward or reward.name for file in files]
+    own = TASKS_OWN in {*names, *(term.name for term in reward.sum)}
+    if own or (not reward.sum and None in names):
+        raise ConfigError(UNREWARDED)
 
 
 def _of_prompts(plan: Plan, split: str) -> Check:
@@ -88,7 +92,10 @@ def _of_demonstrations(plan: Plan) -> Check:
 
     def measure(prompts: Sequence[Prompt]) -> Iterator[int]:
         for prompt in prompts:
-            sample = demonstration(plan, prompt)
+            try:
+                sample = demonstration(plan, prompt)
+            except TrainingError as error:  # of a step, before there is one
+                raise DataError(str(error)) from error
             before = sample.response_mask.index(1)
             yield bound + before if own is not None and before > own else len(sample.token_ids) - 1
 

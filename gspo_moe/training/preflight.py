@@ -42,6 +42,7 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
         return [prompt.shown for prompt in prompts] + [_text_of(answer) for answer in answers]
 
+    check_rewarded(config, splits)
     check_held_out(config, task)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
     (first,) = PromptSource(task.prompts, splits[0]).take(1)
@@ -57,9 +58,7 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
-    plan = Plan(config, layout, architecture, renderer, task)
-    check_rewarded(plan, splits)
-    plan = fitted(plan, splits)
+    plan = fitted(Plan(config, layout, architecture, renderer, task), splits)
     check_held_out(config, plan.task)
     return plan
 

@@ -8,19 +8,17 @@ from gspo_moe.tasks.files.prompts import FilePrompts
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.types import Conversation, Prompt
 
+UNREWARDED = (
+    "nothing rewards the answers to the prompts of task.data; set task.reward, for example to math, exact or "
+    "path/to/my_reward.py:function"
+)
+
 
 class Unrewarded:
     """The rubric of prompts for which the config names no reward."""
 
     def reward(self, prompt: Prompt, turns: Conversation) -> float:
-        raise self.refusal()
-
-    def refusal(self) -> ConfigError:
-        """What to tell the user, best before anything starts."""
-        return ConfigError(
-            "nothing rewards the answers to the prompts of task.data; set task.reward, for example to math, exact or "
-            "path/to/my_reward.py:function"
-        )
+        raise ConfigError(UNREWARDED)
 
 
 def data_task(config: TaskConfig, seed: int) -> Task:
