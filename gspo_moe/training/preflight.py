@@ -44,13 +44,13 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
         return [prompt.shown for prompt in prompts] + [_text_of(answer) for answer in answers]
 
     check_held_out(config, task)
+    for split in splits:
+        if split == "eval" or (split == "train" and config.rollout.bank is None):
+            check_rewards(task.rubric, task.prompts, split)
     tokenizer = load_tokenizer(config.tokenizer, config.model.folder, texts, config.run_path)
     (first,) = PromptSource(task.prompts, splits[0]).take(1)
     renderer = Renderer(tokenizer, config.chat)
     renderer.prompt(first)
-    for split in splits:
-        if split == "eval" or (split == "train" and config.rollout.bank is None):
-            check_rewards(task.rubric, task.prompts, split)
     make_stop_ids(tokenizer, config.rollout.stop)
     architecture = config.model.architecture(tokenizer.vocab_size)
     check_vocabulary(tokenizer.vocab_size, architecture)
@@ -61,8 +61,7 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
         check_bank(config, tokenizer.vocab_size)
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
-    plan = Plan(config, layout, architecture, renderer, task)
-    plan = fitted(plan, splits)
+    plan = fitted(Plan(config, layout, architecture, renderer, task), splits)
     check_held_out(config, plan.task)
     return plan
 
