@@ -33,7 +33,7 @@ class RewardConfig(Section):
     the task's own. A name alone stands for the section.
     options: of the one that `name` names. sum: terms in place of a name; a list alone stands for the section.
     allow_all_failed: goes on also where no answer of a step or an evaluation got a reward of its own.
-    max_failure_rate: the largest share of a step's rewards that may fail; a larger one ends the run.
+    max_failure_rate: the largest share of a step's or an evaluation's rewards that may fail; a larger one ends the run.
     """
 
     name: str | None = None

@@ -45,11 +45,12 @@ def task_rubric(config: TaskConfig, own: Rubric) -> Rubric:
     Raises ConfigError for an unknown name, and for options that do not fit.
     """
     rubric = make_rubric(config.reward, own) if config.reward.is_given else own
-    files = () if config.data is None else (*config.data.train, *config.data.eval, *config.data.sft)
-    named = {file.reward for file in files if file.reward is not None}
-    if not named:
-        return rubric
-    return ByPrompt(rubric, {name: make_rubric(RewardConfig(name=name), own) for name in sorted(named)})
+    named = dict[str, Rubric]()
+    for split in ("train", "eval", "sft") if config.data is not None else ():
+        for number, file in enumerate(getattr(config.data, split)):
+            if file.reward is not None and file.reward not in named:
+                named[file.reward] = _rubric(file.reward, {}, own, f"task.data.{split}[{number}].reward")
+    return ByPrompt(rubric, named) if named else rubric
 
 
 def make_rubric(config: RewardConfig, own: Rubric | None) -> Rubric:

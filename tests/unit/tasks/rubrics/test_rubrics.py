@@ -51,6 +51,8 @@ def test_a_files_own_reward_rewards_its_prompts() -> None:
         TaskConfig, {"data": {"train": files}, "reward": {"name": "format", "options": {"pattern": "a"}}}
     )
     rubric = task_rubric(config, make_rubric(task("exact").reward, None))
+    with pytest.raises(ConfigError, match=r"task\.data\.eval\[0\]\.reward=exat is unknown; the nearest is exact"):
+        task_rubric(validated(TaskConfig, {"data": {"eval": [{"path": "a.jsonl", "reward": "exat"}]}}), rubric)
     named = Prompt("train/1", "?", "data", {"answer": "b", "reward": "exact"})
     assert [rubric.reward(prompt, answered("b")) for prompt in (LETTERS, named)] == [0.0, 1.0]
 
