@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gspo_moe.data.rendering import Renderer
-from gspo_moe.errors import ConfigError, DataError, TrainingError
+from gspo_moe.errors import DataError, TrainingError
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
@@ -32,10 +32,10 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
 
 
 def demonstration(plan: Plan, prompt: Prompt) -> TrainingSample:
-    """The prompt and the answer to learn. Raises TrainingError where `training_sample` finds a fault."""
+    """The prompt and the answer to learn. Raises TrainingError where these are no sequence to learn from."""
     try:
         return training_sample(plan.renderer, prompt, plan.task.demonstration(prompt))
-    except (ConfigError, DataError) as error:
+    except DataError as error:
         raise TrainingError(str(error)) from error
 
 
