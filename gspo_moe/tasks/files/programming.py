@@ -61,6 +61,8 @@ def parse_codeforces(record: Record, columns: Columns) -> Parsed:
     """Examples and official tests of a program. Raises DataError for problems that no such test can decide."""
     if record.get("interaction_format") or record.get("input_mode") not in (None, "stdio"):
         raise DataError("it is interactive or reads a file, and only programs on stdin and stdout can be tested")
+    if record.get("generated_checker"):
+        raise DataError("its generated_checker says which of several outputs are right, and no checker is run")
     cases = {
         (_text(case, "input"), _text(case, "output")): None
         for column in ("examples", "official_tests")
@@ -75,8 +77,6 @@ def parse_codeforces(record: Record, columns: Columns) -> Parsed:
     }
     if record.get("time_limit") is not None:
         tests["time_limit_seconds"] = float(record["time_limit"])
-    if record.get("generated_checker"):
-        tests["checker"] = str(record["generated_checker"])
     used = {*_SECTIONS, "title", "examples", "official_tests", "time_limit", "generated_checker"}
     return Parsed(text=_statement(record), tests=tests, used=frozenset(used))
 

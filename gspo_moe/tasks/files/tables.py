@@ -1,7 +1,6 @@
 """Files of records: JSON lines, JSON, Parquet and Arrow, read a record at a time where the format lets one.
 
-pyarrow alone reads all that Hugging Face's `datasets` writes; that library would bring pandas, aiohttp and the hub's
-client.
+pyarrow reads all that Hugging Face's `datasets` writes; that library would bring pandas, aiohttp and the hub's client.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ def test_codeforces_has_a_statement_and_each_test_once() -> None:
     ):
         assert part in parsed.text
     assert "## Note" not in parsed.text
-    only_examples = parse_codeforces({**FORCES, "official_tests": None, "generated_checker": "import sys"}, Columns())
+    only_examples = parse_codeforces({**FORCES, "official_tests": None}, Columns())
     assert only_examples.tests is not None
-    assert (only_examples.tests["inputs"], only_examples.tests["checker"]) == (["6 6 4"], "import sys")
+    assert only_examples.tests["inputs"] == ["6 6 4"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,7 @@ def test_codeforces_has_a_statement_and_each_test_once() -> None:
     [
         ({"interaction_format": "Ask."}, "interactive"),
         ({"input_mode": "file"}, "reads a file"),
+        ({"generated_checker": "import sys"}, "no checker is run"),
         ({"examples": [], "official_tests": None}, "neither official_tests nor examples"),
         ({"examples": [{"input": None, "output": ""}]}, "input is null"),
     ],

@@ -270,8 +270,9 @@ def test_a_source_goes_on_at_the_exact_prompt_and_pairs_uids_with_epochs(tmp_pat
     def source(position: PromptPosition | None = None, **data: Any) -> PromptSource:
         return PromptSource(made(**data).prompts, "train", position or PromptPosition())
 
-    mixed = {"train": [{"path": files[0], "weight": 3}, {"path": files[1], "weight": 1}]}
-    for data in ({"train": files}, mixed):
+    mixed: dict[str, Any] = {"train": [{"path": files[0], "weight": 3}, {"path": files[1], "weight": 1}]}
+    cases: tuple[dict[str, Any], ...] = ({"train": files}, mixed)
+    for data in cases:
         whole = source(**data)
         taken = [prompt for _ in range(10) for prompt in whole.take(3)]
         assert len({prompt.uid for prompt in taken}) == 30
