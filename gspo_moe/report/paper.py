@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "gspo_moe",
 }
 RAW_SHOWN = 3
+ZERO_ROWS = 4
 ZERO_LABEL = "0, at the foot of a log axis"
 TITLE_WIDTH = 40
 NARROW_TITLE_WIDTH = 26  # where the rows' names take a part of the panel
@@ -151,12 +152,13 @@ def _lone(values: np.ndarray) -> np.ndarray:
 def _mark_zeros(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
     """Marks at the foot of a log axis where a curve is 0."""
     style: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 4, "fillstyle": "none"}
-    for curve in panel.curves:
+    marked = [curve for curve in panel.curves if len(curve.zeros)]
+    for row, curve in enumerate(marked):  # each arm's in a row of its own as far as there is room
         axes.plot(
-            curve.zeros, np.zeros(len(curve.zeros)), color=looks[curve.arm].light, transform=axes.get_xaxis_transform(),
+            curve.zeros, np.full(len(curve.zeros), 0.03 * (row % ZERO_ROWS)), color=looks[curve.arm].light, transform=axes.get_xaxis_transform(),
             clip_on=False, zorder=3, **style,
         )  # fmt: skip
-    if any(len(curve.zeros) for curve in panel.curves):
+    if marked:
         axes.plot([], [], color=GREY, label=ZERO_LABEL, **style)
 
 

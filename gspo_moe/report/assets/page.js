@@ -5,7 +5,7 @@
   const content = document.getElementById("content");
   const hidden = new Set();
   let data = JSON.parse(document.getElementById("data").textContent);
-  const SHOWN = 60;
+  const SHOWN = 60, ZERO_ROWS = 4;
   let sampleStep = null;
 
   const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -58,10 +58,11 @@
       }
       const drawn = (values) => (panel.log ? values.map((value) => (value > 0 ? value : null)) : values);
       if (panel.log && curve.zeros.length) {
+        const row = zeroRows(panel.curves).indexOf(curve.arm) % ZERO_ROWS;
         traces.push({
-          x: curve.zeros, y: curve.zeros.map(() => foot), mode: "markers", cliponaxis: false,
+          x: curve.zeros, y: curve.zeros.map(() => foot(row)), mode: "markers", cliponaxis: false,
           marker: { size: 8, symbol: "triangle-down-open", color: stroke, line: { width: 1.5 } },
-          customdata: curve.zeros.map(() => plain(curve.arm)), hovertemplate: "%{customdata}: <b>0</b><extra></extra>",
+          meta: { zeros: true }, customdata: curve.zeros.map(() => plain(curve.arm)), hovertemplate: "%{customdata}: <b>0</b><extra></extra>",
         });
       }
       // A line shows no point whose neighbours are missing.
@@ -86,24 +87,30 @@
     return traces;
   }
 
+  const zeroRows = (curves) => curves.filter((curve) => curve.zeros.length).map((curve) => curve.arm);
+
+  // Zeros stand below all other values, each arm's in a row of its own as far as there is room.
   function logAxis(panel, panels) {
     const values = panels.flatMap((panel) => panel.curves.flatMap((curve) => [...curve.mean, ...curve.low, ...curve.high, ...(curve.raw ?? [])]));
     const logs = values.filter((value) => value > 0).map(Math.log10);
     const low = logs.reduce((a, b) => Math.min(a, b), Infinity), high = logs.reduce((a, b) => Math.max(a, b), -Infinity);
     const room = Math.max(0.05, (high - low) * 0.05);
+    const rows = Math.max(...panels.map((entry) => Math.min(ZERO_ROWS, zeroRows(entry.curves).length)));
+    const bottom = low - room - (rows > 1 ? (rows - 1) * room : 0);
     const steps = high - low > 2.5 ? [1] : high - low > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
     const tickvals = [];
-    for (let power = Math.floor(low - room); power <= high + room; power++) tickvals.push(...steps.map((step) => step * 10 ** power));
+    for (let power = Math.floor(bottom); power <= high + room; power++) tickvals.push(...steps.map((step) => step * 10 ** power));
     const percent = (value) => `${short(100 * value)}%`;
     return {
-      type: "log", range: [low - room, high + room], tickvals,
+      type: "log", range: [bottom, high + room], foot: (row) => 10 ** (bottom + row * room), tickvals,
       ticktext: tickvals.map((value) => (panel.unit === "fraction" ? percent(value) : short(value))),
     };
   }
 
   function line(panel, figure) {
+    const { foot, ...logarithmic } = panel.log ? logAxis(panel, figure.shared_y ? figure.panels : [panel]) : {};
     const y = panel.log
-      ? { ...logAxis(panel, figure.shared_y ? figure.panels : [panel]), hoverformat: format(panel.unit) }
+      ? { ...logarithmic, hoverformat: format(panel.unit) }
       : { tickformat: format(panel.unit), rangemode: "tozero", nticks: 6 };
     const places = [...new Set(panel.curves.flatMap((curve) => (panel.doublings ? curve.x : [curve.x[0], curve.x.at(-1)])))];
     const first = Math.min(...places), last = Math.max(...places), edge = (last - first || 1) * 0.02;
@@ -115,7 +122,7 @@
       unifiedhovertitle: { text: `${panel.x_label} %{x}` }, spikethickness: 1, spikedash: "dot", spikecolor: isDark() ? "#8b949e" : "#6b737c",
       ...(panel.doublings ? doublings : steps), ...named,
     };
-    return [lineTraces(panel, panel.log ? 10 ** y.range[0] : 0), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
+    return [lineTraces(panel, foot), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
   }
 
   function heat(panel) {

@@ -25,6 +25,31 @@ def _clipped(share: float) -> Metrics:
     return lambda step: {"clip_fraction/token": share, "clip_fraction/sequence": 0.0}
 
 
+def _clipped_by_step(*shares: float) -> Metrics:
+    return lambda step: {"clip_fraction/token": shares[step - 1]}
+
+
+def _engine_change(change: float) -> Metrics:
+    metric = "routing/engine/slot_change"
+    return lambda step: {
+        metric: change,
+        f"{metric}/layer_00": change,
+        "routing/staleness/flip_rate_by_margin/bin_0": 0.5,
+    }
+
+
+def _continuous(step: int) -> dict[str, float]:
+    return {"reward/mean": 0.3, "eval/accuracy": 0.0, "eval/reward": 0.25 * step}
+
+
+def _signal(step: int) -> dict[str, float]:
+    return {
+        "reward/mean": 0.3, "reward/parts/right": 0.25, "reward/parts/right_form": 0.05 * step, "reward/failures": 0.0,
+        "reward/timeouts": 1.0 * step, "groups/degenerate": 2.0, "policy/entropy": 1.5, "response/truncated": 0.0,
+        "eval/pass_at_8": 0.5,
+    }  # fmt: skip
+
+
 def _figures(*paths: Path) -> dict[str, Figure]:
     return {figure.key: figure for figure in contents(collect(paths)).figures}
 
@@ -37,7 +62,8 @@ def _line(figure: Figure, number: int = 0) -> LinePanel:
 
 def test_a_study_has_every_figure(study: Path) -> None:
     assert list(_figures(study)) == [
-        "reward", "outcomes", "reward_parts", "signal", "clip_fraction", "ratio_spread", "volatility", "volatility_layers_staleness",
+        "reward", "outcomes", "reward_parts", "signal", "clip_fraction", "ratio_spread", "volatility",
+        "volatility_layers_staleness",
         "attribution", "load", "speed", "health",
     ]  # fmt: skip
 
@@ -159,19 +185,15 @@ def test_long_runs_are_thinned_in_blocks_named_by_their_edges(tmp_path: Path) ->
 
 def test_zeros_are_marked_on_a_log_axis_and_count_in_the_mean(tmp_path: Path) -> None:
     for seed, first in ((1, 0.0), (2, 0.5)):
-        values = {1: 0.0, 2: first, 3: 0.25}
-        write_run(
-            tmp_path / "arm" / f"seed{seed}", lambda step, v=values: {"clip_fraction/token": v[step]}, steps=range(1, 4)
-        )  # type: ignore[misc]
+        write_run(tmp_path / "arm" / f"seed{seed}", _clipped_by_step(0.0, first, 0.25), steps=range(1, 4))
     (curve,) = _line(_figures(tmp_path / "arm")["clip_fraction"]).curves
     np.testing.assert_array_equal(curve.zeros, [1.0])
     np.testing.assert_array_equal(curve.mean, [0.0, 0.25, 0.25])
 
 
 def test_a_continuous_reward_is_told_by_the_held_out_reward(tmp_path: Path) -> None:
-    metrics: Metrics = lambda step: {"reward/mean": 0.3, "eval/accuracy": 0.0, "eval/reward": 0.25 * step}  # noqa: E731
     for seed in (1, 2):
-        write_run(tmp_path / f"seed{seed}", metrics, steps=range(1, 4), overrides=("schedule.steps=3",))
+        write_run(tmp_path / f"seed{seed}", _continuous, steps=range(1, 4), overrides=("schedule.steps=3",))
     figures = _figures(tmp_path)
     assert [panel.title for panel in figures["reward"].panels] == ["Training reward", "Held-out reward"]
     assert figures["reward"].remarks[0].startswith("Held-out accuracy is 0 throughout")
@@ -181,16 +203,9 @@ def test_a_continuous_reward_is_told_by_the_held_out_reward(tmp_path: Path) -> N
 
 
 def test_parts_failures_groups_and_entropy_are_curves_and_zero_is_a_sentence(tmp_path: Path) -> None:
-    metrics: Metrics = lambda step: {  # noqa: E731
-        "reward/mean": 0.3, "reward/parts/right": 0.25, "reward/parts/right_form": 0.05 * step, "reward/failures": 0.0,
-        "reward/timeouts": 1.0 * step, "groups/degenerate": 2.0, "policy/entropy": 1.5, "response/truncated": 0.0,
-        "eval/pass_at_8": 0.5,
-    }  # fmt: skip
-    figures = _figures(write_run(tmp_path / "run", metrics, steps=range(1, 3)))
-    parts = {
-        panel.title: _line(figures["reward_parts"], k).curves[0].mean
-        for k, panel in enumerate(figures["reward_parts"].panels)
-    }
+    figures = _figures(write_run(tmp_path / "run", _signal, steps=range(1, 3)))
+    panels = [panel for panel in figures["reward_parts"].panels if isinstance(panel, LinePanel)]
+    parts = {panel.title: panel.curves[0].mean for panel in panels}
     np.testing.assert_allclose(parts["right"], [0.25, 0.25])
     np.testing.assert_allclose(parts["right_form"], [0.05, 0.1])
     signal = figures["signal"]
@@ -202,12 +217,8 @@ def test_parts_failures_groups_and_entropy_are_curves_and_zero_is_a_sentence(tmp
 
 
 def test_a_heat_map_of_zeros_is_one_sentence_and_bins_have_their_edges_names(tmp_path: Path) -> None:
-    pair = "routing/engine/slot_change"
     for name, change in (("flat", 0.0), ("moved", 0.5)):
-        metrics: Metrics = lambda step, c=change: {  # type: ignore[misc]  # noqa: E731
-            pair: c, f"{pair}/layer_00": c, "routing/staleness/flip_rate_by_margin/bin_0": 0.5,
-        }  # fmt: skip
-        write_run(tmp_path / name, metrics, steps=range(1, 3))
+        write_run(tmp_path / name, _engine_change(change), steps=range(1, 3))
     figure = _figures(tmp_path / "flat", tmp_path / "moved")["volatility_layers_engine"]
     assert [panel.arm for panel in figure.panels if isinstance(panel, HeatPanel)] == ["moved"]
     assert figure.remarks == ("flat: 0 in every layer at every step that was measured.",)
