@@ -180,7 +180,7 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
     if panel.log and any((run.values(curve.metric) > 0).any() for curve in present):
         axes.set_yscale("log")
     elif axes.dataLim.ymin >= 0:
-        axes.set_ylim(0, axes.get_ylim()[1] * (1.35 if crowded else 1.0))
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.ymax) * (1.35 if crowded else 1.0))
     if len(panel.curves) > 1:
         axes.legend(ncols=2 if crowded else 1, loc="upper left" if crowded else "best")
 

@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "gspo_moe",
 }
 RAW_SHOWN = 3
-ZERO_ROWS = 4
+ZERO_ROWS, ZERO_ROW = 4, 0.03  # rows of marks, and the share of the axis that each takes
 ZERO_LABEL = "0, at the foot of a log axis"
 TITLE_WIDTH = 40
 NARROW_TITLE_WIDTH = 26  # where the rows' names take a part of the panel
@@ -135,7 +135,7 @@ def _lines(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
         axes.set_yscale("log")
         _mark_zeros(axes, panel, looks)
     elif axes.dataLim.ymin >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.ymax) or 1.0)
 
 
 def _above_zero(values: np.ndarray, panel: LinePanel) -> np.ndarray:
@@ -155,10 +155,11 @@ def _mark_zeros(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None
     marked = [curve for curve in panel.curves if len(curve.zeros)]
     for row, curve in enumerate(marked):  # each arm's in a row of its own as far as there is room
         axes.plot(
-            curve.zeros, np.full(len(curve.zeros), 0.03 * (row % ZERO_ROWS)), color=looks[curve.arm].light, transform=axes.get_xaxis_transform(),
-            clip_on=False, zorder=3, **style,
+            curve.zeros, np.full(len(curve.zeros), ZERO_ROW * (row % ZERO_ROWS)), color=looks[curve.arm].light,
+            transform=axes.get_xaxis_transform(), clip_on=False, zorder=3, **style,
         )  # fmt: skip
     if marked:
+        axes.margins(y=ZERO_ROW * (1 + min(len(marked), ZERO_ROWS)))
         axes.plot([], [], color=GREY, label=ZERO_LABEL, **style)
 
 
