@@ -103,7 +103,7 @@ def _batch(config: Mapping[str, Any]) -> str:
     if config.get("stage") != "sft" and "prompts_per_step" in rollout:
         words.append(f"{rollout['prompts_per_step']} prompts x {rollout.get('samples_per_prompt')} answers")
         words.append(f"{_section(config, 'algorithm').get('mini_batches')} mini-batches a step")
-    words += [f"{schedule['steps']} steps"] if "steps" in schedule else []
+    words += [f"{schedule['steps']} step{'' if schedule['steps'] == 1 else 's'}"] if "steps" in schedule else []
     rate = _section(config, "optimizer").get("lr")
     return ", ".join([*words, *([f"learning rate {rate:g}"] if isinstance(rate, int | float) else [])]) or UNKNOWN
 
@@ -141,8 +141,9 @@ def _common(configs: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str,
     found: dict[str, Any] = {}
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [config.get(key) for config in configs]
-        if all(isinstance(value, dict) for value in values):
-            found[key] = _common(values, f"{prefix}{key}.")
+        sections = [value for value in values if isinstance(value, dict)]
+        if len(sections) == len(values):
+            found[key] = _common(sections, f"{prefix}{key}.")
         elif all(value == values[0] for value in values):
             found[key] = values[0]
         else:

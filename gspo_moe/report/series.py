@@ -108,9 +108,9 @@ def heat(arm: Arm, metric: str) -> Heat | None:
     starts = np.arange(0, len(steps), block)
     mean_LS = mean_of_finite(values)
     blocks_LS = np.stack([mean_of_finite(mean_LS[:, start : start + block].T) for start in starts], axis=1)
-    edges = [(int(steps[start]), int(steps[min(start + block, len(steps)) - 1])) for start in starts]
-    columns = tuple(str(low) if low == high else f"{low} to {high}" for low, high in edges)
-    return Heat(np.array(edges, dtype=np.float64).mean(axis=1), columns, blocks_LS)
+    edges_S2 = np.stack([steps[starts], steps[np.minimum(starts + block, len(steps)) - 1]], axis=1)
+    columns = tuple(str(low) if low == high else f"{low} to {high}" for low, high in edges_S2)
+    return Heat(edges_S2.mean(axis=1), columns, blocks_LS)
 
 
 def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -270,7 +270,11 @@
       row.append(element("p", role, "label"), element("pre", text));
       card.append(row);
     }
-    if (sample.error) card.append(element("pre", sample.error, "note"));
+    if (sample.error) {
+      const row = element("div", "", "said failed");
+      row.append(element("p", "reward error", "label"), element("pre", sample.error));
+      card.append(row);
+    }
     return card;
   }
 
