@@ -9,7 +9,7 @@ import numpy as np
 
 from gspo_moe.config import load_config, save_config
 from gspo_moe.observability.jsonl import JsonLines
-from gspo_moe.observability.samples import SampleWriter
+from gspo_moe.observability.samples import Sample, SampleWriter
 
 LAYERS = 4
 MARKUP = "</script><script>alert('run')</script><img src=x onerror=alert(1)> & {{ 7 * 7 }}"
@@ -32,8 +32,10 @@ def write_samples(folder: Path, steps: range) -> None:
     for step in steps:
         for k in range(2):
             samples.write(
-                step=step, uid=f"train/{k}", prompt=f"sort {k}: {MARKUP}", response=f"answer at step {step}",
-                reward=float(k), advantage=k - 0.5, finished=k == 1,
+                Sample(
+                    step=step, uid=f"train/{k}", prompt=f"sort {k}: {MARKUP}", response=f"answer at step {step}",
+                    reward=float(k), advantage=k - 0.5, finished=k == 1,
+                )
             )  # fmt: skip
     samples.close()
 
@@ -49,7 +51,13 @@ def training_metrics(rng: np.random.Generator, *, gain: float = 0.3, steps: int 
         reward = 0.2 + gain * step / steps
         values: dict[str, float | None] = {
             "reward/mean": noisy(reward, 0.08),
-            "clip_fraction/sequence": noisy(0.25 if sequence else 0.02),
+            "reward/parts/format": noisy(0.2 * reward),
+            "reward/failures": 0.0,
+            "reward/timeouts": 0.0,
+            "groups/degenerate": float(step % 3),
+            "policy/entropy": noisy(2.0 - gain),
+            "response/truncated": 0.0,
+            "clip_fraction/sequence": 0.0 if step < 4 else noisy(0.25 if sequence else 0.02),
             "clip_fraction/token": noisy(0.24 if sequence else 0.003),
             "ratio/token_std": noisy(0.05),
             "ratio/sequence_std": noisy(0.013),
@@ -72,6 +80,7 @@ def training_metrics(rng: np.random.Generator, *, gain: float = 0.3, steps: int 
         }
         if step % 10 == 0:
             values["eval/accuracy"] = noisy(reward, 0.04)
+            values["eval/reward"] = 1.5 * reward
             values["routing/attribution/phi_token"] = noisy(0.3)
             values["routing/attribution/phi_sequence"] = noisy(0.1)
             values["routing/attribution/washout"] = noisy(1.1)

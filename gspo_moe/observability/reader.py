@@ -16,6 +16,7 @@ from gspo_moe.observability.jsonl import read_json_lines
 from gspo_moe.observability.layers import FILE, read_layers
 
 NOT_METRICS = ("step", "time")
+STARTS_FILE = "starts.jsonl"
 FINAL_SHARE = 0.1
 
 
@@ -29,6 +30,8 @@ class Run:
         of several values written at one step counts.
     layers: the same of figures by layer, values [S, A] or [S, A, ...]; empty without routing_layers.safetensors. The
         schema is in `observability.layers`.
+    times: when the first and the last line of metrics were written, unix seconds; None without any.
+    starts: what starts.jsonl tells of each start, in order; empty for runs of versions that kept none.
     """
 
     path: Path
@@ -36,6 +39,8 @@ class Run:
     problems: tuple[str, ...]
     series: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    times: tuple[float, float] | None = None
+    starts: tuple[dict[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,7 +84,10 @@ def load_run(path: str | Path) -> Run:
     config_file = folder / "config.yaml"
     config = read_yaml(config_file) if config_file.is_file() else {}
     layers = read_layers(folder / FILE) if (folder / FILE).is_file() else {}
-    return Run(folder, config, tuple(problems), series, layers)
+    times = [record["time"] for record in records if isinstance(record.get("time"), int | float)]
+    starts, torn = read_json_lines(folder / STARTS_FILE) if (folder / STARTS_FILE).is_file() else ([], [])
+    span = (min(times), max(times)) if times else None
+    return Run(folder, config, (*problems, *torn), series, layers, span, tuple(starts))
 
 
 def _arrays(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

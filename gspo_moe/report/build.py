@@ -35,7 +35,7 @@ def build_report(
         write_whole(output, render_page(collection).encode("utf-8", errors="replace"))
         lines.append(f"{output}: {output.stat().st_size / 1e6:.1f} MB, opens in any browser, needs no network")
     if figures is not None:
-        drawn = contents(collection).figures
+        drawn = [figure for figure in contents(collection).figures if figure.panels]
         written = write_figures(
             figures,
             drawn,

@@ -7,207 +7,128 @@ from dataclasses import dataclass
 from functools import partial
 
 from gspo_moe.report.collect import Arm, Collection
-from gspo_moe.report.figures import Figure, LinePanel
-from gspo_moe.report.outcomes import attribution_figure, bank_figure, outcome_figure
+from gspo_moe.report.figures import Curve, Figure, LinePanel
+from gspo_moe.report.measures import (
+    BANK,
+    LEARNING,
+    LOAD,
+    MACHINE,
+    OBJECTIVE,
+    SIGNAL,
+    CurveFigure,
+    Measure,
+    more_of_evaluation,
+    named_parts,
+)
+from gspo_moe.report.outcomes import (
+    ACCURACY,
+    NO_FULL_REWARD,
+    attribution_figure,
+    bank_figure,
+    no_full_reward,
+    outcome_figure,
+)
 from gspo_moe.report.routing import PAIRS, expert_maps, load_maps, volatility_figure, volatility_maps
-from gspo_moe.report.series import bank_curve, each_arm, lacking, step_curve, unit_of
+from gspo_moe.report.series import are_zero, bank_curve, each_arm, lacking, step_curve, unit_of
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One panel of curves: a metric over steps. optional: its absence needs no mention."""
+class Group:
+    """Figures of one kind, by which the page's list of contents is ordered."""
 
-    metric: str
     title: str
-    log: bool = False
-    markers: bool = False
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class CurveFigure:
-    key: str
-    title: str
-    caption: str
-    measures: tuple[Measure, ...]
-    optional: bool = False
-
-
-LEARNING = (
-    CurveFigure(
-        "reward",
-        "Reward and held-out accuracy",
-        "Training reward of each step's rollouts, and the share of held-out answers with full reward.",
-        (Measure("reward/mean", "Training reward"), Measure("eval/accuracy", "Held-out accuracy", markers=True)),
-    ),
-    CurveFigure(
-        "supervised",
-        "Supervised training",
-        "",
-        (Measure("sft/loss", "Training loss"), Measure("sft/token_accuracy", "Token accuracy")),
-        optional=True,
-    ),
-)
-OBJECTIVE = (
-    CurveFigure(
-        "clip_fraction",
-        "Clip fraction of sequence and token ratios",
-        "Share whose gradient the clip removes, on a log axis; a step without any has no place on it.",
-        (
-            Measure("clip_fraction/sequence", "Sequences clipped", log=True),
-            Measure("clip_fraction/token", "Tokens clipped", log=True),
-        ),
-    ),
-    CurveFigure(
-        "ratio_spread",
-        "Ratio spread, token against sequence",
-        "Standard deviation of the ratio of policy to old policy, on a log axis.",
-        (
-            Measure("ratio/token_std", "Token ratio", log=True),
-            Measure("ratio/sequence_std", "Sequence ratio", log=True),
-        ),
-    ),
-)
-LOAD = (
-    CurveFigure(
-        "load",
-        "Expert load",
-        "How unevenly tokens fall on experts in the training forward.",
-        (
-            Measure("routing/load/max_violation", "Busiest expert over the mean"),
-            Measure("routing/load/cv", "Coefficient of variation"),
-            Measure("routing/load/entropy", "Entropy of shares"),
-        ),
-    ),
-)
-MACHINE = (
-    CurveFigure(
-        "speed",
-        "Throughput and memory",
-        "All ranks together; memory of the main process.",
-        (
-            Measure("throughput/tokens_per_second", "Whole step"),
-            Measure("rollout/tokens_per_second", "Generation"),
-            Measure("memory/peak_rss_gib", "Peak resident memory"),
-            Measure("memory/peak_device_gib", "Peak device memory", optional=True),
-        ),
-    ),
-    CurveFigure(
-        "health",
-        "Length, divergence, gradient",
-        "",
-        (
-            Measure("response/length_mean", "Response length"),
-            Measure("kl/old_k3", "KL(old ‖ policy)"),
-            Measure("mismatch/k3", "KL(rollout ‖ trainer)", optional=True),
-            Measure("optimizer/grad_norm", "Gradient norm"),
-        ),
-    ),
-)
-ON_BANK = "Every arm took N off-policy mini-batches on the same frozen rollouts, so what differs is the objective."
-BANK = (
-    CurveFigure(
-        "bank_objective",
-        "Bank: clip fractions over N mini-batches",
-        ON_BANK,
-        (
-            Measure("clip_fraction/sequence", "Sequences clipped", log=True),
-            Measure("clip_fraction/token", "Tokens clipped", log=True),
-        ),
-    ),
-    CurveFigure(
-        "bank_ratios",
-        "Bank: ratio spread over N mini-batches",
-        ON_BANK,
-        (
-            Measure("ratio/token_std", "Token ratio", log=True),
-            Measure("ratio/sequence_std", "Sequence ratio", log=True),
-        ),
-    ),
-    CurveFigure(
-        "bank_routing",
-        "Bank: routing over N mini-batches",
-        ON_BANK,
-        (
-            Measure("routing/staleness/slot_change", "Expert slots changed"),
-            Measure("kl/old_k3", "KL(old ‖ policy)"),
-            Measure("routing/attribution/phi_token", "φ of tokens"),
-            Measure("routing/attribution/phi_sequence", "φ of sequences"),
-            Measure("routing/attribution/washout", "Washout W"),
-            Measure("eval/accuracy", "Held-out accuracy after it"),
-        ),
-    ),
-)
+    figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True)
 class Contents:
     """absent: figures for which no run has a value, with the metrics they would need."""
 
-    figures: tuple[Figure, ...]
+    groups: tuple[Group, ...]
     absent: tuple[str, ...]
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        return tuple(figure for group in self.groups for figure in group.figures)
 
 
 def contents(collection: Collection) -> Contents:
     """Every figure that the runs have values for, in the order of the page."""
     arms = collection.online
     absent: list[str] = []
-    figures = [
-        *(_curves(kind, arms, absent) for kind in LEARNING),
-        outcome_figure(arms, collection.baseline),
-        *(_curves(kind, arms, absent) for kind in OBJECTIVE),
-        volatility_figure(arms, absent),
-        *(volatility_maps(arms, pair, absent) for pair in PAIRS),
-        attribution_figure(arms, absent),
-        *(_curves(kind, arms, absent) for kind in LOAD),
-        load_maps(arms),
-        expert_maps(arms),
-        *(_curves(kind, arms, absent) for kind in MACHINE),
+    groups = _online(arms, collection.baseline, absent) if arms else []
+    bank = [_bank_figure(kind, collection.bank) for kind in BANK]
+    groups.append(("Bank", [*bank, bank_figure(collection.bank, collection.baseline)]))
+    drawn = [(title, tuple(figure for figure in figures if figure is not None)) for title, figures in groups]
+    return Contents(tuple(Group(title, figures) for title, figures in drawn if figures), tuple(absent))
+
+
+def _online(arms: Sequence[Arm], baseline: str, absent: list[str]) -> list[tuple[str, list[Figure | None]]]:
+    def curves(*kinds: CurveFigure) -> list[Figure | None]:
+        return [_curves(kind, arms, absent) for kind in kinds]
+
+    return [
+        ("Learning", [*curves(*LEARNING), outcome_figure(arms, baseline), *curves(more_of_evaluation(arms))]),
+        ("Rewards", curves(named_parts(arms), *SIGNAL)),
+        ("Objective", curves(*OBJECTIVE)),
+        (
+            "Routing",
+            [
+                volatility_figure(arms, absent),
+                *(volatility_maps(arms, pair, absent) for pair in PAIRS),
+                attribution_figure(arms, absent),
+                *curves(*LOAD),
+                load_maps(arms),
+                expert_maps(arms),
+            ],
+        ),
+        ("Machine", curves(*MACHINE)),
     ]
-    bank = [*_bank(collection.bank), bank_figure(collection.bank, collection.baseline)]
-    drawn = tuple(figure for figure in [*(figures if arms else ()), *bank] if figure is not None)
-    return Contents(drawn, tuple(absent) if arms else ())
 
 
 def _curves(kind: CurveFigure, arms: Sequence[Arm], absent: list[str]) -> Figure | None:
-    panels, notes, empty = [], [], []
+    panels, notes, remarks, empty = [], [], [], []
     for measure in kind.measures:
-        metric, unit = measure.metric, unit_of(measure.metric)
-        curves = each_arm(arms, partial(step_curve, metric=metric, smooth=not measure.markers, log=measure.log))
-        if curves:
+        metric = measure.metric
+        curves = each_arm(arms, partial(step_curve, metric=metric, smooth=not measure.markers))
+        if (zero := _zero_words(measure, curves, arms)) is not None:
+            remarks.append(zero)
+        elif curves:
+            unit = unit_of(metric)
             panels.append(LinePanel(measure.title, unit, curves, log=measure.log, markers=measure.markers))
         if not measure.optional:
             notes += lacking(arms, metric) if curves else []
             empty += [] if curves else [metric]
-    if not panels:
-        absent += [] if kind.optional else [f"{kind.title}: {', '.join(empty)}"]
+    if not (panels or remarks):
+        absent += [f"{kind.title}: {', '.join(empty)}"] if empty and not kind.optional else []
         return None
     notes += [f"{metric}: no run has a value to draw" for metric in empty]
-    shared = all(panel.log for panel in panels)
-    return Figure(kind.key, kind.title, kind.caption, tuple(panels), tuple(notes), shared_y=shared)
+    return Figure(kind.key, kind.title, kind.caption, tuple(panels), tuple(notes), tuple(remarks), _shared(panels))
 
 
-def _bank(arms: Sequence[Arm]) -> list[Figure | None]:
-    """Figures over the number of mini-batches N, for what took its updates on one frozen bank of rollouts."""
-    return [_bank_figure(kind, arms) for kind in BANK]
+def _zero_words(measure: Measure, curves: Sequence[Curve], arms: Sequence[Arm]) -> str | None:
+    """What is said in place of curves that are 0 throughout; None where they are drawn."""
+    if not curves or not are_zero(curves):
+        return None
+    if measure.metric == ACCURACY:
+        return NO_FULL_REWARD if no_full_reward(arms) else None
+    return f"{measure.title}: 0 at every step." if measure.log or measure.hopes_for_zero else None
+
+
+def _shared(panels: Sequence[LinePanel]) -> bool:
+    return bool(panels) and all(panel.log for panel in panels)
 
 
 def _bank_figure(kind: CurveFigure, arms: Sequence[Arm]) -> Figure | None:
-    panels = []
+    """Over the number of mini-batches N, for what took its updates on one frozen bank of rollouts."""
+    panels, remarks = [], []
     for measure in kind.measures:
-        final = measure.metric.startswith("eval/")
-        curves = bank_curve(arms, measure.metric, final=final, log=measure.log)
-        if curves:
-            panels.append(
-                LinePanel(
-                    measure.title,
-                    unit_of(measure.metric),
-                    curves,
-                    x_label="N",
-                    log=measure.log,
-                    markers=True,
-                    doublings=True,
-                )
-            )
-    shared = all(panel.log for panel in panels)
-    return Figure(kind.key, kind.title, kind.caption, tuple(panels), shared_y=shared) if panels else None
+        curves = bank_curve(arms, measure.metric, final=measure.metric.startswith("eval/"))
+        if (zero := _zero_words(measure, curves, arms)) is not None:
+            remarks.append(zero)
+        elif curves:
+            unit, log = unit_of(measure.metric), measure.log
+            panels.append(LinePanel(measure.title, unit, curves, x_label="N", log=log, markers=True, doublings=True))
+    if not (panels or remarks):
+        return None
+    return Figure(kind.key, kind.title, kind.caption, tuple(panels), (), tuple(remarks), _shared(panels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,12 +26,13 @@ WINDOWS_A_RUN = 15
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric in a panel; `points` for those measured now and then, drawn as markers."""
+    """One metric in a panel; `points` for those measured now and then, drawn as markers, `ring` as hollow ones."""
 
     metric: str
     label: str
     color: str
     points: bool = False
+    ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def draw_curves(run_dir: str | Path) -> Path:
 
 def curves_figure(run: Run) -> Figure:
     """Reward, clipping, routing, ratios, lengths and speed of an RL run; loss and accuracy of a supervised one."""
-    panels = _supervised() if "sft/loss" in run.names else _reinforcement(run)
+    panels = _supervised(run) if "sft/loss" in run.names else _reinforcement(run)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(
@@ -84,6 +86,7 @@ def _reinforcement(run: Run) -> tuple[Panel, ...]:
             (
                 Curve("reward/mean", "training reward", BLUE),
                 Curve("eval/accuracy", "held-out accuracy", VERMILION, points=True),
+                Curve("eval/reward", "held-out reward", BLACK, points=True, ring=True),
             ),
         ),
         Panel(
@@ -113,7 +116,9 @@ def _reinforcement(run: Run) -> tuple[Panel, ...]:
     )
 
 
-def _supervised() -> tuple[Panel, ...]:
+def _supervised(run: Run) -> tuple[Panel, ...]:
+    reward = Curve("eval/reward", "reward, held out", BLACK, points=True, ring=True)
+    held_out = [reward] if reward.metric in run.names else []
     return (
         Panel("Supervised loss", (Curve("sft/loss", "training loss", BLUE),)),
         Panel(
@@ -121,6 +126,7 @@ def _supervised() -> tuple[Panel, ...]:
             (
                 Curve("sft/token_accuracy", "response tokens, training", BLUE),
                 Curve("eval/accuracy", "whole answers, held out", VERMILION, points=True),
+                *held_out,
             ),
         ),
     )
@@ -154,9 +160,17 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
     for curve in present:
         steps, values = run.steps(curve.metric), run.values(curve.metric)
         if panel.log:
+            zeros = steps[values == 0]
             values = np.where(values > 0, values, np.nan)  # a zero would draw a line out of the picture
+            foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "fillstyle": "none"}
+            if len(zeros):
+                label = f"{curve.label}: 0"
+                axes.plot(zeros, np.zeros(len(zeros)), "v", color=curve.color, label=label, markersize=5, **foot)
         if curve.points:
-            axes.plot(steps, values, "o", color=curve.color, label=curve.label, markersize=6, zorder=3)
+            shape, fill, size = ("D", "none", 9) if curve.ring else ("o", "full", 6)
+            axes.plot(
+                steps, values, shape, color=curve.color, label=curve.label, markersize=size, fillstyle=fill, zorder=3
+            )
             continue
         axes.plot(steps, values, color=curve.color, linewidth=0.8, alpha=0.35)
         marker = "o" if len(values) == 1 else None
@@ -166,7 +180,7 @@ def _draw(axes: Axes, panel: Panel, run: Run) -> None:
     if panel.log and any((run.values(curve.metric) > 0).any() for curve in present):
         axes.set_yscale("log")
     elif axes.dataLim.ymin >= 0:
-        axes.set_ylim(0, axes.get_ylim()[1] * (1.35 if crowded else 1.0))
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.ymax) * (1.35 if crowded else 1.0))
     if len(panel.curves) > 1:
         axes.legend(ncols=2 if crowded else 1, loc="upper left" if crowded else "best")
 

@@ -5,7 +5,7 @@ Shape letters: P points along a curve, L layers, S steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Curve:
 
     x, mean, low, high: float64 [P]; low and high are NaN where fewer than two seeds have a value.
     seeds: int64 [P]. raw: the mean over seeds before the moving mean, None where nothing was smoothed.
+    zeros: float64 [Z], where the mean over seeds before any moving mean is 0, which a log axis has no place for.
     """
 
     arm: str
@@ -25,6 +26,7 @@ class Curve:
     high: np.ndarray
     seeds: np.ndarray
     raw: np.ndarray | None = None
+    zeros: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LinePanel:
     """Curves over steps (or over another count, `x_label`).
 
     floors: noise floors, drawn dotted in the arm's colour. doublings: the few places of x double, and lie evenly apart.
+    log: a log axis, at whose foot the curves' zeros are marked. ticks: names of the places 0, 1, ... of x, if any.
     """
 
     title: str
@@ -42,13 +45,15 @@ class LinePanel:
     log: bool = False
     markers: bool = False
     doublings: bool = False
+    ticks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class HeatPanel:
     """One arm's values by layer and step (or expert, `x_label`), mean over seeds.
 
-    x: what S counts. values_LS: float64, NaN where not measured. floor_L: the noise floor by layer, None without one.
+    x: what S counts, float64 [S]. columns: what each of S is called, a block of several by its edges.
+    values_LS: float64, NaN where not measured. floor_L: the noise floor by layer, None without one.
     top: the largest value of the colour scale, common to all panels of a figure.
     """
 
@@ -56,6 +61,7 @@ class HeatPanel:
     title: str
     unit: str
     x: np.ndarray
+    columns: tuple[str, ...]
     layers: tuple[str, ...]
     values_LS: np.ndarray
     floor_L: np.ndarray | None
@@ -92,7 +98,8 @@ Panel = LinePanel | HeatPanel | DotPanel
 class Figure:
     """Panels of one question.
 
-    key: file name and anchor. notes: what is missing, in words. shared_y: all panels have the same y axis.
+    key: file name and anchor. notes: what is missing, in words. remarks: what needs no panel, such as zero everywhere.
+    shared_y: all panels have the same y axis.
     """
 
     key: str
@@ -100,4 +107,5 @@ class Figure:
     caption: str
     panels: tuple[Panel, ...]
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     shared_y: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,8 +11,21 @@ from gspo_moe.report.collect import Arm
 from gspo_moe.report.figures import Dot, DotPanel, Figure
 from gspo_moe.report.series import dot, unit_of
 
-OUTCOMES = {"eval/accuracy": "Held-out accuracy", "reward/mean": "Training reward"}
-BANK_OUTCOMES = {"eval/accuracy": "Held-out accuracy", "ratio/sequence_std": "Sequence ratio std"}
+ACCURACY, HELD_OUT = "eval/accuracy", "eval/reward"
+NO_FULL_REWARD = (
+    "Held-out accuracy is 0 throughout: no held-out answer got a reward of 1 or more, which a continuous reward may "
+    "never give. The held-out reward tells how it went."
+)
+OUTCOMES = {
+    ACCURACY: "Held-out accuracy",
+    HELD_OUT: "Held-out reward",
+    "reward/mean": "Training reward",
+}
+BANK_OUTCOMES = {
+    ACCURACY: "Held-out accuracy",
+    HELD_OUT: "Held-out reward",
+    "ratio/sequence_std": "Sequence ratio std",
+}
 ATTRIBUTION = {
     "routing/attribution/phi_token": ("φ of tokens", None),
     "routing/attribution/phi_sequence": ("φ of sequences", None),
@@ -28,7 +41,7 @@ def outcome_figure(arms: Sequence[Arm], baseline: str) -> Figure | None:
     if sum(len(arm.cells) for arm in arms) < 2:
         return None
     panels: list[DotPanel] = []
-    for metric, title in OUTCOMES.items():
+    for metric, title in _told(OUTCOMES, arms).items():
         ends = {arm.name: finals(arm, metric) for arm in arms}
         dots = _rows(dot(name, list(values.values())) for name, values in ends.items())
         if dots:
@@ -47,6 +60,23 @@ def outcome_figure(arms: Sequence[Arm], baseline: str) -> Figure | None:
     )
 
 
+def no_full_reward(arms: Sequence[Arm]) -> bool:
+    """Whether accuracy is 0 at every evaluation of every run while rewards are not."""
+    runs = [cell.run for arm in arms for cell in arm.cells]
+    accuracy, rewards = ([run.values(name) for run in runs if name in run.names] for name in (ACCURACY, HELD_OUT))
+    return bool(accuracy) and not any(map(_any, accuracy)) and any(map(_any, rewards))
+
+
+def _any(values: np.ndarray) -> bool:
+    return bool(np.nan_to_num(values).any())
+
+
+def _told(outcomes: Mapping[str, str], arms: Sequence[Arm]) -> dict[str, str]:
+    """Without the accuracy that says nothing."""
+    nothing = no_full_reward(arms)
+    return {metric: title for metric, title in outcomes.items() if not (nothing and metric == ACCURACY)}
+
+
 def finals(arm: Arm, metric: str) -> dict[int, float]:
     """The final value of each finished run by seed, finite ones only."""
     values = {cell.seed: cell.run.final(metric) for cell in arm.cells if cell.finished}
@@ -56,7 +86,7 @@ def finals(arm: Arm, metric: str) -> dict[int, float]:
 def bank_figure(arms: Sequence[Arm], baseline: str) -> Figure | None:
     """What the bank's updates did, arm minus baseline at equal seed and N; None where there is nothing to compare."""
     panels = []
-    for metric, title in BANK_OUTCOMES.items():
+    for metric, title in _told(BANK_OUTCOMES, arms).items():
         for count in sorted({arm.mini_batches for arm in arms if arm.mini_batches is not None}):
             ends = {arm.of: finals(arm, metric) for arm in arms if arm.mini_batches == count}
             panels += _differences(f"{title}, N = {count}", unit_of(metric), ends, baseline)

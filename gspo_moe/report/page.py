@@ -19,9 +19,12 @@ from plotly.offline import get_plotlyjs
 from gspo_moe.observability.comparison import LEVEL, CollapseRule, Estimate
 from gspo_moe.report.collect import Collection
 from gspo_moe.report.contents import Contents, contents
+from gspo_moe.report.facts import config_text, facts
 from gspo_moe.report.figures import DotPanel, Figure, HeatPanel, LinePanel
+from gspo_moe.report.outcomes import NO_FULL_REWARD, no_full_reward
 from gspo_moe.report.palette import looks
-from gspo_moe.report.tables import arm_rows, config_differences, run_rows, sample_rollouts
+from gspo_moe.report.samples import sample_rollouts
+from gspo_moe.report.tables import arm_rows, config_differences, run_rows
 
 SIGNIFICANT_DIGITS = 5
 
@@ -78,13 +81,17 @@ def page_parts(collection: Collection) -> tuple[str, dict[str, Any]]:
             contents=found,
             seeds_of={figure.key: seeds_text(figure, collection) for figure in found.figures},
             numbers_of={figure.key: numbers(figure) for figure in found.figures},
+            facts=facts(collection.arms),
+            config=config_text(collection.arms),
             arm_rows=arm_rows(arms, rule),
+            no_full_reward=NO_FULL_REWARD if no_full_reward(arms) else "",
             run_rows=run_rows(collection.arms, rule),
             rule=rule,
             level=LEVEL,
             differences=config_differences(arms),
             without_samples=[arm.name for arm in collection.online if arm.name not in samples],
             samples=samples,
+            has_zeros=lambda panel: any(len(curve.zeros) for curve in panel.curves),
             fewest_seeds=min(len(arm.cells) for arm in arms),
         )
     )
@@ -141,7 +148,7 @@ def seeds_text(figure: Figure, collection: Collection) -> str:
             counts |= {len(row.values) for row in panel.dots}
         else:
             counts.add(of_arm[panel.arm])
-    low, high = min(counts), max(counts)
+    low, high = min(counts or of_arm.values()), max(counts or of_arm.values())
     number = str(low) if low == high else f"{low} to {high}"
     return f"{number} seed{'' if high == 1 else 's'}{' an arm' if len(of_arm) > 1 else ''}"
 

@@ -35,6 +35,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "gspo_moe",
 }
 RAW_SHOWN = 3
+ZERO_ROWS, ZERO_ROW = 4, 0.03  # rows of marks, and the share of the axis that each takes
+ZERO_LABEL = "0, at the foot of a log axis"
 TITLE_WIDTH = 40
 NARROW_TITLE_WIDTH = 26  # where the rows' names take a part of the panel
 
@@ -104,29 +106,61 @@ def _lines(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
     for curve in panel.curves:
         look = looks[curve.arm]
         if curve.raw is not None and len(panel.curves) <= RAW_SHOWN:
-            axes.plot(curve.x, curve.raw, color=look.light, linewidth=0.6, alpha=0.3)
+            axes.plot(curve.x, _above_zero(curve.raw, panel), color=look.light, linewidth=0.6, alpha=0.3)
         axes.fill_between(curve.x, curve.low, curve.high, color=look.light, alpha=0.16, linewidth=0)
         drawn = np.isfinite(curve.low) & ((curve.mean > 0) | (not panel.log))
         if drawn.sum() == 1:  # where a band has no width
             axes.vlines(curve.x[drawn], curve.low[drawn], curve.high[drawn], color=look.light, linewidth=1.5)
         marker = look.marker[1] if panel.markers or len(curve.x) == 1 else None
-        known = np.isfinite(curve.mean) if panel.markers else slice(None)
+        mean = _above_zero(curve.mean, panel)
+        lone = np.flatnonzero(_lone(mean))
+        if marker is None and len(lone):
+            axes.plot(curve.x[lone], mean[lone], look.marker[1], color=look.light, markersize=4)
+        known = np.isfinite(mean) if panel.markers else slice(None)
         axes.plot(
-            curve.x[known], curve.mean[known], color=look.light, linestyle=look.line, linewidth=1.5, marker=marker,
+            curve.x[known], mean[known], color=look.light, linestyle=look.line, linewidth=1.5, marker=marker,
             markersize=4, label=curve.arm,
         )  # fmt: skip
     for floor in panel.floors:
         axes.plot(floor.x, floor.mean, color=looks[floor.arm].light, linestyle=":", linewidth=1.2)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.unit)
-    if panel.doublings:
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=25, ha="right", rotation_mode="anchor")
+    elif panel.doublings:
         _ticks_at(axes, np.unique(np.concatenate([curve.x for curve in panel.curves])))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if panel.log:
         axes.set_yscale("log")
+        _mark_zeros(axes, panel, looks)
     elif axes.dataLim.ymin >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * axes.dataLim.ymax) or 1.0)
+
+
+def _above_zero(values: np.ndarray, panel: LinePanel) -> np.ndarray:
+    """What an axis has a place for: above 0 on a log axis."""
+    return np.where(values > 0, values, np.nan) if panel.log else values
+
+
+def _lone(values: np.ndarray) -> np.ndarray:
+    """Finite values between missing ones, which a line does not show."""
+    missing = np.concatenate([[True], ~np.isfinite(values), [True]])
+    return missing[:-2] & ~missing[1:-1] & missing[2:]
+
+
+def _mark_zeros(axes: Axes, panel: LinePanel, looks: Mapping[str, Look]) -> None:
+    """Marks at the foot of a log axis where a curve is 0."""
+    style: dict[str, Any] = {"marker": "v", "linestyle": "none", "markersize": 4, "fillstyle": "none"}
+    marked = [curve for curve in panel.curves if len(curve.zeros)]
+    for row, curve in enumerate(marked):  # each arm's in a row of its own as far as there is room
+        axes.plot(
+            curve.zeros, np.full(len(curve.zeros), ZERO_ROW * (row % ZERO_ROWS)), color=looks[curve.arm].light,
+            transform=axes.get_xaxis_transform(), clip_on=False, zorder=3, **style,
+        )  # fmt: skip
+    if marked:
+        axes.margins(y=ZERO_ROW * (1 + min(len(marked), ZERO_ROWS)))
+        axes.plot([], [], color=GREY, label=ZERO_LABEL, **style)
 
 
 def _ticks_at(axes: Axes, places: np.ndarray) -> None:

@@ -10,29 +10,44 @@ import numpy as np
 
 from gspo_moe.report.collect import Arm
 from gspo_moe.report.figures import Curve, Figure, HeatPanel, LinePanel
-from gspo_moe.report.series import count_curve, each_arm, expert_load, heat, lacking, mean_of_finite, step_curve
+from gspo_moe.report.series import (
+    Heat,
+    are_zero,
+    count_curve,
+    each_arm,
+    expert_load,
+    heat,
+    lacking,
+    mean_of_finite,
+    step_curve,
+)
 
 PAIRS = {
     "staleness": "policy in training against the policy that sampled",
     "update": "before against after one update, on fixed probes",
     "engine": "rollout engine against trainer, at equal weights",
 }
-MARGIN_AXIS = "margin bin: 0 below 1e-4 ... 4 above 0.1"
+MARGIN_AXIS = "router margin, probability"
+MARGIN_TICKS = ("< 1e-4", "1e-4 to 1e-3", "1e-3 to 0.01", "0.01 to 0.1", "≥ 0.1")
 
 
 def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
     """Expert slots changed, a panel for each pair of policies that was compared, with its noise floor."""
-    panels, notes, drawn = [], [], []
+    panels, notes, remarks, drawn = [], [], [], []
     for pair, meaning in PAIRS.items():
         metric = f"routing/{pair}/slot_change"
         curves = each_arm(arms, partial(step_curve, metric=metric, smooth=True))
         if not curves:
             absent.append(f"Expert slots changed, {pair} ({meaning}): {metric}")
             continue
+        notes += lacking(arms, metric)
         floors = each_arm(arms, partial(_floor_curve, pair=pair))
         drawn.append(pair)
+        if are_zero((*curves, *floors)):
+            remarks.append(f"{pair.capitalize()}: 0 at every step{', and so is its noise floor' if floors else ''}.")
+            continue
         panels.append(LinePanel(pair.capitalize(), "fraction", curves, floors))
-        notes += lacking(arms, metric) + _floor_notes(arms, pair)
+        notes += _floor_notes(arms, pair)
     counts = each_arm(arms, partial(count_curve, pattern=re.compile(r"routing/staleness/slot_change/mini_batch_(\d+)")))
     if counts:
         panels.append(
@@ -42,8 +57,12 @@ def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
         arms, partial(count_curve, pattern=re.compile(r"routing/staleness/flip_rate_by_margin/bin_(\d+)"))
     )
     if margins:
-        panels.append(LinePanel("Flip rate by router margin", "fraction", margins, x_label=MARGIN_AXIS, markers=True))
-    if not panels:
+        panels.append(
+            LinePanel(
+                "Flip rate by router margin", "fraction", margins, x_label=MARGIN_AXIS, markers=True, ticks=MARGIN_TICKS
+            )
+        )
+    if not (panels or remarks):
         return None
     return Figure(
         "volatility",
@@ -53,6 +72,7 @@ def volatility_figure(arms: Sequence[Arm], absent: list[str]) -> Figure | None:
         + ". Dotted: the noise floor of the same comparison.",
         tuple(panels),
         tuple(notes),
+        tuple(remarks),
     )
 
 
@@ -115,19 +135,17 @@ def expert_maps(arms: Sequence[Arm]) -> Figure | None:
     if not loads:
         return None
     top = max(float(load.max()) for load in loads.values())
-    panels = tuple(
-        HeatPanel(
-            name, name, "of the layer's mean", np.arange(load.shape[1]), tuple(map(str, range(len(load)))), load, None,
-            top, "expert",
-        )
-        for name, load in loads.items()
-    )  # fmt: skip
+    panels = []
+    for name, load in loads.items():
+        experts = np.arange(load.shape[1], dtype=np.float64)
+        columns, layers = (tuple(map(str, range(count))) for count in load.shape[::-1])
+        panels.append(HeatPanel(name, name, "of the layer's mean", experts, columns, layers, load, None, top, "expert"))
     return Figure(
         "load_experts",
         "Expert load by layer and expert",
         "An expert's tokens over the mean of its layer's experts, over the whole run; 1 is an equal share. Mean over "
         "seeds, one colour scale for all panels.",
-        panels,
+        tuple(panels),
     )
 
 
@@ -139,26 +157,36 @@ def _heat_figure(
     caption: str,
     floor: Callable[[Arm, int], np.ndarray | None],
 ) -> Figure | None:
-    maps = [(arm, drawn) for arm in arms if (drawn := heat(arm, metric)) is not None]
-    finite = [values[np.isfinite(values)] for _, (_, _, values) in maps]
-    finite = [values for values in finite if len(values)]
-    if not finite:
+    maps = [(arm, drawn, floor(arm, len(drawn.layers))) for arm in arms if (drawn := heat(arm, metric)) is not None]
+    maps = [entry for entry in maps if np.isfinite(entry[1].values_LS).any()]
+    if not maps:
         return None
+    flat = [
+        _zero_words(arm, drawn, floor_L) for arm, drawn, floor_L in maps if not np.nan_to_num(drawn.values_LS).any()
+    ]
+    shown = [entry for entry in maps if np.nan_to_num(entry[1].values_LS).any()]
     # A single outlying step would leave the rest of the map in one colour.
-    top = max(float(np.quantile(np.concatenate(finite), 0.995)), 1e-12)
+    values = [drawn.values_LS[np.isfinite(drawn.values_LS)] for _, drawn, _ in shown]
+    top = max(float(np.quantile(np.concatenate(values), 0.995)), 1e-12) if values else 0.0
     panels = tuple(
-        HeatPanel(arm.name, arm.name, "fraction", steps, layers, values, floor(arm, len(layers)), top)
-        for arm, (steps, layers, values) in maps
+        HeatPanel(arm.name, arm.name, "fraction", drawn.steps, drawn.columns, drawn.layers, drawn.values_LS, own, top)
+        for arm, drawn, own in shown
     )
-    without = [arm.name for arm in arms if arm.name not in {panel.arm for panel in panels}]
+    without = [arm.name for arm in arms if arm.name not in {arm.name for arm, _, _ in maps}]
     notes = (f"not measured by layer in: {', '.join(without)}",) if without else ()
-    return Figure(key, title, caption, panels, notes)
+    return Figure(key, title, caption if panels else "", panels, notes, tuple(flat))
+
+
+def _zero_words(arm: Arm, drawn: Heat, floor_L: np.ndarray | None) -> str:
+    """Of a map that would be one colour."""
+    floor = "" if floor_L is None else f"; the noise floor is {floor_L.mean():.3g}"
+    return f"{arm.name}: 0 in every layer at every step that was measured{floor}."
 
 
 def _floor_by_layer(arm: Arm, pair: str, depth: int) -> np.ndarray | None:
     """Mean over the run and seeds of each layer's floor, else of the floor of all layers together, [L]."""
     found = heat(arm, f"routing/{pair}/noise_floor/slot_change")
-    if found is not None and len(found[1]) == depth:
-        return mean_of_finite(found[2].T)
+    if found is not None and len(found.layers) == depth:
+        return mean_of_finite(found.values_LS.T)
     floor = mean_of_finite(np.array([cell.run.mean(floor_metric(arm, pair)) for cell in arm.cells]))
     return np.full(depth, floor) if np.isfinite(floor) else None

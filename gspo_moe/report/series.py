@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,8 +25,8 @@ def unit_of(metric: str) -> str:
     return CATALOG[metric].unit if metric in CATALOG else ""
 
 
-def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Curve | None:
-    """The arm's `metric` over steps; None where no seed has a finite value of it. log: leaves out means <= 0."""
+def step_curve(arm: Arm, metric: str, *, smooth: bool) -> Curve | None:
+    """The arm's `metric` over steps; None where no seed has a finite value of it."""
     present = [cell for cell in arm.cells if metric in cell.run.names]
     if not present:
         return None
@@ -38,19 +39,30 @@ def step_curve(arm: Arm, metric: str, *, smooth: bool, log: bool = False) -> Cur
         raw[row, places] = values
         smoothed[row, places] = moving_mean(values) if smooth else values
     seeds = band(smoothed)
-    mean = _drawable(seeds.mean, log)
-    if not np.isfinite(mean).any():
+    if not np.isfinite(seeds.mean).any():
         return None
-    thinned = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS_DRAWN)).round().astype(int))
+    thinned, mean_raw = _thinned(len(steps)), mean_of_finite(raw)
+    zeros = steps[mean_raw == 0].astype(np.float64)
     return Curve(
         arm.name,
         steps[thinned].astype(np.float64),
-        mean[thinned],
+        seeds.mean[thinned],
         seeds.low[thinned],
         seeds.high[thinned],
         seeds.seeds[thinned],
-        _drawable(mean_of_finite(raw), log)[thinned] if smooth else None,
+        mean_raw[thinned] if smooth else None,
+        zeros[_thinned(len(zeros))],
     )
+
+
+def are_zero(curves: Sequence[Curve]) -> bool:
+    """Whether no point of any of them is another number than 0."""
+    return not any(np.nan_to_num(curve.mean).any() for curve in curves)
+
+
+def _thinned(count: int) -> np.ndarray:
+    """Indices of up to POINTS_DRAWN of `count` points, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, POINTS_DRAWN)).round().astype(int))
 
 
 def count_curve(arm: Arm, pattern: re.Pattern[str]) -> Curve | None:
@@ -65,11 +77,24 @@ def count_curve(arm: Arm, pattern: re.Pattern[str]) -> Curve | None:
     return Curve(arm.name, np.array([float(n) for n, _ in numbered]), seeds.mean, seeds.low, seeds.high, seeds.seeds)
 
 
-def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray] | None:
-    """Steps [S], layers and values_LS (mean over seeds) of the metric's figures by layer; None without any.
+@dataclass(frozen=True)
+class Heat:
+    """Figures by layer and step, mean over seeds; long runs are averaged in blocks of steps.
 
-    Long runs are averaged in blocks of steps, each named by its first step.
+    steps: float64 [S], the middle of each block. columns: a block's step, or its first and last. values_LS: float64.
     """
+
+    steps: np.ndarray
+    columns: tuple[str, ...]
+    values_LS: np.ndarray
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(str(layer) for layer in range(len(self.values_LS)))
+
+
+def heat(arm: Arm, metric: str) -> Heat | None:
+    """The metric's figures by layer; None without any."""
     found = [series for cell in arm.cells if (series := layer_series(cell.run, metric)) is not None]
     depth = max((values.shape[1] for _, values in found), default=0)
     found = [(steps, values) for steps, values in found if values.shape[1] == depth and len(steps)]
@@ -83,7 +108,9 @@ def heat(arm: Arm, metric: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray
     starts = np.arange(0, len(steps), block)
     mean_LS = mean_of_finite(values)
     blocks_LS = np.stack([mean_of_finite(mean_LS[:, start : start + block].T) for start in starts], axis=1)
-    return steps[starts], tuple(str(layer) for layer in range(depth)), blocks_LS
+    edges_S2 = np.stack([steps[starts], steps[np.minimum(starts + block, len(steps)) - 1]], axis=1)
+    columns = tuple(str(low) if low == high else f"{low} to {high}" for low, high in edges_S2)
+    return Heat(edges_S2.mean(axis=1), columns, blocks_LS)
 
 
 def layer_series(run: Run, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -111,7 +138,7 @@ def expert_load(arm: Arm) -> np.ndarray | None:
     return mean_of_finite(np.stack(loads)) if len(shapes) == 1 else None
 
 
-def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> tuple[Curve, ...]:
+def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool) -> tuple[Curve, ...]:
     """`metric` of bank arms against their number of mini-batches, a curve for each arm of the study's file."""
     curves = []
     for name in dict.fromkeys(arm.of for arm in arms):
@@ -123,10 +150,10 @@ def bank_curve(arms: Sequence[Arm], metric: str, *, final: bool, log: bool) -> t
                 value = cell.run.final(metric) if final else cell.run.mean(metric)
                 values[seeds.index(cell.seed), column] = value
         over = band(values)
-        mean = _drawable(over.mean, log)
-        if np.isfinite(mean).any():
+        if np.isfinite(over.mean).any():
             counts = np.array([float(arm.mini_batches or 0) for arm in own])
-            curves.append(Curve(name, counts, mean, over.low, over.high, over.seeds))
+            zeros = counts[over.mean == 0]
+            curves.append(Curve(name, counts, over.mean, over.low, over.high, over.seeds, zeros=zeros))
     return tuple(curves)
 
 
@@ -154,11 +181,6 @@ def lacking(arms: Sequence[Arm], metric: str) -> list[str]:
                 arm.name if without == len(arm.cells) else f"{arm.name} ({without} of {len(arm.cells)} seeds)"
             )
     return [f"{metric} not measured in: {', '.join(missing)}"] if missing else []
-
-
-def _drawable(mean: np.ndarray, log: bool) -> np.ndarray:
-    """On a log axis a mean of zero has no place; single seeds at zero still count in the mean."""
-    return np.where(mean > 0, mean, np.nan) if log else mean
 
 
 def mean_of_finite(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,14 @@ from gspo_moe.report.collect import collect
 from gspo_moe.report.page import page_parts, render_page
 
 ADDRESS = "127.0.0.1"
-WATCHED = ("metrics.jsonl", "samples.jsonl", "config.yaml", "summary.json", "routing_layers.safetensors")
+WATCHED = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "starts.jsonl",
+    "config.yaml",
+    "summary.json",
+    "routing_layers.safetensors",
+)
 
 
 class ReportServer(ThreadingHTTPServer):

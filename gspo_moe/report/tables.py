@@ -1,4 +1,4 @@
-"""The tables of a report: arms, runs, config differences, sample rollouts."""
+"""The tables of a report: arms, runs, config differences."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gspo_moe.observability.comparison import CollapseRule, Estimate, estimate, find_collapse
 from gspo_moe.report.collect import Arm, Cell
-from gspo_moe.report.outcomes import finals
+from gspo_moe.report.facts import run_dates
+from gspo_moe.report.outcomes import ACCURACY, HELD_OUT, finals
 
 REWARD = "reward/mean"
-ACCURACY = "eval/accuracy"
 # Where a run lies and what makes it a seed are no differences between arms.
 NOT_COMPARED = ("seed", "logging.run_dir", "logging.wandb")
 ABSENT = "(absent)"
-STEPS_SHOWN = 25
-SAMPLES_A_STEP = 6
-CHARACTERS_SHOWN = 6000
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """reward, accuracy: at the end of finished runs. collapsed: seeds and the step each collapsed at."""
+    """reward (of training), held_out (reward), accuracy: at the end of finished runs.
+
+    collapsed: seeds and the step each collapsed at.
+    """
 
     name: str
     of: str
     seeds: int
     finished: int
     reward: Estimate
+    held_out: Estimate
     accuracy: Estimate
     collapsed: dict[int, int]
     judged: int
@@ -41,6 +40,7 @@ class RunRow:
     arm: str
     path: str
     seed: int
+    started: str
     last_step: int
     planned_steps: int | None
     collapsed_at: int | None
@@ -65,6 +65,7 @@ def arm_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[ArmRow, ...]:
                 len(arm.cells),
                 sum(cell.finished for cell in arm.cells),
                 estimate(list(finals(arm, REWARD).values())),
+                estimate(list(finals(arm, HELD_OUT).values())),
                 estimate(list(finals(arm, ACCURACY).values())),
                 {seed: step for seed, step in steps.items() if step is not None},
                 sum(REWARD in cell.run.names for cell in arm.cells),
@@ -75,10 +76,13 @@ def arm_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[ArmRow, ...]:
 
 def run_rows(arms: Sequence[Arm], rule: CollapseRule) -> tuple[RunRow, ...]:
     return tuple(
-        RunRow(arm.name, str(cell.run.path), cell.seed, cell.last_step, cell.planned_steps, collapse_step(cell, rule))
+        RunRow(
+            arm.name, str(cell.run.path), cell.seed, run_dates([cell]), cell.last_step, cell.planned_steps,
+            collapse_step(cell, rule),
+        )
         for arm in arms
         for cell in arm.cells
-    )
+    )  # fmt: skip
 
 
 def collapse_step(cell: Cell, rule: CollapseRule) -> int | None:
@@ -109,33 +113,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             values[f"{prefix}{key}"] = "null" if value is None else str(value)
     return values
-
-
-def sample_rollouts(arm: Arm) -> list[dict[str, Any]]:
-    """Rollouts of the first seed that has any, at up to STEPS_SHOWN steps spread over the run; long texts are cut."""
-    cell = next((cell for cell in arm.cells if cell.samples), None)
-    if cell is None:
-        return []
-    steps = sorted({sample["step"] for sample in cell.samples})
-    chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(len(steps), STEPS_SHOWN)).round().astype(int)}
-    shown: list[dict[str, Any]] = []
-    for step in sorted(chosen):
-        rollouts = [sample for sample in cell.samples if sample["step"] == step]
-        shown += [_readable(sample, cell.seed) for sample in rollouts[:SAMPLES_A_STEP]]
-    return shown
-
-
-def _readable(sample: dict[str, Any], seed: int) -> dict[str, Any]:
-    return {
-        "step": sample["step"],
-        "seed": seed,
-        "prompt": _cut(str(sample.get("prompt", ""))),
-        "response": _cut(str(sample.get("response", ""))),
-        "reward": sample.get("reward"),
-        "advantage": sample.get("advantage"),
-        "finished": sample.get("finished"),
-    }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN] + " … (cut)"

@@ -21,6 +21,7 @@ from gspo_moe.study.spec import Study
 SUMMARY_FILE = "summary.json"
 # Metric to the head of its column in the terminal.
 SHOWN = {
+    "eval/reward": "held-out reward, last",
     "eval/accuracy": "accuracy, last",
     "reward/mean": "reward, last",
     "clip_fraction/sequence": "clipped sequences",

@@ -1,8 +1,12 @@
-"""The live table of a study's cells: a row an arm, a column a seed. Without a terminal: a line whenever a job ends."""
+"""The live table of a study's cells: a row an arm, a column a seed. Without a terminal: a line whenever a job ends.
+
+A cell shows its step, the reward of training and, once there is one, the held-out reward.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -66,4 +70,6 @@ def _words(cell: Cell, state: str) -> str:
     if "reward/mean" not in run.names:
         return state
     step, reward = run.steps("reward/mean")[-1], run.values("reward/mean")[-1]
-    return f"{reward:.3f}" if state == "done" else f"{step}/{cell.steps} {reward:.3f}"
+    held_out = run.final("eval/reward")
+    evaluated = f", held out {held_out:.3f}" if math.isfinite(held_out) else ""
+    return (f"{reward:.3f}" if state == "done" else f"{step}/{cell.steps} {reward:.3f}") + evaluated

@@ -1,15 +1,17 @@
-"""What a run writes about itself: config, metrics, layers, samples."""
+"""What a run writes about itself: config, starts, metrics, layers, samples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
+import torch.distributed as dist
 
 from gspo_moe.config.continuing import record_run
 from gspo_moe.observability.layers import LayerWriter
 from gspo_moe.observability.metrics import MetricsWriter
-from gspo_moe.observability.samples import SampleWriter
+from gspo_moe.observability.samples import Sample, SampleWriter
+from gspo_moe.observability.starts import write_start
 from gspo_moe.training.rl import StepResult
 from gspo_moe.training.session import Trainer
 
@@ -24,6 +26,8 @@ class RunLog:
         if self._main:
             path = trainer.session.run_path
             record_run(config)
+            plan = trainer.session.plan
+            write_start(path, step, plan.layout, plan.architecture, dist.get_world_size())
             self._metrics = MetricsWriter(
                 path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
             )
@@ -49,16 +53,8 @@ class RunLog:
             return
         first = 0
         for group in result.batch.groups[: self._samples_per_step]:
-            rollout = group.rollouts[0]
-            self._samples.write(
-                step=step,
-                uid=group.prompt.uid,
-                prompt=group.prompt.shown,
-                response=rollout.text,
-                reward=rollout.total_reward,
-                advantage=result.batch.samples[first].advantage,
-                finished=rollout.finish == "stop",
-            )
+            advantage = result.batch.samples[first].advantage
+            self._samples.write(Sample.of(step, group.prompt, group.rollouts[0], advantage))
             first += len(group.rollouts)
 
     def close(self) -> None:

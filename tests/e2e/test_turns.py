@@ -92,6 +92,11 @@ def test_conversations_are_trained_and_kept(tmp_path: Path, config: dict[str, An
         "train/2/epoch2",
     ]
     assert any(line["response"].count("environment: more") == 2 for line in samples)
+    for line in samples:
+        assert line["turns"][0] == {"role": "environment", "text": "go"}
+        assert line["reward"] == pytest.approx(sum(line["reward_parts"].values()))
+    (start,) = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert (start["step"], start["world_size"], start["architecture"]["num_experts"]) == (0, 1, 8)
 
     bank = tmp_path / "bank.safetensors"
     run(tmp_path, {**config, "schedule": {"steps": 1}}, "bank", str(bank), f"logging.run_dir={tmp_path / 'freeze'}")

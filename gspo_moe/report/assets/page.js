@@ -5,6 +5,7 @@
   const content = document.getElementById("content");
   const hidden = new Set();
   let data = JSON.parse(document.getElementById("data").textContent);
+  const SHOWN = 60, ZERO_ROWS = 4;
   let sampleStep = null;
 
   const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -38,7 +39,7 @@
     return { type: "data", symmetric: false, array: above, arrayminus: below, color: stroke, thickness: 1.6, width: 4 };
   }
 
-  function lineTraces(panel) {
+  function lineTraces(panel, foot) {
     const traces = [];
     const shown = panel.curves.filter((entry) => !hidden.has(entry.arm));
     for (const curve of shown) {
@@ -53,13 +54,23 @@
         });
       }
       if (curve.raw && shown.length <= 3) {
-        traces.push({ x: curve.x, y: curve.raw, mode: "lines", line: { width: 1, color: faint(stroke, 0.3) }, hoverinfo: "skip" });
+        traces.push({ x: curve.x, y: panel.log ? curve.raw.map((value) => (value > 0 ? value : null)) : curve.raw, mode: "lines", line: { width: 1, color: faint(stroke, 0.3) }, hoverinfo: "skip" });
       }
-      const lone = curve.x.length === 1;
+      const drawn = (values) => (panel.log ? values.map((value) => (value > 0 ? value : null)) : values);
+      if (panel.log && curve.zeros.length) {
+        const row = zeroRows(panel.curves).indexOf(curve.arm) % ZERO_ROWS;
+        traces.push({
+          x: curve.zeros, y: curve.zeros.map(() => foot(row)), mode: "markers", cliponaxis: false,
+          marker: { size: 8, symbol: "triangle-down-open", color: stroke, line: { width: 1.5 } },
+          meta: { zeros: true }, customdata: curve.zeros.map(() => plain(curve.arm)), hovertemplate: "%{customdata}: <b>0</b><extra></extra>",
+        });
+      }
+      // A line shows no point whose neighbours are missing.
+      const y = drawn(curve.mean), missing = (i) => (y[i] ?? null) === null, lone = (i) => missing(i - 1) && missing(i + 1);
       traces.push({
-        x: curve.x, y: curve.mean, mode: panel.markers || lone ? "lines+markers" : "lines", connectgaps: panel.markers,
+        x: curve.x, y, mode: "lines+markers", connectgaps: panel.markers,
         line: { width: 2.2, color: stroke, dash: data.looks[curve.arm].dash },
-        marker: { size: 7, symbol: data.looks[curve.arm].marker, color: stroke },
+        marker: { size: y.map((_, i) => (panel.markers || lone(i) ? 7 : 0)), opacity: 1, symbol: data.looks[curve.arm].marker, color: stroke, line: { width: 0 } },
         ...(inBand.length === 1 ? { error_y: whiskers(curve, stroke) } : {}),
         customdata: curve.x.map((_, i) => [plain(curve.arm), interval(curve.low[i], curve.high[i]), seeds(curve.seeds[i])]),
         hovertemplate: "%{customdata[0]}: <b>%{y:.4~g}</b>%{customdata[1]}, %{customdata[2]}<extra></extra>",
@@ -76,35 +87,42 @@
     return traces;
   }
 
+  const zeroRows = (curves) => curves.filter((curve) => curve.zeros.length).map((curve) => curve.arm);
+
+  // Zeros stand below all other values, each arm's in a row of its own as far as there is room.
   function logAxis(panel, panels) {
     const values = panels.flatMap((panel) => panel.curves.flatMap((curve) => [...curve.mean, ...curve.low, ...curve.high, ...(curve.raw ?? [])]));
     const logs = values.filter((value) => value > 0).map(Math.log10);
     const low = logs.reduce((a, b) => Math.min(a, b), Infinity), high = logs.reduce((a, b) => Math.max(a, b), -Infinity);
     const room = Math.max(0.05, (high - low) * 0.05);
+    const rows = Math.max(...panels.map((entry) => Math.min(ZERO_ROWS, zeroRows(entry.curves).length)));
+    const bottom = low - room - (rows > 1 ? (rows - 1) * room : 0);
     const steps = high - low > 2.5 ? [1] : high - low > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8];
     const tickvals = [];
-    for (let power = Math.floor(low - room); power <= high + room; power++) tickvals.push(...steps.map((step) => step * 10 ** power));
+    for (let power = Math.floor(bottom); power <= high + room; power++) tickvals.push(...steps.map((step) => step * 10 ** power));
     const percent = (value) => `${short(100 * value)}%`;
     return {
-      type: "log", range: [low - room, high + room], tickvals,
+      type: "log", range: [bottom, high + room], foot: (row) => 10 ** (bottom + row * room), tickvals,
       ticktext: tickvals.map((value) => (panel.unit === "fraction" ? percent(value) : short(value))),
     };
   }
 
   function line(panel, figure) {
+    const { foot, ...logarithmic } = panel.log ? logAxis(panel, figure.shared_y ? figure.panels : [panel]) : {};
     const y = panel.log
-      ? { ...logAxis(panel, figure.shared_y ? figure.panels : [panel]), hoverformat: format(panel.unit) }
+      ? { ...logarithmic, hoverformat: format(panel.unit) }
       : { tickformat: format(panel.unit), rangemode: "tozero", nticks: 6 };
     const places = [...new Set(panel.curves.flatMap((curve) => (panel.doublings ? curve.x : [curve.x[0], curve.x.at(-1)])))];
     const first = Math.min(...places), last = Math.max(...places), edge = (last - first || 1) * 0.02;
     const steps = { range: [first - edge, last + edge], ...(last - first < 8 ? { dtick: 1 } : {}) };
     const doublings = { type: "log", tickvals: places, ticktext: places.map(String), range: [Math.log10(first) - 0.08, Math.log10(last) + 0.08] };
+    const named = panel.ticks.length ? { tickvals: panel.ticks.map((_, place) => place), ticktext: panel.ticks, tickangle: -30, range: [-0.2, panel.ticks.length - 0.8], unifiedhovertitle: { text: "%{x}" } } : {};
     const x = {
       title: { text: panel.x_label, font: { size: 12 }, standoff: 6 }, nticks: 7, zeroline: false,
       unifiedhovertitle: { text: `${panel.x_label} %{x}` }, spikethickness: 1, spikedash: "dot", spikecolor: isDark() ? "#8b949e" : "#6b737c",
-      ...(panel.doublings ? doublings : steps),
+      ...(panel.doublings ? doublings : steps), ...named,
     };
-    return [lineTraces(panel), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
+    return [lineTraces(panel, foot), layout(panel, { xaxis: x, yaxis: y, hovermode: "x unified" })];
   }
 
   function heat(panel) {
@@ -112,7 +130,8 @@
     const tick = format(panel.unit);
     const traces = [{
       type: "heatmap", x: panel.x, y: layers, z: panel.values_LS, coloraxis: "coloraxis",
-      hovertemplate: `layer %{y}, ${panel.x_label} %{x}: <b>%{z:.4~g}</b><extra></extra>`,
+      customdata: layers.map(() => panel.columns),
+      hovertemplate: `layer %{y}, ${panel.x_label} %{customdata}: <b>%{z:.4~g}</b><extra></extra>`,
     }];
     const more = {
       coloraxis: {
@@ -210,34 +229,52 @@
     document.documentElement.dataset.drawn = content.querySelectorAll(".panel").length;
   }
 
+  const bySteps = () => [...new Set(Object.values(data.samples).flat().map((sample) => sample.step))].sort((a, b) => a - b);
+  const bound = (id, otherwise) => (document.getElementById(id).value === "" ? otherwise : Number(document.getElementById(id).value));
+
   function drawSamples() {
     const slider = document.getElementById("sample-slider");
     if (!slider) return;
-    const arms = Object.keys(data.samples).filter((arm) => !hidden.has(arm));
-    const steps = [...new Set(Object.values(data.samples).flat().map((sample) => sample.step))].sort((a, b) => a - b);
+    const steps = bySteps();
     slider.max = steps.length - 1;
     const at = sampleStep === null ? steps.length - 1 : Math.max(0, steps.findLastIndex((step) => step <= sampleStep));
     slider.value = at;
+    slider.disabled = document.getElementById("sample-all").checked;
     slider.setAttribute("aria-valuetext", `step ${steps[at]}`);
-    document.getElementById("sample-step").textContent = steps[at];
-    const columns = arms.map((arm) => {
-      const column = element("div");
-      const samples = data.samples[arm].filter((sample) => sample.step === steps[at]);
-      column.append(element("h3", `${arm}${samples.length ? `, seed ${samples[0].seed}` : ""}`));
-      if (!samples.length) column.append(element("p", "no sample kept at this step", "caption"));
-      column.append(...samples.map(rollout));
-      return column;
+    document.getElementById("sample-step").textContent = slider.disabled ? "all" : steps[at];
+    const low = bound("reward-low", -Infinity), high = bound("reward-high", Infinity), free = low === -Infinity && high === Infinity;
+    const wanted = (sample) => (slider.disabled || sample.step === steps[at]) && (free || (typeof sample.reward === "number" && low <= sample.reward && sample.reward <= high));
+    let found = 0, shown = 0;
+    const groups = Object.keys(data.samples).filter((arm) => !hidden.has(arm)).map((arm) => {
+      const samples = data.samples[arm].filter(wanted);
+      const cards = samples.slice(0, Math.max(0, SHOWN - shown));
+      [found, shown] = [found + samples.length, shown + cards.length];
+      const group = element("div", "", "rollouts");
+      group.append(...(cards.length ? cards.map(rollout) : [element("p", samples.length ? "see the arms before it, or ask for fewer" : "no sample kept that fits", "caption")]));
+      return [element("h3", `${arm}${samples.length ? `, seed ${samples[0].seed}` : ""}`), group];
     });
-    document.getElementById("rollouts").replaceChildren(...columns);
+    document.getElementById("sample-count").textContent = shown < found ? `${shown} of ${found} shown` : `${found} shown`;
+    document.getElementById("rollouts").replaceChildren(...groups.flat());
   }
 
   function rollout(sample) {
-    const card = element("div", "", "rollout");
-    const cut = sample.finished === false ? ", cut off by the length limit" : "";
-    card.append(element("p", "prompt", "label"), element("pre", sample.prompt));
-    card.append(element("p", "response", "label"), element("pre", sample.response));
+    const card = element("article", "", "rollout");
     const number = (value) => (typeof value === "number" ? short(value) : "not recorded");
-    card.append(element("p", `reward ${number(sample.reward)}, advantage ${number(sample.advantage)}${cut}`));
+    const parts = Object.entries(sample.parts).map(([name, value]) => `${name} ${number(value)}`);
+    const head = element("p", "", "score");
+    head.append(element("b", `reward ${number(sample.reward)}`), parts.length ? ` (${parts.join(", ")})` : "");
+    const rest = [`advantage ${number(sample.advantage)}`, `step ${sample.step}`, sample.uid, sample.end].filter(Boolean);
+    card.append(head, element("p", rest.join(", "), "label"));
+    for (const { role, text } of sample.said) {
+      const row = element("div", "", `said ${role === "policy" || role === "assistant" ? "own" : ""}`);
+      row.append(element("p", role, "label"), element("pre", text));
+      card.append(row);
+    }
+    if (sample.error) {
+      const row = element("div", "", "said failed");
+      row.append(element("p", "reward error", "label"), element("pre", sample.error));
+      card.append(row);
+    }
     return card;
   }
 
@@ -270,10 +307,11 @@
     }
   });
   content.addEventListener("input", (event) => {
-    if (event.target.id !== "sample-slider") return;
-    const steps = [...new Set(Object.values(data.samples).flat().map((sample) => sample.step))].sort((a, b) => a - b);
-    sampleStep = Number(event.target.value) === steps.length - 1 ? null : steps[Number(event.target.value)];
-    drawSamples();
+    if (event.target.id === "sample-slider") {
+      const steps = bySteps();
+      sampleStep = Number(event.target.value) === steps.length - 1 ? null : steps[Number(event.target.value)];
+    }
+    if (event.target.closest(".filters")) drawSamples();
   });
   darkSystem.addEventListener("change", drawAll);
 
@@ -299,7 +337,12 @@
     if (!parts.body) return;
     const open = [...content.querySelectorAll("details[open]")].map((entry) => entry.id);
     const place = scrollY;
+    const kept = [...content.querySelectorAll(".filters input")].map((entry) => [entry.id, entry.value, entry.checked]);
     content.innerHTML = parts.body;
+    for (const [id, value, checked] of kept) {
+      const entry = document.getElementById(id);
+      if (entry) [entry.value, entry.checked] = [value, checked];
+    }
     data = parts.data;
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");
     markButtons();
@@ -307,5 +350,6 @@
     drawAll();
   }
 
+  if (matchMedia("(min-width: 40.01rem)").matches) document.getElementById("contents").open = true;
   drawAll().then(() => document.body.dataset.watch && watch(document.body.dataset.watch));
 })();

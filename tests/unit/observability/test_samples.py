@@ -3,20 +3,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gspo_moe.observability.samples import SampleWriter
+from gspo_moe.observability.samples import Sample, SampleWriter
 
 
 def _write(run_dir: Path, resume_step: int, steps: range) -> None:
     writer = SampleWriter(run_dir, resume_step)
     for step in steps:
         writer.write(
-            step=step,
-            uid=f"train/{step}",
-            prompt="b a\n",
-            response="a b é",
-            reward=1.0,
-            advantage=-0.5,
-            finished=step != 2,
+            Sample(
+                step=step,
+                uid=f"train/{step}",
+                prompt="b a\n",
+                response="a b é",
+                reward=1.0,
+                advantage=-0.5,
+                finished=step != 2,
+            )
         )
     writer.close()
 

@@ -65,9 +65,18 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(browser: Any, file:
     assert opened.count(".panel:has(.scatterlayer .trace .points path)") >= kinds.count("dot")
     assert opened.page.evaluate("document.querySelectorAll('.panel').length") == len(kinds)
 
+    # Both arms' first three steps clip no sequence, which their figure marks.
+    traces = "[...document.querySelector('.panel[data-figure=clip_fraction] .plot').data]"
+    zeros = opened.page.evaluate(f"{traces}.filter((trace) => trace.meta?.zeros).map((trace) => trace.x)")
+    assert zeros == [[1, 2, 3], [1, 2, 3]]
+    assert opened.count(".panel[data-figure=clip_fraction]:has-text('▽ at the foot: 0')") == 1
+
     # Prompts with markup are text.
     assert "alert('run')" in opened.page.locator("#rollouts").inner_text()
     assert opened.count("#rollouts script, #rollouts img") == 0
+
+    # Conversations take the page's width, and are chosen by reward, at one step or all.
+    _check_filter(opened)
 
     # An arm leaves every figure, and comes back, by the keyboard alone.
     lines = ".panel[data-figure=reward] >> nth=0 >> .js-line"
@@ -90,10 +99,30 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(browser: Any, file:
     assert opened.console == []
 
 
+def _check_filter(opened: _Opened) -> None:
+    """Each of two arms keeps two samples, of rewards 0 and 1, at each of 12 steps."""
+    cards = "#rollouts .rollout"
+    assert opened.count(cards) == 4
+    inner, whole = (opened.page.locator(one).first.bounding_box()["width"] for one in ("#rollouts", "#samples"))
+    assert inner > 0.9 * whole
+    opened.page.locator("#reward-low").fill("0.5")
+    assert opened.count(cards) == opened.count(f"{cards}:has-text('reward 1')") == 2
+    opened.page.locator("#sample-all").check()
+    assert opened.page.locator("#sample-count").inner_text() == "24 shown"
+    opened.page.locator("#reward-low").fill("")
+    opened.page.locator("#reward-high").fill("-1")
+    assert opened.count(cards) == 0
+
+
 def test_a_phone_in_the_dark_needs_no_sideways_scroll(browser: Any, file: Path) -> None:
     opened = _Opened(browser, file, viewport={"width": 390, "height": 800}, color_scheme="dark", has_touch=True)
     assert opened.console == []
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
+    # The list of contents is one line, and short when open.
+    assert not opened.page.locator(".contents").is_visible()
+    opened.page.locator("#contents summary").click()
+    assert opened.page.locator(".contents").is_visible()
+    assert opened.page.locator("#contents").bounding_box()["height"] < 400
     ground = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     opened.page.locator("#theme").click()
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") != ground

@@ -25,6 +25,31 @@ def _clipped(share: float) -> Metrics:
     return lambda step: {"clip_fraction/token": share, "clip_fraction/sequence": 0.0}
 
 
+def _clipped_by_step(*shares: float) -> Metrics:
+    return lambda step: {"clip_fraction/token": shares[step - 1]}
+
+
+def _engine_change(change: float) -> Metrics:
+    metric = "routing/engine/slot_change"
+    return lambda step: {
+        metric: change,
+        f"{metric}/layer_00": change,
+        "routing/staleness/flip_rate_by_margin/bin_0": 0.5,
+    }
+
+
+def _continuous(step: int) -> dict[str, float]:
+    return {"reward/mean": 0.3, "eval/accuracy": 0.0, "eval/reward": 0.25 * step}
+
+
+def _signal(step: int) -> dict[str, float]:
+    return {
+        "reward/mean": 0.3, "reward/parts/right": 0.25, "reward/parts/right_form": 0.05 * step, "reward/failures": 0.0,
+        "reward/timeouts": 1.0 * step, "groups/degenerate": 2.0, "policy/entropy": 1.5, "response/truncated": 0.0,
+        "eval/pass_at_8": 0.5,
+    }  # fmt: skip
+
+
 def _figures(*paths: Path) -> dict[str, Figure]:
     return {figure.key: figure for figure in contents(collect(paths)).figures}
 
@@ -37,7 +62,8 @@ def _line(figure: Figure, number: int = 0) -> LinePanel:
 
 def test_a_study_has_every_figure(study: Path) -> None:
     assert list(_figures(study)) == [
-        "reward", "outcomes", "clip_fraction", "ratio_spread", "volatility", "volatility_layers_staleness",
+        "reward", "outcomes", "reward_parts", "signal", "clip_fraction", "ratio_spread", "volatility",
+        "volatility_layers_staleness",
         "attribution", "load", "speed", "health",
     ]  # fmt: skip
 
@@ -68,7 +94,9 @@ def test_a_seed_that_stopped_early_leaves_the_mean_and_its_number_of_seeds(tmp_p
     np.testing.assert_array_equal(curve.seeds, [2, 2, 2, 1, 1, 1])
     np.testing.assert_allclose(curve.mean, [0.16, 0.17, 0.18, 0.14, 0.15, 0.16], rtol=1e-12)
     assert np.isnan(curve.low[3:]).all()
-    assert figures["reward"].notes == ("reward/mean: no run has a value to draw",)
+    assert figures["reward"].notes == tuple(
+        f"{name}: no run has a value to draw" for name in ("reward/mean", "eval/reward")
+    )
     assert "arm/seed2" in figures["outcomes"].notes[0]
     ends = figures["outcomes"].panels[0]
     assert isinstance(ends, DotPanel)
@@ -136,7 +164,7 @@ def test_without_a_floor_the_first_mini_batch_stands_in_and_the_page_says_so(tmp
     assert _figures(bare)["volatility"].notes == ("staleness, bare: the noise floor was not measured",)
 
 
-def test_long_runs_are_thinned_and_zeros_have_no_place_on_a_log_axis(tmp_path: Path) -> None:
+def test_long_runs_are_thinned_in_blocks_named_by_their_edges(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "long",
         lambda step: {"clip_fraction/sequence": 0.0, "clip_fraction/token": 0.1, "x/layer_00": 1.0,
@@ -145,12 +173,59 @@ def test_long_runs_are_thinned_and_zeros_have_no_place_on_a_log_axis(tmp_path: P
     )  # fmt: skip
     figures = _figures(run)
     assert [panel.title for panel in figures["clip_fraction"].panels] == ["Tokens clipped"]
-    assert figures["clip_fraction"].notes == ("clip_fraction/sequence: no run has a value to draw",)
+    assert figures["clip_fraction"].remarks == ("Sequences clipped: 0 at every step.",)
     assert len(_line(figures["clip_fraction"]).curves[0].x) == 400
     heat = figures["volatility_layers_staleness"].panels[0]
     assert isinstance(heat, HeatPanel)
     assert heat.values_LS.shape == (1, 112)
     np.testing.assert_allclose(heat.values_LS[0, :2], [0.005, 0.014], rtol=1e-12)
+    assert (heat.columns[0], heat.columns[-1]) == ("1 to 9", "1000")
+    np.testing.assert_array_equal(heat.x[[0, 1, -1]], [5, 14, 1000])
+
+
+def test_zeros_are_marked_on_a_log_axis_and_count_in_the_mean(tmp_path: Path) -> None:
+    for seed, first in ((1, 0.0), (2, 0.5)):
+        write_run(tmp_path / "arm" / f"seed{seed}", _clipped_by_step(0.0, first, 0.25), steps=range(1, 4))
+    (curve,) = _line(_figures(tmp_path / "arm")["clip_fraction"]).curves
+    np.testing.assert_array_equal(curve.zeros, [1.0])
+    np.testing.assert_array_equal(curve.mean, [0.0, 0.25, 0.25])
+
+
+def test_a_continuous_reward_is_told_by_the_held_out_reward(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"seed{seed}", _continuous, steps=range(1, 4), overrides=("schedule.steps=3",))
+    figures = _figures(tmp_path)
+    assert [panel.title for panel in figures["reward"].panels] == ["Training reward", "Held-out reward"]
+    assert figures["reward"].remarks[0].startswith("Held-out accuracy is 0 throughout")
+    ends = [panel for panel in figures["outcomes"].panels if isinstance(panel, DotPanel)]
+    assert [panel.title for panel in ends] == ["Held-out reward at the end", "Training reward at the end"]
+    assert ends[0].dots[0].mean == 0.75
+
+
+def test_parts_failures_groups_and_entropy_are_curves_and_zero_is_a_sentence(tmp_path: Path) -> None:
+    figures = _figures(write_run(tmp_path / "run", _signal, steps=range(1, 3)))
+    panels = [panel for panel in figures["reward_parts"].panels if isinstance(panel, LinePanel)]
+    parts = {panel.title: panel.curves[0].mean for panel in panels}
+    np.testing.assert_allclose(parts["right"], [0.25, 0.25])
+    np.testing.assert_allclose(parts["right_form"], [0.05, 0.1])
+    signal = figures["signal"]
+    assert [panel.title for panel in signal.panels] == [
+        "Groups without a difference", "Entropy of the policy", "Rewards out of time",
+    ]  # fmt: skip
+    assert signal.remarks == ("Rewards that failed: 0 at every step.", "Answers cut off: 0 at every step.")
+    assert [panel.title for panel in figures["evaluation"].panels] == ["Pass at 8"]
+
+
+def test_a_heat_map_of_zeros_is_one_sentence_and_bins_have_their_edges_names(tmp_path: Path) -> None:
+    for name, change in (("flat", 0.0), ("moved", 0.5)):
+        write_run(tmp_path / name, _engine_change(change), steps=range(1, 3))
+    figure = _figures(tmp_path / "flat", tmp_path / "moved")["volatility_layers_engine"]
+    assert [panel.arm for panel in figure.panels if isinstance(panel, HeatPanel)] == ["moved"]
+    assert figure.remarks == ("flat: 0 in every layer at every step that was measured.",)
+    alone = _figures(tmp_path / "flat")
+    assert alone["volatility_layers_engine"].panels == ()
+    assert alone["volatility"].remarks == ("Engine: 0 at every step.",)
+    assert _line(alone["volatility"]).ticks[:2] == ("< 1e-4", "1e-4 to 1e-3")
 
 
 def test_runs_with_different_metrics_say_which_arm_lacks_which(tmp_path: Path) -> None:

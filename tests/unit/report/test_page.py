@@ -72,7 +72,7 @@ def test_text_from_runs_is_never_markup(tmp_path: Path) -> None:
     assert "img" not in found.tags
     assert MARKUP in found.text
     data = json.loads(found.scripts["data"])
-    assert data["samples"]["<b>run & co"][0]["prompt"] == f"sort 0: {MARKUP}"
+    assert data["samples"]["<b>run & co"][0]["said"][0]["text"] == f"sort 0: {MARKUP}"
 
 
 def test_the_page_says_seeds_rule_interval_and_what_is_missing(study: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_page_says_seeds_rule_interval_and_what_is_missing(study: Path) -> N
     ("lines", "words"),
     [
         ('{"step": 1, "reward/mean": 0.25}\n{"step": 2, "rew', "line 2: the last line is torn and was left out"),
-        ('{"step": 1, "reward/mean": null}\n', "Reward and held-out accuracy: reward/mean, eval/accuracy"),
+        ('{"step": 1, "reward/mean": null}\n', "Reward and held-out accuracy: reward/mean, eval/reward, eval/accuracy"),
         ("", "metrics.jsonl has no value yet"),
         ('{"step": 0, "eval/accuracy": 0.5}\n', "reward/mean: no run has a value to draw"),
         ('{"step": 1, "a_name_of_old": 1, "sft/loss": 2.5}\n', "Training loss nats"),

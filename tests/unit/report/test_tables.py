@@ -2,27 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gspo_moe.observability.comparison import CollapseRule
 from gspo_moe.report.collect import collect
-from gspo_moe.report.tables import (
-    CHARACTERS_SHOWN,
-    SAMPLES_A_STEP,
-    STEPS_SHOWN,
-    arm_rows,
-    config_differences,
-    run_rows,
-    sample_rollouts,
-)
-from tests.runs import Metrics, write_run, write_samples
+from gspo_moe.report.tables import arm_rows, config_differences, run_rows
+from tests.runs import Metrics, write_run
 
 RULE = CollapseRule()
 
 
 def _reward_that_ends_at(last: float) -> Metrics:
-    return lambda step: {"reward/mean": 0.8 if step <= 20 else last}
+    return lambda step: {"reward/mean": 0.8 if step <= 20 else last, "eval/reward": 2 * last}
 
 
 def test_arms_show_their_ends_over_finished_seeds_and_who_collapsed(tmp_path: Path) -> None:
@@ -37,6 +28,7 @@ def test_arms_show_their_ends_over_finished_seeds_and_who_collapsed(tmp_path: Pa
     assert (row.seeds, row.finished, row.judged) == (3, 2, 3)
     assert row.reward.mean == pytest.approx(0.45)
     assert row.reward.seeds == 2
+    assert row.held_out.mean == pytest.approx(0.9)
     assert row.accuracy.seeds == 0
     # Three of the trailing five are zero at step 23: 0.32 of a best of 0.8.
     assert row.collapsed == {2: 23}
@@ -56,21 +48,3 @@ def test_config_differences_leave_out_seeds_and_folders(study: Path, tmp_path: P
     (older / "config.yaml").write_text(config)
     rows = {row.key: row.values for row in config_differences(collect([study / "gspo", older]).arms)}
     assert rows["algorithm.mini_batches"] == ("4", "(absent)")
-
-
-def test_samples_are_spread_over_the_run_and_long_texts_are_cut(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", lambda step: {"reward/mean": 0.0}, steps=range(2))
-    write_samples(run, range(1, 101))
-    (arm,) = collect([run]).arms
-    shown = sample_rollouts(arm)
-    steps = sorted({sample["step"] for sample in shown})
-    assert len(steps) == STEPS_SHOWN
-    assert (steps[0], steps[-1]) == (1, 100)
-    assert np.ptp(np.diff(steps)) <= 1
-    assert shown[-1]["response"] == "answer at step 100"
-    long = '{"step": 1, "prompt": "' + "x" * (CHARACTERS_SHOWN + 5) + '"}\n'
-    (run / "samples.jsonl").write_text(long * (SAMPLES_A_STEP + 3))
-    shown = sample_rollouts(collect([run]).arms[0])
-    assert len(shown) == SAMPLES_A_STEP
-    assert shown[0]["prompt"] == "x" * CHARACTERS_SHOWN + " … (cut)"
-    assert (shown[0]["reward"], shown[0]["response"]) == (None, "")
