@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gspo_moe.errors import ConfigError, GspoMoeError, RunError
+from gspo_moe import __version__
+from gspo_moe.errors import ConfigError, GspoMoeError, OutputError, RunError
+from gspo_moe.files import no_room
 from gspo_moe.packages import as_user_error, require
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ LIBRARY_NOISE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: the error's own, with one message and no stack trace, for ours."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
     for name in LIBRARY_LOGS:
@@ -55,6 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return error.exit_code
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and behind options, which argparse takes for one of both places only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(each.startswith("-") for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
     try:
         options.run(options)
@@ -66,10 +79,21 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
             raise
         return missing
     except Exception as error:
+        full = no_room(error)
+        if full is not None:
+            return _full_disk(full)
         if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
             time.sleep(PEER_GRACE_SECONDS)
         raise
     return None
+
+
+def _full_disk(error: OSError) -> OutputError:
+    where = f" ({error.filename})" if error.filename else ""
+    return OutputError(
+        f"{error.strerror}{where}; make room and start the same command again: whole files and checkpoints are left as "
+        "they were, and a run goes on from its newest one"
+    )
 
 
 def _is_about_another_rank(error: Exception) -> bool:
@@ -108,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-moe", description="Reinforcement learning of Qwen3 MoE models with GSPO on megatron-core."
     )
+    parser.add_argument("--version", action="version", version=f"gspo_moe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("train", _train, "run or continue the run that a config describes"),
@@ -117,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", help="YAML file; see examples/")
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(run=run)
+        if run is _train:
+            command.add_argument("--check", action="store_true", help="say what the run needs and start nothing")
+            command.add_argument("--world-size", type=int, metavar="N", help="processes that --check plans for")
     command = commands.add_parser("score", help="token log-probs of given sequences under a model")
     command.add_argument("--model", required=True, metavar="HF_DIR", help="folder with config.json and *.safetensors")
     command.add_argument("--data", required=True, metavar="IN.jsonl", help='lines {"token_ids": [...]}')
@@ -134,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
     command = commands.add_parser("bank", help="freeze rollouts and rewards of a policy, for runs with rollout.bank")
     command.add_argument("config", metavar="CONFIG.yaml", help="schedule.steps * rollout.prompts_per_step prompts")
-    command.add_argument("bank", metavar="BANK.safetensors", help="the file to write")
+    command.add_argument("bank", metavar="BANK.safetensors", help="the file to write; one that exists is refused")
+    command.add_argument("--overwrite", action="store_true", help="replace it, though runs may rest on its rollouts")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. routing.engine_routes=true")
     command.set_defaults(run=_bank)
     command = commands.add_parser("study", help="arms x seeds from one cold start, compared in pairs")
@@ -143,9 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_study)
     command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
     command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
-    command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, whole in one file")
-    command.add_argument("--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="the page, whole in one file; replaces an earlier one"
+    )
+    command.add_argument(
+        "--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG, over earlier ones"
+    )
+    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form; replaces an earlier one")
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
@@ -163,6 +196,9 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     require("matplotlib")  # of the picture at the end
+    if options.check or options.world_size is not None:
+        _check(config, options)
+        return
     from gspo_moe.training.preflight import preflight, take_run_folder
 
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
@@ -184,6 +220,18 @@ def _train(options: argparse.Namespace) -> None:
         _show_run(config)
 
 
+def _check(config: Config, options: argparse.Namespace) -> None:
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if not options.check:
+        raise ConfigError("--world-size is what --check plans for; add --check, or start as many processes")
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: give a whole number from 1 up")
+    from gspo_moe.observability.progress import show_header
+    from gspo_moe.training.check import check_run
+
+    show_header(check_run(config, world_size), sys.stdout)
+
+
 def _show_run(config: Config) -> None:
     from rich.console import Console
 
@@ -197,10 +245,8 @@ def _show_run(config: Config) -> None:
     Console(width=100).print(summary_table(first, last, last))
     picture = draw_curves(config.run_path)
     export = "hf/, " if config.checkpoint.export_hf else ""
-    print(
-        f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/, {export}"
-        f"{picture.name}"
-    )
+    kept = "checkpoints/, " if config.checkpoint.keep else ""
+    print(f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, {kept}{export}{picture.name}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -253,7 +299,7 @@ def _bank(options: argparse.Namespace) -> None:
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
-    count = make_bank(preflight(config), Path(options.bank))
+    count = make_bank(preflight(config), Path(options.bank), overwrite=options.overwrite)
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{options.bank}: answers to {count} prompts")

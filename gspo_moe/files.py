@@ -5,11 +5,14 @@ A run killed at any moment leaves what stood there before, or all of the new; a 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
@@ -53,3 +56,24 @@ def replace_folder(partial: Path, folder: Path) -> None:
         os.replace(folder, earlier)
     os.replace(partial, folder)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The error of a full disk, or a quota, that `error` is or comes from; None where it comes from something else.
+
+    Libraries that write in processes of their own pass on no more than its words.
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        if isinstance(one, OSError) and one.errno in NO_ROOM:
+            return one
+        for code in NO_ROOM:
+            if os.strerror(code) in str(one):
+                return OSError(code, os.strerror(code))
+        seen.append(one)
+        waiting += [one.__cause__, one.__context__]
+    return None

@@ -17,7 +17,7 @@ LONGEST_VALUE = 60
 # What verl, TRL, ms-swift, slime and megatron-core call our keys.
 SYNONYMS = {
     "seed": "random_seed data_seed",
-    "model.hf": "model_name_or_path pretrained_model_name_or_path model_path hf_checkpoint model_id model.path model.name",
+    "model.hf": "model_name_or_path pretrained_model_name_or_path model_path hf_checkpoint model.path model.name",
     "model.dtype": "torch_dtype precision bf16 fp16",
     "chat.system": "system_prompt",
     "chat.template": "chat_template",
@@ -38,7 +38,7 @@ SYNONYMS = {
     "algorithm.kl.coeff": "beta kl_coef kl_coeff kl_loss_coef init_kl_coef kl_beta",
     "rollout.prompts_per_step": "batch_size train_batch_size rollout_batch_size per_device_train_batch_size",
     "rollout.samples_per_prompt": "num_generations group_size n_samples_per_prompt num_samples_per_prompt rollout.n",
-    "rollout.max_response_tokens": "max_new_tokens max_completion_length max_response_length response_length max_tokens",
+    "rollout.max_response_tokens": "max_new_tokens max_completion_length max_response_length response_length",
     "rollout.max_prompt_tokens": "max_prompt_length prompt_length",
     "rollout.stop": "stop_words stop_strings stop_sequences",
     "task.reward": "reward_func reward_funcs reward_fn reward_function reward_functions custom_reward_function rm_type",

@@ -24,8 +24,11 @@ from gspo_moe.training.session import Plan
 TOKENIZER_TEXTS = 1000
 
 
-def preflight(config: Config) -> Plan:
-    """Raises ConfigError, in one message, for everything about the run that cannot work here."""
+def preflight(config: Config, world_size: int | None = None) -> Plan:
+    """Raises ConfigError, in one message, for everything about the run that cannot work here.
+
+    world_size: of a run that is planned, None for this one's.
+    """
     check_files(config)
     task = make_task(config.task, config.seed)
 
@@ -49,7 +52,8 @@ def preflight(config: Config) -> Plan:
         task.demonstration(first)
     elif config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
-    layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
+    processes = world_size_from_environment() if world_size is None else world_size
+    layout = check_layout(config, architecture, processes, megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
     return Plan(config, layout, architecture, renderer, task)
 

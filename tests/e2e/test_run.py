@@ -145,7 +145,9 @@ def test_checkpoints_picture_and_table(run: FinishedRun) -> None:
 
 def test_the_console_shows_progress_and_nothing_of_the_libraries(run: FinishedRun) -> None:
     lines = run.outcome.stderr.splitlines()
-    assert [line for line in lines if not line.startswith(("step ", "install: "))] == []
+    header = ("run ", "model ", "device ", "layout ", "kernels ", "versions ")
+    assert [line.split()[0] + " " for line in lines if line.startswith(header)] == list(header)
+    assert [line for line in lines if not line.startswith(("step ", "install: ", *header))] == []
     assert lines[-1].startswith(f"step {LAST}/{LAST}")
 
 
@@ -216,7 +218,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(quickstart: FinishedRun, tmp
 
     outcome = succeed(quickstart.command, tmp_path, RUN_DIR=str(run))
     assert "cold start" not in outcome.stdout
-    continuing, first, *_ = outcome.stderr.splitlines()
+    continuing, *rest = outcome.stderr.splitlines()
+    assert rest[0].startswith("run ")
+    assert f"{run}, steps 4 to 8 of gspo" in rest[0]
+    first = next(line for line in rest if line.startswith("step "))
     assert continuing == f"continuing from step 3 of {run}"
     assert first.startswith("step 4/8")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000008"]

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# A child a module, forked where torch is loaded and nothing of the package. megatron.core takes seconds to load, so its
+# A child a module, forked where other packages are loaded and nothing of this one. megatron.core takes seconds to load, so its
 # first import ends the child well, where what it needs without a GPU is in place.
 PROGRAM = """
 import importlib, json, os, sys, types, warnings
-import torch, numpy, pydantic, yaml
+import torch, numpy, pydantic, yaml, pebble, psutil, matplotlib.figure, matplotlib.backends.backend_agg, plotly.offline
+import rich.console, rich.progress, rich.table, rich.live, safetensors.torch, torch.utils.tensorboard, jinja2.sandbox
+import torch.distributed.checkpoint, torch.nn.attention.varlen, reasoning_gym
 
 class Reached(BaseException):
     pass
