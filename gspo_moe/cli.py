@@ -173,11 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
     command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
     command.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="the page, whole in one file; replaces an earlier one"
+        "--output", type=Path, metavar="FILE.html", help="the page, whole in one file, over an earlier one"
     )
-    command.add_argument(
-        "--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG, over earlier ones"
-    )
+    command.add_argument("--figures", type=Path, metavar="DIR", help="its figures as PNG and SVG, over earlier ones")
     command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form; replaces an earlier one")
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")

@@ -1,12 +1,12 @@
 """What a rank needs of its device's memory, from the config alone. Torch-free.
 
-With h hidden size, H query heads, G key/value heads, d head size, E experts, K experts a token, f expert width, V rows of
-the vocabulary, L layers; t tensor, p pipeline, c context, e expert and x expert-tensor parallel sizes; b bytes of
+With h hidden size, H query heads, G key/value heads, d head size, E experts, K experts a token, f expert width, V rows
+of the vocabulary, L layers; t tensor, p pipeline, c context, e expert and x expert-tensor parallel sizes; b bytes of
 `model.dtype`; T = micro_batch_tokens / c tokens of a micro-batch on a rank. Every figure is of one rank.
 
-Weights: a layer has h (H + 2 G) d / t + H d h / t (attention), h E (router), 2 h + 2 d (norms) and E / e * 3 h f / x
-(experts); the first stage has the embedding V h / t, the last the output layer V h / t and a norm. b bytes each, and as
-much again for the frozen reference of a KL penalty.
+Weights: a layer has 2 h (H + G) d / t (attention), h E (router), 2 h + 2 d (norms) and E / e * 3 h f / x (experts); the
+first stage has the embedding V h / t, the last the output layer V h / t and a norm. b bytes each, and as much again for
+the frozen reference of a KL penalty.
 
 Gradients: 4 bytes a weight, in megatron-core's buffers, which reduce in fp32.
 
@@ -14,22 +14,24 @@ Optimizer: Adam's two moments, 8 bytes a weight, and 4 for the fp32 weights besi
 `parallel.distributed_optimizer` (ZeRO stage 1, arXiv 1910.02054) divided by data * c for dense weights and by the
 expert-data size for experts.
 
-Activations: what the backward pass of a layer keeps of a token, counted as arXiv 2205.05198 counts, for these layers
-(with sequence parallelism what stands outside of attention and experts is divided by t):
+Activations: what the backward pass of a layer keeps of a token, counted as arXiv 2205.05198 counts, for the layers of
+`model.backend: local` on a CPU. With sequence parallelism the first, second and last line are divided by t:
 
-    3 h b                              inputs of the first norm, of the query/key/value product, of the second norm
-    (2 H + 2 G) d b / t + (H + G) d b / t    queries, keys, values and result of attention; inputs of the query/key norms
-    h b + 2 * 4 E                      input of the router and its logits and probabilities in fp32
-    2 K h b + 4 K f b / x              tokens sent to experts and their results, gate, up, SwiGLU's factor and its result
+    16 h                    the two norms, each its input and result in fp32
+    2 h b                   inputs of the query/key/value product and of the router
+    8 (H + G) d / t         the query and key norms, as above
+    5 (H + G) d b / t       queries, keys, values and result of attention, and copies of them by sequence
+    K (h x + 5 f) b         tokens sent to experts; gate and up, what SwiGLU and its weight keep, and the result
 
-for as many micro-batches as a stage has under way (p - s of 1F1B's stage s, counted from 0). `recompute: full` keeps h b
-of each layer and the whole of one layer. Experts get equal numbers of tokens here; a router out of balance needs more.
+for as many micro-batches as a stage has under way (p - s of 1F1B's stage s, counted from 0), and 8 h for the last norm.
+`recompute: full` keeps h b of each layer and the whole of one. Fused norms and attention of a GPU keep less. Experts
+get equal numbers of tokens here; a router out of balance needs more.
 
 Log-probs: `log_prob_memory_mib` where fused, else logits in b bytes, and in fp32 with their gradient.
 
 Generation: keys and values, 2 G / t d b a position in each of the stage's layers, for `max_batch` answers (or all of a
-step on this rank, where they are fewer) of prompt and `max_response_tokens`, beside the prompts' own rows; logits in fp32
-of each answer's last token, twice. It comes at another time than the backward pass, so the larger of both counts.
+step on this rank, where they are fewer) of prompt and `max_response_tokens`, beside the prompts' own rows; logits in
+fp32 of each answer's last token, twice. It comes at another time than the backward pass: the larger of both counts.
 
 Left out: the CUDA context and NCCL's buffers (1 to 3 GiB), fragmentation, CUDA graphs.
 """
@@ -49,7 +51,7 @@ POSITIONS_MULTIPLE = 16  # of a KV cache
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, of the pipeline stage that needs most. sizes: parameters of its shard."""
+    """Bytes of one rank, of the pipeline stage that needs most; `parameters` is how many its shard has."""
 
     parameters: int
     weights: int
@@ -95,12 +97,15 @@ def activation_bytes(architecture: Architecture, layout: Layout, dtype: str) -> 
     """That the backward pass keeps of one token in one layer."""
     hidden, width = architecture.hidden_size, DTYPE_BYTES[dtype]
     heads, groups, size = architecture.num_attention_heads, architecture.num_key_value_heads, architecture.head_dim
-    split = layout.tensor if layout.sequence_parallel else 1
-    outside = (4 * hidden * width + 2 * FP32 * architecture.num_experts) / split
-    attention = (3 * heads + 3 * groups) * size * width / layout.tensor
-    experts = architecture.num_experts_per_tok * width
-    experts_in = 2 * hidden / split + 4 * architecture.moe_intermediate_size / layout.expert_tensor
-    return outside + attention + experts * experts_in
+    outside = (4 * FP32 + 2 * width) * hidden
+    attention = (2 * FP32 + 5 * width) * (heads + groups) * size
+    routed = hidden * layout.expert_tensor + 5 * architecture.moe_intermediate_size
+    experts = architecture.num_experts_per_tok * routed * width
+    return (outside + experts) / _sequence_split(layout) + attention / layout.tensor
+
+
+def _sequence_split(layout: Layout) -> int:
+    return layout.tensor if layout.sequence_parallel else 1
 
 
 def kv_cache_bytes(config: Config, architecture: Architecture, layout: Layout, prompt_tokens: int) -> int:
@@ -148,11 +153,12 @@ def _activations(config: Config, architecture: Architecture, layout: Layout, sta
     under_way: float = layout.pipeline - stage
     if layout.virtual_pipeline:  # arXiv 2205.05198, 4.2.3
         under_way *= 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline)
+    split, hidden = _sequence_split(layout), architecture.hidden_size
+    norm = 2 * FP32 * hidden / split if stage == layout.pipeline - 1 else 0.0
     if config.parallel.recompute != "full":
-        return round(tokens * layers * whole * under_way)
-    split = layout.tensor if layout.sequence_parallel else 1
-    kept = architecture.hidden_size * DTYPE_BYTES[config.model.dtype] / split
-    return round(tokens * (layers * kept * under_way + whole))
+        return round(tokens * (layers * whole * under_way + norm))
+    kept = hidden * DTYPE_BYTES[config.model.dtype] / split
+    return round(tokens * (layers * kept * under_way + whole + norm))
 
 
 def _log_probs(config: Config, architecture: Architecture, layout: Layout) -> int:

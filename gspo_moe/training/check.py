@@ -37,7 +37,7 @@ def check_run(config: Config, world_size: int) -> list[tuple[str, str]]:
     return [
         (
             "config",
-            f"{config.run_path}, {config.schedule.steps} steps of {config.task.name}: nothing keeps it from starting",
+            f"{config.run_path}, {config.schedule.steps} steps of {config.task.name}: ready to start",
         ),
         ("model", describe_model(config, plan.architecture)),
         ("layout", f"{describe_layout(plan.layout)} on {world_size} process{'es' if world_size > 1 else ''}"),
@@ -48,7 +48,7 @@ def check_run(config: Config, world_size: int) -> list[tuple[str, str]]:
 
 
 def memory_rows(memory: Memory) -> list[tuple[str, str]]:
-    """The estimate a rank, in GiB; of activations and generation the larger counts, as they come one after the other."""
+    """The estimate a rank, in GiB, and its sum: training and generation come one after the other, so the larger counts."""
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -63,8 +63,8 @@ def memory_rows(memory: Memory) -> list[tuple[str, str]]:
     always, training = memory.persistent, memory.activations + memory.log_probs
     generation = memory.kv_cache + memory.logits
     total = (
-        f"{memory.peak / GIB:.2f} GiB a rank, estimated: {always / GIB:.2f} always, and {training / GIB:.2f} in training "
-        f"or {generation / GIB:.2f} in generation"
+        f"{memory.peak / GIB:.2f} GiB a rank, estimated: {always / GIB:.2f} always, and {training / GIB:.2f} in "
+        f"training or {generation / GIB:.2f} in generation"
     )
     return [*rows, ("memory", total)]
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# A child a module, forked where other packages are loaded and nothing of this one. megatron.core takes seconds to load, so its
-# first import ends the child well, where what it needs without a GPU is in place.
+# A child a module, forked where other packages are loaded and nothing of this one. megatron.core takes seconds to load,
+# so its first import ends the child well, where what it needs without a GPU is in place.
 PROGRAM = """
 import importlib, json, os, sys, types, warnings
 import torch, numpy, pydantic, yaml, pebble, psutil, matplotlib.figure, matplotlib.backends.backend_agg, plotly.offline
