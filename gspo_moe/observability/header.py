@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
 from gspo_moe.config.architecture import Architecture
@@ -16,7 +18,9 @@ def describe_device(processes: int) -> str:
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
-    return f"{processes} x CPU, {threads} thread{'s' if threads > 1 else ''} each"
+    unseen = torch.version.cuda is None and shutil.which("nvidia-smi") is not None
+    why = "; torch is a CPU build and sees no GPU: run bash launch/install.sh on this machine" if unseen else ""
+    return f"{processes} x CPU, {threads} thread{'s' if threads > 1 else ''} each{why}"
 
 
 def describe_layout(layout: Layout) -> str:

@@ -48,7 +48,7 @@ def check_run(config: Config, world_size: int) -> list[tuple[str, str]]:
 
 
 def memory_rows(memory: Memory) -> list[tuple[str, str]]:
-    """The estimate a rank, in GiB, and its sum: training and generation come one after the other, so the larger counts."""
+    """The estimate a rank, and its sum, where the larger of training and generation counts."""
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -59,14 +59,17 @@ def memory_rows(memory: Memory) -> list[tuple[str, str]]:
         "KV cache": memory.kv_cache,
         "logits": memory.logits,
     }
-    rows = [(name, f"{size / GIB:.2f} GiB") for name, size in parts.items() if size]
-    always, training = memory.persistent, memory.activations + memory.log_probs
-    generation = memory.kv_cache + memory.logits
+    rows = [(name, _shown(size)) for name, size in parts.items() if size]
     total = (
-        f"{memory.peak / GIB:.2f} GiB a rank, estimated: {always / GIB:.2f} always, and {training / GIB:.2f} in "
-        f"training or {generation / GIB:.2f} in generation"
+        f"{_shown(memory.peak)} a rank, estimated: {_shown(memory.persistent)} always, and "
+        f"{_shown(memory.activations + memory.log_probs)} in training or {_shown(memory.kv_cache + memory.logits)} in "
+        "generation"
     )
     return [*rows, ("memory", total)]
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def _device_row(memory: Memory) -> Iterable[tuple[str, str]]:
