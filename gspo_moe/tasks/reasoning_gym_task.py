@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -33,13 +34,14 @@ REFUSED = {
     "arc_agi": _NO_JSON,
     "isomorphic_strings": _BY_HASH,
     "knight_swap": _BY_HASH,
+    "list_functions": "it draws from a random stream that no seed sets, so runs could not be repeated",
     "polynomial_multiplication": _BY_HASH,
     "ransom_note": _BY_HASH,
     "rearc": _NO_JSON,
     "word_ladder": "it has as many entries as its `size`, and training needs them without end",
 }
-# They draw the templates of their first `size` entries at the start, of which any other entry takes one too.
-TEMPLATES_BY_INDEX = ("gsm_symbolic", "list_functions")
+# They draw the templates of their first `size` entries at the start; of these any other entry takes one too.
+TEMPLATES_BY_INDEX = ("gsm_symbolic",)
 
 # The questions of these take hundreds of characters of instructions; what matters stands in the metadata.
 SHORT_PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -80,7 +82,7 @@ class ReasoningGym:
         return self._dataset.score_answer(last_answer(turns), prompt.reference)
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
-        entry = json.loads(json.dumps(self._dataset[random.getrandbits(ENTRY_BITS)]))
+        entry = _plain(self._dataset[random.getrandbits(ENTRY_BITS)])
         return self._short_prompt(entry["metadata"]) if self._short_prompt else entry["question"], entry
 
     def _try_out(self) -> None:
@@ -88,7 +90,7 @@ class ReasoningGym:
         number = Random(self._seed).getrandbits(ENTRY_BITS)
         try:
             original = self._dataset[number]
-            entry = json.loads(json.dumps(original))
+            entry = _plain(original)
             rewards = [self._dataset.score_answer(entry["answer"], one) for one in (original, entry)]
         except Exception as error:  # each of a hundred datasets has its own ways to refuse
             raise ConfigError(
@@ -97,6 +99,18 @@ class ReasoningGym:
             ) from error
         if rewards[0] != rewards[1]:
             raise ConfigError(f"task.name={self.name} has entries that JSON does not preserve; choose another dataset")
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry as JSON keeps it; fractions, which gsm_symbolic's metadata have and no scorer reads, as text."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, Fraction):
+            raise TypeError(f"{type(value).__name__} {value!r} is no JSON")
+        return str(value)
+
+    plain: dict[str, Any] = json.loads(json.dumps(entry, default=text))
+    return plain
 
 
 def reasoning_gym_task(dataset: str, options: Mapping[str, Any], seed: int) -> Task:

@@ -100,8 +100,8 @@ def test_a_task_without_reference_answers_refuses_supervised_training() -> None:
 @pytest.mark.parametrize("dataset", TEMPLATES_BY_INDEX)
 def test_datasets_of_a_fixed_size_give_entries_without_end(dataset: str) -> None:
     one, other = (ReasoningGym(dataset, {}, seed=1) for _ in range(2))
-    prompts = [one.prompt("train", index) for index in range(20)]
-    assert len({prompt.text for prompt in prompts}) == 20
-    assert prompts == [other.prompt("train", index) for index in range(20)]
+    prompts = [one.prompt("train", index) for index in range(100)]
+    assert len({prompt.text for prompt in prompts}) == 100
+    assert prompts == [other.prompt("train", index) for index in range(100)]
     for prompt in prompts:
         assert one.reward(prompt, answered(str(prompt.reference["answer"]))) == 1.0
