@@ -219,7 +219,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
-    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.world_size is None else options.world_size
     if not options.check:
         raise ConfigError("--world-size is what --check plans for; add --check, or start as many processes")
     if world_size < 1:

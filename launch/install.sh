@@ -45,6 +45,10 @@ case $build in
 esac
 # A venv with the CUDA build runs everywhere; one with the CPU build leaves GPUs idle.
 made=$(cat "$venv/torch-build" 2>/dev/null || true)
+if [ -z "$made" ] && [ -x "$venv/bin/python" ] && "$venv/bin/python" -c \
+    'import sys; from importlib.metadata import version; sys.exit("+cpu" not in version("torch"))' 2>/dev/null; then
+    made=cpu
+fi
 replace=
 if [ "$build" = cuda ] && [ "$made" = cpu ]; then
     echo "install: $venv has torch's CPU build, as no GPU was seen where it was made; taking the CUDA build" >&2
@@ -62,11 +66,14 @@ if [ -n "$replace" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         # Without a GPU the CPU build: from pip's own sources, else from PyTorch's CPU index, else what pip has.
         cpu_index="--retries 0 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu"
         $pip "torch==2.13.0+cpu" 2>/dev/null || $pip $cpu_index "torch==2.13.0+cpu" 2>/dev/null ||
-            echo "install: no CPU build of torch within reach; taking pip's default build, which is large" >&2
+            {
+                echo "install: no CPU build of torch within reach; taking pip's default build, which is large" >&2
+                build=cuda
+            }
     fi
     $pip --requirement launch/requirements.txt >&2
     $pip --no-deps --no-build-isolation --editable . >&2
-    [ "$made" = cuda ] || echo "$build" >"$venv/torch-build"
+    [ "$made" = cuda ] && [ -z "$replace" ] || echo "$build" >"$venv/torch-build"
     echo "$wanted" >"$stamp"
 fi
 echo "$PWD/$venv/bin/python"
