@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gspo_moe import __version__
-from gspo_moe.errors import ConfigError, GspoMoeError, OutputError, RunError
+from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.files import no_room
+from gspo_moe.last_words import (
+    LAUNCHER_ERROR_FILE,
+    complain,
+    full_disk,
+    under_launcher,
+    wait_for_another_ranks_cause,
+)
 from gspo_moe.packages import as_user_error, require
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
-LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
-PEER_GRACE_SECONDS = 5.0
 # Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for.
 LIBRARY_LOGS = (
     "torch.utils.cpp_extension",
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in LIBRARY_LOGS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        error = _under_launcher(_attempt)(options)
+        error = under_launcher(_attempt)(options)
     except KeyboardInterrupt:
         return 130  # a shell's for SIGINT
     if error is None:
         return 0
-    _complain(error)
+    complain(error)
     return error.exit_code
 
 
@@ -81,51 +82,10 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
     except Exception as error:
         full = no_room(error)
         if full is not None:
-            return _full_disk(full)
-        if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
-            time.sleep(PEER_GRACE_SECONDS)
+            return full_disk(full)
+        wait_for_another_ranks_cause(error)
         raise
     return None
-
-
-def _full_disk(error: OSError) -> OutputError:
-    where = f" ({error.filename})" if error.filename else ""
-    return OutputError(
-        f"{error.strerror}{where}; make room and start the same command again: whole files and checkpoints are left as "
-        "they were, and a run goes on from its newest one"
-    )
-
-
-def _is_about_another_rank(error: Exception) -> bool:
-    """True for what a collective raises, which it mostly does because a peer has ended."""
-    return os.path.join("torch", "distributed") in traceback.extract_tb(error.__traceback__)[-1].filename
-
-
-def _under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:
-    """Under torchrun, lets an unforeseen error of any rank reach the launcher's last words."""
-    if LAUNCHER_ERROR_FILE not in os.environ:
-        return run
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    wrapped: Callable[..., GspoMoeError | None] = record(run)
-    return wrapped
-
-
-def _complain(error: GspoMoeError) -> None:
-    """Of the ranks of a host the first that fails speaks: most fail with the same error, some alone."""
-    text = f"gspo-moe: {type(error).__name__}: {error}"
-    if LAUNCHER_ERROR_FILE in os.environ:
-        file = Path(os.environ[LAUNCHER_ERROR_FILE])
-        # torchrun prints what the first rank that failed leaves here as its last words.
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-        try:
-            (file.parents[1] / "explained").touch(exist_ok=False)  # a folder of all of them
-        except FileExistsError:
-            return
-    elif os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    print(text, file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,13 +86,9 @@ def test_a_full_disk_is_known_by_its_number_and_by_its_words_anywhere_in_the_cha
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
     assert no_room(full) is full
     assert no_room(OSError(errno.EACCES, os.strerror(errno.EACCES))) is None
-    try:
-        try:
-            raise full
-        finally:
-            raise ValueError("closed")
-    except ValueError as error:
-        assert no_room(error) is full
+    later = ValueError("closed")
+    later.__context__ = full
+    assert no_room(later) is full
     found = no_room(RuntimeError(f"Worker failure: {full}"))
     assert found is not None
     assert found.errno == errno.ENOSPC
