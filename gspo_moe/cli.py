@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gspo_moe import __version__
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.evaluation.command import add_generate
-from gspo_moe.files import reader_is_gone
+from gspo_moe.files import no_room, reader_is_gone
+from gspo_moe.last_words import (
+    LAUNCHER_ERROR_FILE,
+    complain,
+    full_disk,
+    under_launcher,
+    wait_for_another_ranks_cause,
+)
 from gspo_moe.packages import as_user_error, require
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
-LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-# torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
-PEER_GRACE_SECONDS = 5.0
 # Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for.
 LIBRARY_LOGS = (
     "torch.utils.cpp_extension",
@@ -42,13 +44,13 @@ LIBRARY_NOISE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: the error's own, with one message and no stack trace, for ours."""
-    options = _parsed(arguments)
+    options = _options(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
     for name in LIBRARY_LOGS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        error = _under_launcher(_attempt)(options)
+        error = under_launcher(_attempt)(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130  # a shell's for SIGINT
@@ -58,8 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141  # a shell's for SIGPIPE
     if error is None:
         return 0
-    _complain(error)
+    complain(error)
     return error.exit_code
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and behind options, which argparse takes for one of both places only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(each.startswith("-") for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
@@ -73,62 +86,24 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
             raise
         return missing
     except Exception as error:
-        if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
-            time.sleep(PEER_GRACE_SECONDS)
+        full = no_room(error)
+        if full is not None:
+            return full_disk(full)
+        wait_for_another_ranks_cause(error)
         raise
     return None
-
-
-def _is_about_another_rank(error: Exception) -> bool:
-    """True for what a collective raises, which it mostly does because a peer has ended."""
-    return os.path.join("torch", "distributed") in traceback.extract_tb(error.__traceback__)[-1].filename
-
-
-def _under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:
-    """Under torchrun, lets an unforeseen error of any rank reach the launcher's last words."""
-    if LAUNCHER_ERROR_FILE not in os.environ:
-        return run
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    wrapped: Callable[..., GspoMoeError | None] = record(run)
-    return wrapped
-
-
-def _complain(error: GspoMoeError) -> None:
-    """Of the ranks of a host the first that fails speaks: most fail with the same error, some alone."""
-    text = f"gspo-moe: {type(error).__name__}: {error}"
-    if LAUNCHER_ERROR_FILE in os.environ:
-        file = Path(os.environ[LAUNCHER_ERROR_FILE])
-        # torchrun prints what the first rank that failed leaves here as its last words.
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-        try:
-            (file.parents[1] / "explained").touch(exist_ok=False)  # a folder of all of them
-        except FileExistsError:
-            return
-    elif os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    print(text, file=sys.stderr)
-
-
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may also stand behind options, where argparse leaves them over."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(one.startswith("-") for one in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
-    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-moe", description="Reinforcement learning of Qwen3 MoE models with GSPO on megatron-core."
     )
+    parser.add_argument("--version", action="version", version=f"gspo_moe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("train", help="run or continue the run that a config describes")
     command.add_argument("config", help="YAML file; see examples/")
+    command.add_argument("--check", action="store_true", help="say what the run needs and start nothing")
+    command.add_argument("--world-size", type=int, metavar="N", help="processes that --check plans for")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(run=_train)
     command = commands.add_parser("eval", help="held-out accuracy, avg@k and pass@k of the config's model")
@@ -156,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
     command = commands.add_parser("bank", help="freeze rollouts and rewards of a policy, for runs with rollout.bank")
     command.add_argument("config", metavar="CONFIG.yaml", help="schedule.steps * rollout.prompts_per_step prompts")
-    command.add_argument("bank", metavar="BANK.safetensors", help="the file to write")
+    command.add_argument("bank", metavar="BANK.safetensors", help="the file to write; one that exists is refused")
+    command.add_argument("--overwrite", action="store_true", help="replace it, though runs may rest on its rollouts")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. routing.engine_routes=true")
     command.set_defaults(run=_bank)
     command = commands.add_parser("study", help="arms x seeds from one cold start, compared in pairs")
@@ -165,9 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_study)
     command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
     command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
-    command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, whole in one file")
-    command.add_argument("--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="the page, whole in one file, over an earlier one"
+    )
+    command.add_argument("--figures", type=Path, metavar="DIR", help="its figures as PNG and SVG, over earlier ones")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form; replaces an earlier one")
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
@@ -187,6 +165,9 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     require("matplotlib")  # of the picture at the end
+    if options.check or options.world_size is not None:
+        _check(config, options)
+        return
     from gspo_moe.training.preflight import preflight, take_run_folder
 
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
@@ -208,6 +189,18 @@ def _train(options: argparse.Namespace) -> None:
         _show_run(config)
 
 
+def _check(config: Config, options: argparse.Namespace) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if options.world_size is None else options.world_size
+    if not options.check:
+        raise ConfigError("--world-size is what --check plans for; add --check, or start as many processes")
+    if world_size < 1:
+        raise ConfigError(f"--world-size {world_size}: give a whole number from 1 up")
+    from gspo_moe.observability.progress import show_header
+    from gspo_moe.training.check import check_run
+
+    show_header(check_run(config, world_size), sys.stdout)
+
+
 def _show_run(config: Config) -> None:
     from rich.console import Console
 
@@ -221,10 +214,8 @@ def _show_run(config: Config) -> None:
     Console(width=100).print(summary_table(first, last, last))
     picture = draw_curves(config.run_path)
     export = "hf/, " if config.checkpoint.export_hf else ""
-    print(
-        f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, checkpoints/, {export}"
-        f"{picture.name}"
-    )
+    kept = "checkpoints/, " if config.checkpoint.keep else ""
+    print(f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, {kept}{export}{picture.name}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -266,7 +257,7 @@ def _bank(options: argparse.Namespace) -> None:
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
-    count = make_bank(preflight(config), Path(options.bank))
+    count = make_bank(preflight(config), Path(options.bank), overwrite=options.overwrite)
     shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{options.bank}: answers to {count} prompts")

@@ -51,6 +51,10 @@ class Interrupted(RunError):
         self.exit_code = 128 + signal_number
 
 
+class OutputError(GspoMoeError, OSError):
+    """Results that cannot be written while the work goes on: a full disk, a quota."""
+
+
 class CheckpointError(GspoMoeError, RuntimeError):
     """A checkpoint that is missing, incomplete or does not fit this run."""
 

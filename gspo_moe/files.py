@@ -6,6 +6,7 @@ A run killed at any moment leaves what stood there before, or all of the new; a 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -13,6 +14,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], object], *, shared: bool = False) -> None:
@@ -66,3 +69,24 @@ def reader_is_gone(stream: TextIO) -> bool:
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes at its end
     return gone
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The error of a full disk, or a quota, that `error` is or comes from; None where it comes from something else.
+
+    Libraries that write in processes of their own pass on no more than its words.
+    """
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        if isinstance(one, OSError) and one.errno in NO_ROOM:
+            return one
+        for code in NO_ROOM:
+            if os.strerror(code) in str(one):
+                return OSError(code, os.strerror(code))
+        seen.append(one)
+        waiting += [one.__cause__, one.__context__]
+    return None

@@ -7,12 +7,13 @@
 #   --nproc-per-node G          processes on this host (one a GPU; 1 without a GPU)
 #   --rdzv-endpoint HOST:PORT   where several hosts meet: one of them, and a port that is free there
 #   --local-addr ADDRESS        where the others find this host (the address from which it reaches the endpoint)
-#   --dry-run                   print the command and stop
+#   --dry-run                   print the command, check what a training is told (gspo-moe train --check), and stop
+#   --help                      print this
 # GSPO_MOE_PYTHON=python3 runs on a Python that has all packages, as a container's may: without pip, network, or .venv.
 # The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-known="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run"
+known="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run, --help"
 
 fail() {
     echo "torchrun.sh: $1" >&2
@@ -22,6 +23,10 @@ declare -A option=([nodes]=1 [nproc-per-node]="" [rdzv-endpoint]="" [local-addr]
 dry_run=
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
+        -h | --help)
+            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+            exit
+            ;;
         --dry-run)
             dry_run=yes
             shift
@@ -42,8 +47,11 @@ for name in nodes nproc-per-node; do
     [[ ${option[$name]:-1} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${option[$name]}: give a whole number from 1 up"
 done
 
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
 python=$root/.venv/bin/python
-if [ -n "${PYTHON:-}${GSPO_MOE_PYTHON:-}" ] || [ ! -x "$root/.venv/bin/torchrun" ]; then
+cpu_build=$(grep -sx cpu "$root/.venv/torch-build" || true)
+if [ -n "${PYTHON:-}${GSPO_MOE_PYTHON:-}" ] || [ ! -x "$root/.venv/bin/torchrun" ] ||
+    { [ "$gpus" -gt 0 ] && [ -n "$cpu_build" ]; }; then
     python=$(bash "$root/launch/install.sh")
 fi
 # Slurm's warning reaches the ranks too, and they have time to finish the step that they are in and to save it.
@@ -53,7 +61,7 @@ environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
 # Nothing is installed there, so this folder's code is found by its place.
 [ -n "${GSPO_MOE_PYTHON:-}" ] && environment+=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
 processes=gpu
-if ! nvidia-smi -L >/dev/null 2>&1; then
+if [ "$gpus" = 0 ]; then
     processes=1
     # glibc gives big buffers back to the kernel at every step otherwise, which costs a CPU run dearly.
     environment+=(MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000)
@@ -79,6 +87,9 @@ command=(env "${environment[@]}" "$python" "$root/launch/elastic.py" "${meeting[
 if [ -n "$dry_run" ]; then
     printf '%q ' "${command[@]}"
     echo
+    [ "$1" = train ] || exit 0
+    here=${option[nproc-per-node]:-$((gpus > 0 ? gpus : 1))}
+    env "${environment[@]}" "$python" -m gspo_moe "$@" --check --world-size $((here * option[nodes])) >&2
     exit
 fi
 exec "${command[@]}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import netrc
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
 from gspo_moe.config.outputs import output_fault
-from gspo_moe.config.schema import Config
+from gspo_moe.config.schema import Config, WandbConfig
 from gspo_moe.errors import ConfigError
 
 WANDB_MISSING = "logging.wandb is set, but wandb is not installed; run `pip install wandb` or set logging.wandb=null"
@@ -96,5 +99,36 @@ def _logging(config: Config) -> Iterator[str]:
     fault = output_fault(run, folder=True) or output_fault(run / "checkpoints", folder=True)
     if fault is not None:
         yield f"logging.run_dir={fault}"
-    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+    if config.logging.wandb is None:
+        return
+    if importlib.util.find_spec("wandb") is None:
         yield WANDB_MISSING
+    elif wandb_mode(config.logging.wandb) == "online" and not _has_wandb_key():
+        yield (
+            "logging.wandb would go online and finds no key; run `wandb login`, set WANDB_API_KEY, or set "
+            "logging.wandb.mode=offline (WANDB_MODE=offline in the environment)"
+        )
+
+
+def wandb_mode(settings: WandbConfig) -> str:
+    """`logging.wandb.mode`, where it is null the environment's."""
+    if settings.mode is not None:
+        return settings.mode
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        return "disabled"
+    return os.environ.get("WANDB_MODE", "online")
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb finds one as it looks for it: in the environment, or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    files = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path("~/.netrc"), Path("~/_netrc")]
+    for file in (each.expanduser() for each in files):
+        try:
+            if file.is_file() and netrc.netrc(file).authenticators(host) is not None:
+                return True
+        except (OSError, netrc.NetrcParseError):
+            return True  # wandb reads it its own way
+    return False

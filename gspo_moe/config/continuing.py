@@ -21,6 +21,8 @@ from gspo_moe.files import write_whole
 from gspo_moe.section import Section
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+FINISHED_FILE = "finished"  # of a run without checkpoints, whose last one would else tell
 INPUTS_FILE = "inputs.json"
 # A name stands for all below it; every key that none of these holds is part of the run's identity.
 # How and where the work is done.
@@ -66,14 +68,30 @@ BLOCKS, BLOCK_BYTES = 16, 1 << 20
 
 
 def check_continues(config: Config) -> None:
-    """Raises ConfigError, naming the keys, where `logging.run_dir` has checkpoints of a run that was another one."""
+    """Raises ConfigError where `logging.run_dir` has checkpoints of a run that was another one, naming the keys.
+
+    Also where it has a run that kept none: starting anew would write over it.
+    """
     newest = newest_checkpoint(config.run_path / "checkpoints")
+    if newest is None and _kept_nothing(config.run_path):
+        raise ConfigError(
+            f"logging.run_dir={config.run_path} holds a run of checkpoint.keep=0, which cannot be gone on with; name "
+            "another folder, or remove this one to start anew"
+        )
     changed = [] if newest is None else changes(config.run_path, config, WORK + EXTENT)
     if changed:
         raise ConfigError(
             f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); restore these to go on with "
             f"it, name another folder, or start from its weights in another folder with model={{checkpoint: {newest}}}"
         )
+
+
+def _kept_nothing(folder: Path) -> bool:
+    metrics = folder / METRICS_FILE
+    if not (folder / CONFIG_FILE).is_file() or not metrics.is_file() or not metrics.stat().st_size:
+        return False
+    written = migrated(read_yaml(folder / CONFIG_FILE)).get("checkpoint")
+    return isinstance(written, Mapping) and written.get("keep") == 0
 
 
 def record_run(config: Config) -> None:

@@ -24,9 +24,11 @@ from gspo_moe.section import Section
 
 
 class WandbConfig(Section):
+    """Weights & Biases. mode: null is what the environment says (`WANDB_MODE`, `WANDB_DISABLED`), else online."""
+
     project: str
     name: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    mode: Literal["online", "offline", "disabled"] | None = None
 
 
 class LoggingConfig(Section):

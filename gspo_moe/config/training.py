@@ -61,8 +61,11 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay."""
+    """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay.
+
+    keep: 0 writes none, whatever `interval` is: a run that ends early is lost, and none can be gone on with.
+    """
 
     interval: NonNegativeInt = 0
-    keep: PositiveInt = 2
+    keep: NonNegativeInt = 2
     export_hf: bool = True

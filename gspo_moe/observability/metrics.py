@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from gspo_moe.config.checks import WANDB_MISSING
+from gspo_moe.config.checks import WANDB_MISSING, wandb_mode
 from gspo_moe.config.schema import WandbConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.observability.catalog import describe
@@ -25,7 +25,7 @@ class MetricsWriter:
     resume_step: step of the checkpoint that the run continues from; later steps of an earlier attempt vanish (see
         `JsonLines`; TensorBoard hides them). 0 starts anew.
     config_dump: the resolved config, for W&B.
-    Raises ConfigError when W&B is wanted and not installed, DataError when metrics.jsonl is damaged.
+    Raises ConfigError when W&B is wanted and not installed or does not start, DataError when metrics.jsonl is damaged.
     """
 
     def __init__(
@@ -81,15 +81,24 @@ def _start_wandb(run_dir: Path, settings: WandbConfig, resume_step: int, config_
             raise
         raise ConfigError(WANDB_MISSING) from None
     id_file = run_dir / "wandb_id"
-    run = wandb.init(
-        project=settings.project,
-        name=settings.name,
-        mode=settings.mode,
-        dir=str(run_dir),
-        config=config_dump,
-        id=id_file.read_text() if resume_step and id_file.exists() else None,
-        resume="allow",
-    )
+    mode = wandb_mode(settings)
+    try:
+        run = wandb.init(
+            project=settings.project,
+            name=settings.name,
+            mode=mode,
+            dir=str(run_dir),
+            config=config_dump,
+            id=id_file.read_text() if resume_step and id_file.exists() else None,
+            resume="allow",
+        )
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "wandb":
+            raise
+        raise ConfigError(
+            f"logging.wandb with mode {mode}: wandb could not start ({error}); mend that, or set "
+            "logging.wandb.mode=offline or logging.wandb=null"
+        ) from error
     id_file.write_text(run.id)
     # W&B drops values whose own step goes back, which a continued run's does.
     run.define_metric("*", step_metric="step")

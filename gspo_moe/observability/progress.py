@@ -1,11 +1,13 @@
-"""How far the run is, on standard error: a bar on a terminal, about ten plain lines elsewhere."""
+"""How far the run is, on standard error: a bar on a terminal, a plain line a step elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -19,7 +21,13 @@ SHOWN = (
     ("token accuracy", "sft/token_accuracy", "{:.1%}"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
-PLAIN_LINES = 10
+
+
+def show_header(rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
+    """A line each, labels in a column of their own, on a terminal and elsewhere alike; on standard error by itself."""
+    width = max(len(label) for label, _ in rows)
+    lines = "".join(f"{label:<{width}}  {text}\n" for label, text in rows)
+    print(lines, end="", file=stream or sys.stderr, flush=True)
 
 
 class Progress:
@@ -57,7 +65,7 @@ class Progress:
         """`step` steps are done; shows those of its metrics that matter."""
         figures = "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in SHOWN if name in metrics)
         self._bar.update(self._task, completed=step, figures=figures)
-        if self._plain and (step == self._total or step % max(1, self._total // PLAIN_LINES) == 0):
+        if self._plain:
             left = (time.monotonic() - self._start) / max(1, step - self._done) * (self._total - step)
             text = f"step {step}/{self._total}  {timedelta(seconds=round(left))} left  {figures}"
             self._console.print(text, soft_wrap=True, highlight=False)

@@ -35,7 +35,7 @@ class Run:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
     problems: tuple[str, ...]
     series: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)

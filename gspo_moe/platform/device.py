@@ -27,6 +27,10 @@ class Device:
         """Peak memory allocated on the device so far, in GiB; 0 on CPU, where `peak_rss_gib` tells."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.kind == "cuda" else 0.0
 
+    def total_memory_gib(self) -> float:
+        """Memory of the device, in GiB; 0 on CPU."""
+        return torch.cuda.get_device_properties(self.torch_device).total_memory / 2**30 if self.kind == "cuda" else 0.0
+
 
 @cache
 def device() -> Device:

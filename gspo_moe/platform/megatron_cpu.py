@@ -183,7 +183,10 @@ def prepare_megatron() -> bool:
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return True
     if PACKAGE in sys.modules:
-        raise ConfigError("megatron.core was imported before gspo_moe; import gspo_moe.platform first")
+        raise ConfigError(
+            "megatron.core was imported before gspo_moe, without which it does not run on a CPU; put `import "
+            "gspo_moe.model` above its first import"
+        )
     sys.meta_path.insert(0, _Finder(torch_overlay()))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return True

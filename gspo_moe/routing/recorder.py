@@ -15,12 +15,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.groups import Groups
+from gspo_moe.platform import prepare_megatron
 from gspo_moe.routing.shards import StageLayers, gather_tokens, local_routes
+
+prepare_megatron()
+
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 
 def route_dtype(num_experts: int) -> torch.dtype:

@@ -19,15 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import DataError
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.groups import Groups
+from gspo_moe.platform import prepare_megatron
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.routing.shards import local_routes
 from gspo_moe.types import TrainingSample
+
+prepare_megatron()
+
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
 
 Scope = Callable[[int, torch.nn.Module, ContextSplit], contextlib.AbstractContextManager[None]]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gspo_moe.config.checkpoints import checkpoint_name
-from gspo_moe.config.continuing import WORK, changes
-from gspo_moe.config.loading import load_config
+from gspo_moe.config.continuing import FINISHED_FILE, WORK, changes
+from gspo_moe.config.loading import load_config, read_values
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.study.spec import BANKS, COLD_START, Settings, Study, settings_as_overrides
@@ -28,13 +28,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Job:
-    """One process group to run: `command` of gspo-moe with these arguments, done when `product` is there."""
+    """One process group to run: `command` of gspo-moe with these arguments, done when `product` is there.
+
+    starts_anew: what an interrupted run left has no checkpoint to go on from.
+    """
 
     title: str
     arguments: tuple[str, ...]
     folder: Path
     product: Path
     needs: tuple[Path, ...] = ()
+    starts_anew: bool = False
 
     @property
     def done(self) -> bool:
@@ -119,12 +123,20 @@ def _cell(study: Study, here: Path, arm: Arm, seed: int) -> Cell:
     if arm.mode == BANK:
         own["rollout.bank"] = str(_bank(study, seed))
         needs = (*needs, _bank(study, seed))
-    overrides = settings_as_overrides(study.set, arm.settings, own, _start(study))
+    overrides = settings_as_overrides(_checkpoints(study, here), study.set, arm.settings, own, _start(study))
     config = load_config(here / study.base, overrides)
-    product = folder / "checkpoints" / checkpoint_name(config.schedule.steps)
+    product, keeps = folder / "checkpoints" / checkpoint_name(config.schedule.steps), config.checkpoint.keep > 0
+    if not keeps and not product.exists():
+        product = folder / FINISHED_FILE
     _check_same(folder, config)
     arguments = ("train", str(here / study.base), *overrides)
-    return Cell(arm, seed, Job(f"{arm.name} seed{seed}", arguments, folder, product, needs), config)
+    return Cell(arm, seed, Job(f"{arm.name} seed{seed}", arguments, folder, product, needs, not keeps), config)
+
+
+def _checkpoints(study: Study, here: Path) -> Settings:
+    """None are kept, three times a model's size each, unless the base config says how many."""
+    written = read_values(here / study.base).get("checkpoint")
+    return {} if isinstance(written, dict) and "keep" in written else {"checkpoint.keep": 0}
 
 
 def _start(study: Study) -> Settings:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.continuing import METRICS_FILE
 from gspo_moe.errors import ConfigError
 from gspo_moe.study.cells import Job
 
@@ -124,6 +126,8 @@ def _startable(waiting: list[Job], running: Sequence[Running], outcome: Outcome)
 def start(job: Job, processes: int, devices: tuple[str, ...], program: Sequence[str] = PROGRAM) -> Running:
     """Starts the job with its output in `log.txt` of its folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    if job.starts_anew and newest_checkpoint(job.folder / "checkpoints") is None:
+        (job.folder / METRICS_FILE).unlink(missing_ok=True)
     launcher = list(program)
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -24,7 +25,23 @@ from gspo_moe.types import Conversation, Prompt
 
 ENTRY_BITS = 32  # pool_matrix seeds NumPy, which takes no more
 OURS = ("seed", "size")
-HASH_ORDERED = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note")
+_BY_HASH = "its entries differ in each process (they depend on Python's string hashes), so runs could not be repeated"
+_NO_JSON = "it has entries that JSON does not preserve"
+_FINITE = "it makes a fixed number of entries when it is made, and training needs them without end"
+# Of reasoning-gym 0.1.x; `python -m gspo_moe.tasks.reasoning_gym_task` tries every data set.
+REFUSED = {
+    "acre": _FINITE,
+    "arc_agi": _NO_JSON,
+    "isomorphic_strings": _BY_HASH,
+    "knight_swap": _BY_HASH,
+    "list_functions": "it draws from a random stream that no seed sets, so runs could not be repeated",
+    "polynomial_multiplication": _BY_HASH,
+    "ransom_note": _BY_HASH,
+    "rearc": _NO_JSON,
+    "word_ladder": "it has as many entries as its `size`, and training needs them without end",
+}
+# They draw the templates of their first `size` entries at the start; of these any other entry takes one too.
+TEMPLATES_BY_INDEX = ("gsm_symbolic",)
 
 # The questions of these take hundreds of characters of instructions; what matters stands in the metadata.
 SHORT_PROMPTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -65,7 +82,7 @@ class ReasoningGym:
         return self._dataset.score_answer(last_answer(turns), prompt.reference)
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
-        entry = json.loads(json.dumps(self._dataset[random.getrandbits(ENTRY_BITS)]))
+        entry = _plain(self._dataset[random.getrandbits(ENTRY_BITS)])
         return self._short_prompt(entry["metadata"]) if self._short_prompt else entry["question"], entry
 
     def _try_out(self) -> None:
@@ -73,7 +90,7 @@ class ReasoningGym:
         number = Random(self._seed).getrandbits(ENTRY_BITS)
         try:
             original = self._dataset[number]
-            entry = json.loads(json.dumps(original))
+            entry = _plain(original)
             rewards = [self._dataset.score_answer(entry["answer"], one) for one in (original, entry)]
         except Exception as error:  # each of a hundred datasets has its own ways to refuse
             raise ConfigError(
@@ -82,6 +99,18 @@ class ReasoningGym:
             ) from error
         if rewards[0] != rewards[1]:
             raise ConfigError(f"task.name={self.name} has entries that JSON does not preserve; choose another dataset")
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry as JSON keeps it; fractions, which gsm_symbolic's metadata have and no scorer reads, as text."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, Fraction):
+            raise TypeError(f"{type(value).__name__} {value!r} is no JSON")
+        return str(value)
+
+    plain: dict[str, Any] = json.loads(json.dumps(entry, default=text))
+    return plain
 
 
 def reasoning_gym_task(dataset: str, options: Mapping[str, Any], seed: int) -> Task:
@@ -97,10 +126,9 @@ def _make_dataset(dataset: str, options: Mapping[str, Any]) -> Any:
             f"task.name=reasoning_gym/{dataset} is unknown; the nearest is reasoning_gym/{nearest}; reasoning-gym's "
             f"datasets are {', '.join(DATASETS)}"
         )
-    if dataset in HASH_ORDERED:
+    if dataset in REFUSED:
         raise ConfigError(
-            f"task.name=reasoning_gym/{dataset} gives other entries in each process (it depends on Python's string "
-            "hashes), so runs could not be repeated; choose another dataset"
+            f"task.name=reasoning_gym/{dataset} cannot be used: {REFUSED[dataset]}; choose another dataset"
         )
     fields = [field.name for field in dataclasses.fields(DATASETS[dataset][1]) if field.name not in OURS]
     for key, value in options.items():
@@ -112,6 +140,35 @@ def _make_dataset(dataset: str, options: Mapping[str, Any]) -> Any:
                 f"unknown key task.options.{key}={value!r}; the nearest valid key is task.options.{nearest}"
             )
     try:
-        return reasoning_gym.create_dataset(dataset, seed=0, **options)
+        made = reasoning_gym.create_dataset(dataset, seed=0, **options)
+        if dataset in TEMPLATES_BY_INDEX:
+            made.task_indices = _Endless(made.task_indices)
+        return made
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"task.options={dict(options)}: reasoning_gym/{dataset} refuses them: {error}") from error
+
+
+class _Endless:
+    """A list that begins again at its end."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        self._values = values
+
+    def __getitem__(self, index: int) -> int:
+        return self._values[index % len(self._values)]
+
+
+def _main() -> None:
+    """Tries every data set with its own defaults, and says which cannot be used and why."""
+    faults = {}
+    for dataset in DATASETS:
+        try:
+            ReasoningGym(dataset, {}, seed=1)
+        except ConfigError as error:
+            faults[dataset] = str(error)
+    print(f"{len(DATASETS) - len(faults)} of reasoning-gym's {len(DATASETS)} data sets can be used; not these:")
+    print(*faults.values(), sep="\n")
+
+
+if __name__ == "__main__":
+    _main()

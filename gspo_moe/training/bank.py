@@ -18,13 +18,15 @@ from gspo_moe.training.session import Plan, Session, open_session
 from gspo_moe.types import RolloutGroup
 
 
-def make_bank(plan: Plan, path: Path) -> int:
+def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
     """Answers the prompts of `schedule.steps` steps into the file `path`; how many prompts. Collective.
 
-    Raises ConfigError for a file that exists or cannot be written.
+    Raises ConfigError for a file that exists, unless told to `overwrite` it, or cannot be written.
     """
-    if path.is_file():
-        raise ConfigError(f"{path} exists, and runs may rest on its rollouts; name another file, or remove it")
+    if path.is_file() and not overwrite:
+        raise ConfigError(
+            f"{path} exists, and runs may rest on its rollouts; name another file, or replace it with --overwrite"
+        )
     fault = output_fault(path)
     if fault is not None:
         raise ConfigError(fault)

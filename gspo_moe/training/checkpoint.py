@@ -82,7 +82,11 @@ def save_checkpoint(
     state["adam_steps"] = optimizer.adam_steps
     state["layout"] = asdict(model.groups.layout)
     state["dtype"] = str(model.config.params_dtype)
-    dist_checkpointing.save(state, str(partial))
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+        raise
     dist.barrier()
     if model.groups.is_main:
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)

@@ -6,11 +6,15 @@ import logging
 import sys
 from dataclasses import replace
 
+from gspo_moe.config.continuing import FINISHED_FILE
 from gspo_moe.errors import RunError, TrainingError
 from gspo_moe.evaluation.answers import write_answers
 from gspo_moe.evaluation.evaluate import evaluation_metrics
+from gspo_moe.files import write_whole
+from gspo_moe.kernels import kernels
 from gspo_moe.model.hf import export_hf
-from gspo_moe.observability.progress import Progress
+from gspo_moe.observability.header import header_rows
+from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.platform import device, peak_rss_gib
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
@@ -38,6 +42,8 @@ def train(plan: Plan) -> bool:
             _run(trainer)
         if config.checkpoint.export_hf:
             export_hf(session.model, export, plan.tokenizer)
+        if not config.checkpoint.keep and session.groups.is_main:
+            write_whole(session.run_path / FINISHED_FILE, f"{trainer.progress.step} steps\n")
         return unfinished
     finally:
         session.close()
@@ -59,6 +65,8 @@ def _run(trainer: Trainer) -> None:
 def _steps(trainer: Trainer, log: RunLog) -> None:
     session, config = trainer.session, trainer.session.config
     steps, shown = config.schedule.steps, session.groups.is_main and config.logging.progress
+    if shown:
+        _show_header(trainer)
     if trainer.progress.step == 0 or trainer.progress.evaluation_due:
         _evaluate(trainer, log)
     with Progress(steps, done=trainer.progress.step, enabled=shown) as progress:
@@ -71,6 +79,15 @@ def _steps(trainer: Trainer, log: RunLog) -> None:
             if _due(trainer.progress.step, config.checkpoint.interval, steps):
                 save(trainer, log)
     save(trainer, log)
+
+
+def _show_header(trainer: Trainer) -> None:
+    session = trainer.session
+    plan, groups = session.plan, session.groups
+    used = " - ".join(part for part in kernels().summary if part)
+    step = trainer.progress.step
+    processes = groups.world_size
+    show_header(header_rows(plan.config, plan.layout, plan.architecture, processes=processes, kernels=used, step=step))
 
 
 def _due(step: int, interval: int, steps: int) -> bool:

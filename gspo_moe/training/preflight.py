@@ -27,9 +27,10 @@ from gspo_moe.types import Message, OrderedPrompts
 TOKENIZER_TEXTS = 1000
 
 
-def preflight(config: Config, *, trains: bool = True) -> Plan:
+def preflight(config: Config, world_size: int | None = None, *, trains: bool = True) -> Plan:
     """Raises ConfigError, in one message, for everything about the run that cannot work here.
 
+    world_size: of a run that is planned, None for this one's.
     trains: prompts are needed of training too, not of evaluation alone.
     """
     check_files(config)
@@ -59,7 +60,8 @@ def preflight(config: Config, *, trains: bool = True) -> Plan:
         task.demonstration(first)
     elif trains and config.rollout.bank is not None:
         check_bank(config, tokenizer.vocab_size)
-    layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
+    processes = world_size_from_environment() if world_size is None else world_size
+    layout = check_layout(config, architecture, processes, megatron_version())
     choose_backends(dict(config.model.backend), config.model.dtype)
     plan = fitted(Plan(config, layout, architecture, renderer, task), splits)
     check_held_out(config, plan.task)

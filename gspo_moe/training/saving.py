@@ -15,6 +15,8 @@ from gspo_moe.training.session import Trainer
 def save_whole_step(trainer: Trainer, log: RunLog) -> str:
     """Saves what the last whole step left, if that is not saved yet; what came of it, in words. Collective."""
     step, newest = trainer.progress.step, newest_checkpoint(trainer.checkpoints)
+    if not trainer.session.config.checkpoint.keep:
+        return "Nothing is saved, as checkpoint.keep=0 asks"
     where = f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
     if trainer.optimizer.updates != trainer.progress.policy_version:
         return f"{where}: the step that it was in had changed the weights"
@@ -26,11 +28,16 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
     return f"{where}; the same command goes on from there" if step else f"{where}: no step was whole"
 
 
-def save(trainer: Trainer, log: RunLog) -> Path:
-    """Raises TrainingError, on every rank, where weights or the optimizer's state are not finite."""
+def save(trainer: Trainer, log: RunLog) -> Path | None:
+    """The checkpoint written, None where `checkpoint.keep` is 0. Collective.
+
+    Raises TrainingError, on every rank, where weights or the optimizer's state are not finite.
+    """
     session = trainer.session
     raise_everywhere(_broken(trainer))
     log.flush()
+    if not session.config.checkpoint.keep:
+        return None
     with session.timers("checkpoint"):
         saved = save_checkpoint(
             trainer.checkpoints,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.program import ROOT, SMALL_MODEL, SMALL_RL, Program, metrics_by_step
 
@@ -146,9 +148,18 @@ def test_bad_arguments_are_refused_with_the_fix(arguments: str, message: str) ->
     assert found.stderr.count("\n") == 1
 
 
-def test_dry_run_prints_the_command() -> None:
+def test_help_is_the_scripts_own_head() -> None:
+    found = subprocess.run(["bash", TORCHRUN, "--help"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("Starts gspo-moe, or a Python script, on the processes of one host or of several.\n")
+    assert "--rdzv-endpoint HOST:PORT" in found.stdout
+    assert "set -euo" not in found.stdout
+
+
+def test_dry_run_prints_the_command_and_checks_the_training() -> None:
     options = "--dry-run --nproc-per-node 3 -- train a.yaml task.options={a:1}"
-    found = subprocess.run(["bash", TORCHRUN, *options.split()], capture_output=True, text=True, check=True)
+    found = subprocess.run(["bash", TORCHRUN, *options.split()], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("gspo-moe: ConfigError: cannot read the config a.yaml")
     command = shlex.split(found.stdout)
     assert command[0] == "env"
     start = command.index("--standalone")
@@ -156,6 +167,25 @@ def test_dry_run_prints_the_command() -> None:
     assert Path(command[start - 2]).is_file()
     expected = "--standalone --nproc-per-node 3 -m gspo_moe train a.yaml task.options={a:1}"
     assert command[start:] == expected.split()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_port_in_use_and_a_gpu_that_torch_does_not_see_are_one_sentence(taken: bool) -> None:
+    if torch.cuda.is_available() and not taken:
+        pytest.skip("torch sees a GPU here")
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        endpoint = f"127.0.0.1:{busy.getsockname()[1]}"
+        meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=1"]
+        processes = "1" if taken else "gpu"
+        command: list[str | Path] = [sys.executable, ROOT / "launch" / "elastic.py", *meeting]
+        command += ["--nproc-per-node", processes, "-m", "gspo_moe", "--version"]
+        found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2
+    message = f"torchrun.sh: --rdzv-endpoint {endpoint}: that port is in use on this host; end what has it, or"
+    assert found.stderr.startswith(message if taken else "torchrun.sh: nvidia-smi lists GPUs, and torch ")
+    assert found.stderr.count("\n") == 1
 
 
 def wrap(file: Path, command: str) -> None:

@@ -145,7 +145,9 @@ def test_checkpoints_picture_and_table(run: FinishedRun) -> None:
 
 def test_the_console_shows_progress_and_nothing_of_the_libraries(run: FinishedRun) -> None:
     lines = run.outcome.stderr.splitlines()
-    assert [line for line in lines if not line.startswith(("step ", "install: ", "prompt ", "| "))] == []
+    header = ("run ", "model ", "device ", "layout ", "kernels ", "versions ")
+    assert [line.split()[0] + " " for line in lines if line.startswith(header)] == list(header)
+    assert [line for line in lines if not line.startswith(("step ", "install: ", "prompt ", "| ", *header))] == []
     assert lines[-1].startswith(f"step {LAST}/{LAST}")
 
 
@@ -234,8 +236,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(quickstart: FinishedRun, tmp
     outcome = succeed(quickstart.command, tmp_path, RUN_DIR=str(run))
     assert "cold start" not in outcome.stdout
     continuing, *lines = outcome.stderr.splitlines()
+    assert any(line.startswith("run ") and f"{run}, steps 4 to 8 of gspo" in line for line in lines)
     assert continuing == f"continuing from step 3 of {run}"
-    assert next(line for line in lines if not line.startswith(("prompt ", "| "))).startswith("step 4/8")
+    assert next(line for line in lines if line.startswith("step ")).startswith("step 4/8")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000006", "step_00000008"]
     assert metrics_by_step(run) == metrics_by_step(quickstart.path)
     assert json_lines(run / "samples.jsonl") == json_lines(quickstart.path / "samples.jsonl")

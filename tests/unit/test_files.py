@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from gspo_moe.files import replace_folder, stage_folder, write_whole
+from gspo_moe.files import no_room, replace_folder, stage_folder, write_whole
 
 
 def interrupted(partial: Path) -> NoReturn:
@@ -78,3 +80,16 @@ def test_a_folder_is_whole_until_another_takes_its_place(tmp_path: Path) -> None
         replace_folder(partial, folder)
         assert (folder / "file").read_text() == content
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_full_disk_is_known_by_its_number_and_by_its_words_anywhere_in_the_chain() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+    assert no_room(full) is full
+    assert no_room(OSError(errno.EACCES, os.strerror(errno.EACCES))) is None
+    later = ValueError("closed")
+    later.__context__ = full
+    assert no_room(later) is full
+    found = no_room(RuntimeError(f"Worker failure: {full}"))
+    assert found is not None
+    assert found.errno == errno.ENOSPC
+    assert no_room(RuntimeError("Worker failure")) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gspo_moe.config import ConfigError, check_files, load_config
+from gspo_moe.config.checks import wandb_mode
 
 
 def _model_folder(tmp_path: Path, *, weights: bool = True) -> Path:
@@ -79,6 +80,61 @@ def test_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_missing_wandb_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install wandb" in _message("logging.wandb.project=x")
+
+
+WANDB_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL")
+
+
+@pytest.fixture
+def wandb_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The netrc that it reads, which is not there yet."""
+    for name in WANDB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_wandb_without_a_key_is_refused_before_anything_starts(
+    wandb_installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = "logging.wandb.project=x"
+    assert _message(project).startswith(
+        "logging.wandb would go online and finds no key; run `wandb login`, set WANDB_A"
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "finds no key" in _message(project, "logging.wandb.mode=online")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DISABLED", "true"), ("WANDB_API_KEY", "k")):
+        with monkeypatch.context() as given:
+            given.delenv("WANDB_MODE")
+            given.setenv(name, value)
+            check_files(load_config(None, [project]))
+    monkeypatch.delenv("WANDB_MODE")
+    check_files(load_config(None, [project, "logging.wandb.mode=offline"]))
+    wandb_installed.write_text("machine elsewhere login a password b\n")
+    assert "finds no key" in _message(project)
+    wandb_installed.write_text("machine api.wandb.ai login user password k\n")
+    check_files(load_config(None, [project]))
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "mode"),
+    [
+        ("null", {}, "online"),
+        ("null", {"WANDB_MODE": "offline"}, "offline"),
+        ("null", {"WANDB_MODE": "offline", "WANDB_DISABLED": "true"}, "disabled"),
+        ("online", {"WANDB_MODE": "offline"}, "online"),
+        ("offline", {"WANDB_MODE": "online"}, "offline"),
+    ],
+)
+def test_the_environments_wandb_mode_holds_unless_the_config_says_one(
+    given: str, environment: dict[str, str], mode: str, wandb_installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = load_config(None, [f"logging.wandb={{project: x, mode: {given}}}"]).logging.wandb
+    assert settings is not None
+    assert wandb_mode(settings) == mode
 
 
 def test_all_that_is_missing_comes_in_one_message(tmp_path: Path) -> None:

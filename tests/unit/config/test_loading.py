@@ -9,6 +9,7 @@ import pytest
 
 from gspo_moe.config import ConfigError, load_config, save_config
 from gspo_moe.config.schema import Config
+from gspo_moe.config.validation import SYNONYMS, _keys, meant_key
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -79,6 +80,49 @@ def test_switches_take_the_usual_words_and_numbers_do_not(tmp_path: Path) -> Non
 )
 def test_unknown_keys_name_the_nearest(override: str, named: str, nearest: str) -> None:
     assert _message(None, override) == f"unknown key {named}; the nearest valid key is {nearest}"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("learning_rate", "optimizer.lr"),
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("optimizer.epsilon", "optimizer.eps"),
+        ("algorithm.epsilon", "algorithm.clip_low"),
+        ("batch_size", "rollout.prompts_per_step"),
+        ("rollout.num_generations", "rollout.samples_per_prompt"),
+        ("rollout.max_new_tokens", "rollout.max_response_tokens"),
+        ("beta", "algorithm.kl.coeff"),
+        ("algorithm.kl_coef", "algorithm.kl.coeff"),
+        ("output_dir", "logging.run_dir"),
+        ("model_name_or_path", "model.hf"),
+        ("reward_funcs", "task.reward"),
+        ("data.train_files", "task.data.train"),
+        ("optimizer.steps", "schedule.steps"),
+        ("rollout.temprature", "rollout.temperature"),
+        ("task.data.train.0.weigth", "task.data.train.weight"),
+        ("optimizer.momentum", None),
+        ("learn", None),
+        ("routing.lora_rank", None),
+        ("name", None),
+    ],
+)
+def test_an_unknown_key_is_taken_for_one_of_its_section_or_its_meaning(key: str, meant: str | None) -> None:
+    assert meant_key(Config, key) == meant
+
+
+def test_every_synonym_names_a_key_and_is_none_itself() -> None:
+    keys = set(_keys(Config))
+    assert set(SYNONYMS) <= keys
+    names = [name for names in SYNONYMS.values() for name in names.split()]
+    assert len(names) == len(set(names))
+    assert not keys & set(names)
+
+
+def test_where_no_key_is_meant_those_of_the_section_are_named() -> None:
+    assert _message(None, "checkpoint.zip=1") == (
+        "unknown key checkpoint.zip=1; leave it out, or take one of interval, keep, export_hf"
+    )
 
 
 def test_unknown_architecture_override_names_the_nearest() -> None:

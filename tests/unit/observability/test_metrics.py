@@ -122,3 +122,17 @@ def test_wandb_gets_the_config_every_value_and_the_same_run_when_continued(
     wanted = {"project": "p", "name": "n", "mode": "offline", "config": {"seed": 1}}
     assert wanted.items() <= started[0].items()
     assert logged == [{"step": step, "reward/mean": 0.5} for step in (1, 3, 1)]
+
+
+def test_a_wandb_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class UsageError(Exception):
+        __module__ = "wandb.errors.errors"
+
+    def init(**_: Any) -> None:
+        raise UsageError("No API key configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(
+        ConfigError, match=r"mode online: wandb could not start \(No API key configured\); mend that, or"
+    ):
+        MetricsWriter(tmp_path, wandb=WandbConfig(project="p", mode="online"))

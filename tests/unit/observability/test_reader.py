@@ -27,6 +27,7 @@ def test_metrics_come_back_as_arrays_by_name(tmp_path: Path) -> None:
     assert run.problems == ()
     assert run.config == {}
     assert "array" not in repr(run)  # a notebook shows it
+    assert repr(run) == f"Run(path={tmp_path!r}, problems=())"
     np.testing.assert_array_equal(run.steps("eval/accuracy"), [0, 2])
     np.testing.assert_array_equal(run.values("reward/mean"), np.array([0.1, 0.30000000000000004]))
     np.testing.assert_array_equal(run.values("loss/policy"), [np.nan])

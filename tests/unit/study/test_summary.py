@@ -115,3 +115,21 @@ def test_another_cold_start_is_refused(plan: Plan) -> None:
     plan_study("study.yaml")
     with pytest.raises(ConfigError, match=r"runs/s/cold_start holds a run of other settings \(schedule.steps was 100"):
         plan_study("study.yaml", ["cold_start.set.schedule.steps=7"])
+
+
+def test_cells_keep_no_checkpoints_unless_told(plan: Plan) -> None:
+    job = plan.cells[0].job
+    assert "checkpoint.keep=0" in job.arguments
+    assert (job.product, job.starts_anew) == (Path("runs/s/plain/seed1/finished"), True)
+    assert "checkpoint.keep=0" not in plan.others[0].arguments
+    told = plan_study("study.yaml", ["set.checkpoint.keep=1"]).cells[0].job
+    kept = Path("runs/s/plain/seed1/checkpoints/step_00000020")
+    assert (told.product, told.starts_anew) == (kept, False)
+    Path("base.yaml").write_text("model: tiny\noptimizer: {lr: 1.0}\ncheckpoint: {keep: 3}\n")
+    assert plan_study("study.yaml").cells[0].config.checkpoint.keep == 3
+
+
+def test_a_cell_that_an_earlier_study_finished_with_a_checkpoint_is_done(plan: Plan) -> None:
+    Path("runs/s/plain/seed1/checkpoints/step_00000020").mkdir(parents=True)
+    assert plan_study("study.yaml").cells[0].job.done
+    assert not plan_study("study.yaml").cells[1].job.done

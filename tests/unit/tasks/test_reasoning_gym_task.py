@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 import reasoning_gym
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.tasks.reasoning_gym_task import SHORT_PROMPTS, ReasoningGym
+from gspo_moe.tasks.reasoning_gym_task import REFUSED, SHORT_PROMPTS, TEMPLATES_BY_INDEX, ReasoningGym
 from gspo_moe.types import Prompt
 from tests.turns import answered
 
@@ -79,9 +80,10 @@ def test_options_reach_the_dataset() -> None:
         ("chain_sum", {"seed": 3}, r"task\.options\.seed=3 .*remove it"),
         ("chain_sum", {"size": 10}, r"task\.options\.size=10 .*remove it"),
         ("composite", {}, "Must specify at least one dataset"),
-        ("word_ladder", {}, "cannot give entry"),
-        ("rearc", {}, "JSON does not preserve"),
-        ("ransom_note", {}, "string hashes"),
+        *(
+            (dataset, {}, re.escape(f"reasoning_gym/{dataset} cannot be used: {why}; "))
+            for dataset, why in REFUSED.items()
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(dataset: str, options: dict[str, Any], message: str) -> None:
@@ -93,3 +95,13 @@ def test_a_task_without_reference_answers_refuses_supervised_training() -> None:
     task = ReasoningGym("graph_color", {}, seed=1)
     with pytest.raises(ConfigError, match="no reference answers, so stage sft cannot use it"):
         task.demonstration(task.prompt("sft", 0))
+
+
+@pytest.mark.parametrize("dataset", TEMPLATES_BY_INDEX)
+def test_datasets_of_a_fixed_size_give_entries_without_end(dataset: str) -> None:
+    one, other = (ReasoningGym(dataset, {}, seed=1) for _ in range(2))
+    prompts = [one.prompt("train", index) for index in range(100)]
+    assert len({prompt.text for prompt in prompts}) == 100
+    assert prompts == [other.prompt("train", index) for index in range(100)]
+    for prompt in prompts:
+        assert one.reward(prompt, answered(str(prompt.reference["answer"]))) == 1.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ import torch
 from gspo_moe.cli import main
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.errors import RewardError
-from gspo_moe.training import loop
+from gspo_moe.observability.jsonl import JsonLines
+from gspo_moe.parallel.groups import shut_down
+from gspo_moe.training import checkpoint, loop
 from gspo_moe.training.rl import StepResult, rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save_whole_step
@@ -142,3 +147,95 @@ def test_updates_that_are_all_skipped_end_the_run(
     error = capsys.readouterr().err
     assert "optimizer.max_skipped_updates=7 ends the run: lower optimizer.lr" in error
     assert sum("updates were skipped" in record.message for record in caplog.records) == 1
+
+
+def test_without_checkpoints_a_run_ends_whole_and_is_not_gone_on_with(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks_at_2(trainer: Trainer) -> StepResult:
+        if trainer.progress.step == 1:
+            raise RewardError("no reward")
+        return rl_step(trainer)
+
+    run = tmp_path / "run"
+    off = [*command, "checkpoint={keep: 0, interval: 1, export_hf: true}", "schedule.steps=2"]
+    monkeypatch.setattr(loop, "rl_step", breaks_at_2)
+    assert main(off) == RewardError.exit_code
+    assert capsys.readouterr().err.endswith("RewardError: no reward. Nothing is saved, as checkpoint.keep=0 asks\n")
+    assert main(off) == 2
+    told = capsys.readouterr().err
+    assert f"logging.run_dir={run} holds a run of checkpoint.keep=0, which cannot be gone on with; name another" in told
+    assert not (run / "finished").exists()
+    monkeypatch.undo()
+    (run / "metrics.jsonl").unlink()
+    assert main(off) == 0
+    assert "checkpoints/" not in capsys.readouterr().out
+    assert not (run / "checkpoints").exists()
+    assert (run / "hf" / "model.safetensors").is_file()
+    assert (run / "finished").read_text() == "2 steps\n"
+    assert main(off) == 2
+
+
+@pytest.mark.parametrize("broken", ["metrics", "checkpoint"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_last_whole_checkpoint(
+    broken: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it fills up at the second step, as the kernel and the checkpoint's writing processes report it."""
+    written, whole = JsonLines.append, checkpoint.dist_checkpointing.save
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def append(lines: JsonLines, record: Mapping[str, Any]) -> None:
+        if record["step"] == 2:
+            raise full
+        written(lines, record)
+
+    def save(state: Any, folder: str) -> None:
+        if "step_00000002" in folder:
+            (Path(folder) / "torn").write_bytes(b"1")
+            raise RuntimeError(f"Worker failure: {full}")
+        whole(state, folder)
+
+    if broken == "metrics":
+        monkeypatch.setattr(JsonLines, "append", append)
+    else:
+        monkeypatch.setattr(checkpoint.dist_checkpointing, "save", save)
+    try:
+        assert main([*command, "checkpoint.interval=1", "schedule.steps=2"]) == 2
+    finally:
+        shut_down()  # the process would have ended
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.startswith("gspo-moe: OutputError: No space left on device; make room and start the same command again")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_check_says_what_a_run_needs_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("parallel: {expert: 4}\n")
+    check = [
+        "train",
+        str(config),
+        *SMALL,
+        "--check",
+        "rollout.prompts_per_step=8",
+        f"logging.run_dir={tmp_path / 'run'}",
+    ]
+    assert main([*check, "--world-size", "8"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["layout"] == "data 8, expert 4, expert_data 2 on 8 processes"
+    assert rows["memory"].endswith("in generation")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    for arguments, message in (
+        (["--world-size", "6"], "does not divide the 6 processes"),
+        (["--world-size", "0"], "--world-size 0: give a whole number from 1 up"),
+        (["task.options.min_lenght=3"], "task.options.min_length"),
+    ):
+        assert main([*check, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(check) == 0
+    assert "on 4 processes" in capsys.readouterr().out
+    assert main(["train", str(config), "--world-size", "8"]) == 2
+    assert "--world-size is what --check plans for" in capsys.readouterr().err

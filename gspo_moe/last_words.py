@@ -1,0 +1,65 @@
+"""What a process says when it ends with an error, alone and as one of a launcher's ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from gspo_moe.errors import GspoMoeError, OutputError
+
+LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+# torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
+PEER_GRACE_SECONDS = 5.0
+
+
+def full_disk(error: OSError) -> OutputError:
+    """The error of a full disk with what to do about it."""
+    where = f" ({error.filename})" if error.filename else ""
+    return OutputError(
+        f"{error.strerror}{where}; make room and start the same command again: whole files and checkpoints are left as "
+        "they were, and a run goes on from its newest one"
+    )
+
+
+def wait_for_another_ranks_cause(error: Exception) -> None:
+    """Under a launcher, where `error` is merely the loss of a peer: leaves the launcher time to end this rank first."""
+    if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
+        time.sleep(PEER_GRACE_SECONDS)
+
+
+def _is_about_another_rank(error: Exception) -> bool:
+    """True for what a collective raises, which it mostly does because a peer has ended."""
+    return os.path.join("torch", "distributed") in traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:
+    """Under torchrun, lets an unforeseen error of any rank reach the launcher's last words."""
+    if LAUNCHER_ERROR_FILE not in os.environ:
+        return run
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    wrapped: Callable[..., GspoMoeError | None] = record(run)
+    return wrapped
+
+
+def complain(error: GspoMoeError) -> None:
+    """Of the ranks of a host the first that fails speaks: most fail with the same error, some alone."""
+    text = f"gspo-moe: {type(error).__name__}: {error}"
+    if LAUNCHER_ERROR_FILE in os.environ:
+        file = Path(os.environ[LAUNCHER_ERROR_FILE])
+        # torchrun prints what the first rank that failed leaves here as its last words.
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+        try:
+            (file.parents[1] / "explained").touch(exist_ok=False)  # a folder of all of them
+        except FileExistsError:
+            return
+    elif os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    print(text, file=sys.stderr)
