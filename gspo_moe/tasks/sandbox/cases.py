@@ -1,4 +1,4 @@
-"""Tests of a program, as records of LiveCodeBench, CodeForces, MBPP and HumanEval have them, and how outputs compare."""
+"""Tests of a program, as LiveCodeBench, CodeForces, MBPP and HumanEval have them, and how outputs compare."""
 
 from __future__ import annotations
 

@@ -27,22 +27,27 @@ FOLDER, PROGRAM = "/work", "/program.py"
 HIGH_USERS = 0x70000000  # in no one's range of users
 NOBODY = 65534
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-INSIDE = "\n".join(
-    (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("inside.py", "remote.py", "start.py")
-)
+HERE = Path(__file__).parent
+INSIDE = (HERE / "inside.py").read_text(encoding="utf-8")
+# One module of both: the second's future import would stand too late.
+INSIDE_OF_ASSERTIONS = INSIDE + (HERE / "remote.py").read_text(encoding="utf-8").replace("from __future__", "# ", 1)
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """The Python that runs programs. folders: all that it needs. packages: whether its site-packages are for programs."""
+    """The Python that runs programs.
+
+    folders: all that it needs. packages: whether programs may use what its site-packages have.
+    """
 
     executable: str
     folders: tuple[str, ...]
     packages: bool
 
-    @property
-    def start(self) -> list[str]:
-        return [self.executable, "-I", "-B", *([] if self.packages else ["-S"]), "-c", INSIDE]
+    def start(self, job: dict[str, Any]) -> list[str]:
+        inside = INSIDE_OF_ASSERTIONS if job["mode"] in ("serve", "check") else INSIDE
+        options = ["-I", "-B", *([] if self.packages else ["-S"])]
+        return [self.executable, *options, "-c", f"{inside}\nmain({job!r})"]
 
 
 @dataclass
@@ -76,6 +81,8 @@ def in_bubblewrap(
         words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         words += ["--unshare-user", "--cap-drop", "ALL"]
+    for above in dict.fromkeys(str(one) for path in interpreter.folders for one in reversed(Path(path).parents)):
+        words += ["--perms", "0755", "--dir", above] if above != "/" else []
     for path in dict.fromkeys((*LIBRARIES, *interpreter.folders)):
         if os.path.islink(path):
             words += ["--symlink", os.readlink(path), path]
@@ -89,7 +96,7 @@ def in_bubblewrap(
     if calls:
         words += ["--seccomp", str(command.hold(calls, "filter"))]
     asked = _job(options, job, program=PROGRAM, folder=FOLDER, keeps=False, filter="", processes=options.processes)
-    command.words = [*words, "--", *interpreter.start, asked]
+    command.words = [*words, "--", *interpreter.start(asked)]
     return command
 
 
@@ -114,13 +121,13 @@ def in_the_open(
     asked = _job(
         options, job, program=str(file), folder=str(own), keeps=True, filter=calls, processes=options.processes
     )
-    command.words = [*interpreter.start, asked]
+    command.words = [*interpreter.start(asked)]
     return command
 
 
-def _job(options: SandboxOptions, job: dict[str, Any], **more: Any) -> str:
+def _job(options: SandboxOptions, job: dict[str, Any], **more: Any) -> dict[str, Any]:
     limits = {"cpu_seconds": math.ceil(options.cpu_seconds), "memory_mb": options.memory_mb, "disk_mb": options.disk_mb}
-    return json.dumps({**job, **limits, **more, "uid": _user() if os.geteuid() == 0 else None})
+    return {**job, **limits, **more, "uid": _user() if os.geteuid() == 0 else None}
 
 
 def _user() -> int:

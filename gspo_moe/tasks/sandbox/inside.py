@@ -1,23 +1,25 @@
-"""What runs in the sandbox around a program: takes limits upon itself, then does as its job says. Standard library only.
+"""What runs in the sandbox around a program: takes limits upon itself, then does as its job says.
 
-It runs as `python -I -c <this file, remote.py, main()> <job as JSON>`. Nothing that it does after the program has begun is trusted: a
-verdict is made of what comes out by processes that the program cannot reach.
+Standard library only. It runs as `python -I -c <this file, for assertions remote.py, main(job)>`. Nothing that it does after the program has
+begun is trusted: a verdict is made of what comes out, by processes that the program cannot reach. What is not needed by
+every program is imported where it is, because every program waits for it.
 """
 
+from __future__ import annotations
+
 import builtins
-import io
-import json
 import os
 import resource
-import signal
 import sys
-import traceback
-import types
-from collections.abc import Callable, Iterable
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import CodeType
+    from typing import Any
 
 MEGABYTE = 1 << 20
-Job = dict[str, Any]
+Module, Code, Function = type(sys), type((lambda: 0).__code__), type(lambda: 0)
 
 
 def prctl(option: int, value: int) -> None:
@@ -26,7 +28,7 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def confine(job: Job) -> None:
+def confine(job: dict[str, Any]) -> None:
     """Limits, the unprivileged user and the filter of calls. Nothing of it can be undone."""
     if job["uid"] is not None:
         os.setgroups([])
@@ -53,7 +55,7 @@ def filtered(program: bytes) -> None:
     import ctypes
 
     class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]  # noqa: RUF012
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
     no_new_privileges, seccomp, mode_filter = 38, 22, 2
     libc = ctypes.CDLL(None, use_errno=True)
@@ -81,6 +83,8 @@ def descendants(pid: int) -> list[int]:
 
 def end_all() -> None:
     """Stops what is there until no more comes, then kills it: what a program left behind became this one's children."""
+    import signal
+
     while children(os.getpid()):
         stopped: set[int] = set()
         while fresh := set(descendants(os.getpid())) - stopped:
@@ -102,8 +106,10 @@ def send(pids: Iterable[int], number: int) -> None:
             continue
 
 
-def keep(job: Job) -> None:
+def keep(job: dict[str, Any]) -> None:
     """Without a process namespace: goes on in a child, and outlives it to kill all that it left."""
+    import signal
+
     death_signal, dumpable, subreaper = 1, 4, 36
     prctl(subreaper, 1)
     prctl(dumpable, 0)
@@ -137,20 +143,26 @@ def processes_of(uid: int) -> int:
     return count
 
 
-def loaded(job: Job, name: str) -> tuple[dict[str, Any], types.CodeType]:
+def loaded(job: dict[str, Any], name: str) -> tuple[dict[str, Any], CodeType]:
     """The program's namespace and code, run by `exec` of the second in the first."""
     with open(job["program"], encoding="utf-8") as file:
         source = file.read()
     try:
         code = compile(source, "program.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, MemoryError, RecursionError, OverflowError) as error:
-        line = traceback.format_exception_only(error)[-1].strip()
-        os.write(job["result"], json.dumps({"compile": line[:500]}).encode())
+        tell(job, "compile", f"{type(error).__name__}: {error}"[:500])
         os._exit(1)
-    module = types.ModuleType(name)
+    module = Module(name)
     sys.modules[name] = module
     sys.argv = ["program.py"]
     return module.__dict__, code
+
+
+def tell(job: dict[str, Any], word: str, text: str) -> None:
+    """Writes the job's result."""
+    left = f"{word} {text}".encode(errors="replace")
+    while left:
+        left = left[os.write(job["result"], left) :]
 
 
 def callable_of(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]:
@@ -160,21 +172,22 @@ def callable_of(names: dict[str, Any], wanted: str | None) -> Callable[..., Any]
         own = [name for name in vars(solution) if not name.startswith("_")]
         return getattr(solution(), wanted or own[-1])
     if wanted is None:
-        own = [name for name, one in names.items() if isinstance(one, types.FunctionType)]
+        own = [name for name, one in names.items() if isinstance(one, Function)]
         return names[own[-1]]
     return names[wanted]
 
 
-def call(job: Job) -> None:
+def call(job: dict[str, Any]) -> None:
     """One call with the JSON values of standard input, one a line; its result goes out as JSON."""
+    import io
+    import json
+
     arguments = [json.loads(line) for line in sys.stdin.read().splitlines() if line.strip()]
     sys.stdin = io.StringIO()
     names, code = loaded(job, "solution")
     exec(imports_for(code), names)
     exec(code, names)
-    result = json.dumps({"value": callable_of(names, job["function"])(*arguments)}, default=list).encode()
-    while result:
-        result = result[os.write(job["result"], result) :]
+    tell(job, "value", json.dumps(callable_of(names, job["function"])(*arguments), default=list))
 
 
 # What LeetCode has imported before a solution begins.
@@ -187,30 +200,29 @@ EXPORTS = {
     "bisect": "bisect_left bisect_right insort",
     "math": "inf gcd lcm sqrt ceil floor comb isqrt",
 }
-MODULES = "math collections functools itertools heapq bisect re string random operator typing sys copy".split()
+MODULES = "math collections functools itertools heapq bisect re string random operator typing sys copy"
 
 
-def imports_for(code: types.CodeType) -> str:
+def imports_for(code: Code) -> str:
     words: set[str] = set()
     ahead = [code]
     while ahead:
         here = ahead.pop()
         words |= set(here.co_names)
-        ahead += [one for one in here.co_consts if isinstance(one, types.CodeType)]
-    lines = [f"import {name}" for name in MODULES if name in words]
+        ahead += [one for one in here.co_consts if isinstance(one, Code)]
+    lines = [f"import {name}" for name in MODULES.split() if name in words]
     for module, names in EXPORTS.items():
         lines += [f"from {module} import {name}" for name in names.split() if name in words]
     return "\n".join(lines)
 
 
-def run(job: Job) -> None:
+def run(job: dict[str, Any]) -> None:
     names, code = loaded(job, "__main__")
     names["__builtins__"] = builtins
     os.close(job["result"])
     exec(code, names)
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
+def main(job: dict[str, Any]) -> None:
     keep(job) if job["keeps"] else confine(job)
     globals()[job["mode"]](job)

@@ -5,13 +5,14 @@ what the tests ask of it with plain data. A name of the program is a `Remote` in
 can be equal to a plain value, whatever its `__eq__` says.
 """
 
+from __future__ import annotations
+
 import ast
 import builtins
 import json
 import operator
 import os
 import sys
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ class Values:
         self.kept.append(value)
         return {"kept": len(self.kept) - 1}
 
-    def unpack(self, packed: Any, remote: "Program | None" = None) -> Any:
+    def unpack(self, packed: Any, remote: Program | None = None) -> Any:
         if packed is None or isinstance(packed, ATOMS):
             return packed
         ((kind, inner),) = packed.items()
@@ -130,7 +131,7 @@ def serve(job: Message) -> None:
 
 def is_foreign(one: Any) -> bool:
     """What a program imported: tests import for themselves."""
-    return isinstance(one, types.ModuleType) or getattr(one, "__module__", "solution") not in ("solution", None)
+    return isinstance(one, type(sys)) or getattr(one, "__module__", "solution") not in ("solution", None)
 
 
 class Gone(BaseException):
@@ -221,10 +222,10 @@ def check(job: Message) -> None:
         if job["function"] in names:
             names["candidate"] = names[job["function"]]
         exec(tests, names)
-        verdict = {"passed": True}
+        verdict = ("passed", "")
     except Gone:
-        verdict = {"failed": "the program ended"}
+        verdict = ("failed", "the program ended")
     except BaseException as error:
-        verdict = {"failed": f"{type(error).__name__}: {error}"[:500]}
-    os.write(job["result"], json.dumps(verdict).encode())
+        verdict = ("failed", f"{type(error).__name__}: {error}"[:500])
+    tell(job, *verdict)  # type: ignore[name-defined]  # noqa: F821
     os._exit(0)

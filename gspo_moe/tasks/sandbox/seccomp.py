@@ -86,7 +86,7 @@ def call_filter(namespaces: bool) -> bytes:
     for numbers in denied.values():
         steps += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, permission)]
     steps += [(EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR | errno.ENOSYS)]
-    steps += [(EQUAL, 0, 3, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 3, NEW_NAMESPACES)]
+    steps += [(EQUAL, 0, 3, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 5, NEW_NAMESPACES)]
     steps += [(RETURN, 0, 0, permission)]
     # The limits of other processes; 0 is one's own.
     steps += [(EQUAL, 0, 3, PRLIMIT64[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, 0)]
