@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.external import import_own
+from gspo_moe.tasks.environments import in_environment
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
@@ -20,9 +21,24 @@ REASONING_GYM = "reasoning_gym/"
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task that `config.name` names, with `config.options`; `seed` moves all of its random streams.
 
+    `task.environment`, where it names one, takes the place of the task's own.
     `my_module:my_task` is a function (options, seed) -> Task of the user's own, imported in every process.
     Raises ConfigError for an unknown name, an unknown option or a value that does not fit.
     """
+    if "code" in _rewards(config):
+        from gspo_moe.tasks.rubrics.code import refuse_longer_programs
+
+        refuse_longer_programs(config)
+    return in_environment(_named(config, seed), config)
+
+
+def _rewards(config: TaskConfig) -> set[str | None]:
+    """The names of all rewards in the section."""
+    files = () if config.data is None else (*config.data.train, *config.data.eval, *config.data.sft)
+    return {config.reward.name, *(term.name for term in config.reward.sum), *(file.reward for file in files)}
+
+
+def _named(config: TaskConfig, seed: int) -> Task:
     if ":" in config.name:
         return _external(config, seed)
     if config.name == SortLetters.name:

@@ -1,8 +1,8 @@
 """What runs in the sandbox around a program: takes limits upon itself, then does as its job says.
 
-Standard library only. It runs as `python -I -c <this file, for assertions remote.py, main(job)>`. Nothing that it does after the program has
-begun is trusted: a verdict is made of what comes out, by processes that the program cannot reach. What is not needed by
-every program is imported where it is, because every program waits for it.
+It runs as `python -I -c <this file, for assertions remote.py too, main(job)>`, of the standard library only. Nothing
+that it does after the program has begun is trusted: a verdict is made of what comes out, by processes that the program
+cannot reach. What not every program needs is imported where it is needed, because every program waits for it.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ EXPORTS = {
 MODULES = "math collections functools itertools heapq bisect re string random operator typing sys copy"
 
 
-def imports_for(code: Code) -> str:
+def imports_for(code: CodeType) -> str:
     words: set[str] = set()
     ahead = [code]
     while ahead:
@@ -220,7 +220,24 @@ def run(job: dict[str, Any]) -> None:
     names, code = loaded(job, "__main__")
     names["__builtins__"] = builtins
     os.close(job["result"])
-    exec(code, names)
+    if job["shows_value"]:
+        shown(job, names)
+    else:
+        exec(code, names)
+
+
+def shown(job: dict[str, Any], names: dict[str, Any]) -> None:
+    """Runs the program and prints the value of its last expression, unless that is None."""
+    import ast
+
+    with open(job["program"], encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "program.py", "exec"), names)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "program.py", "eval"), names)
+        if value is not None:
+            print(repr(value))
 
 
 def main(job: dict[str, Any]) -> None:

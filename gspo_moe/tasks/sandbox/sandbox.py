@@ -63,9 +63,14 @@ class Sandbox:
                 f"user here ({ran.reason}); name one outside of root's folders as {key}.python, or install bubblewrap"
             )
 
-    def run(self, program: str, stdin: str = "", wall_seconds: float | None = None) -> Ran:
-        """Runs a program as a script."""
-        return self._run({"mode": "run"}, program, stdin.encode(), wall_seconds or self.options.wall_seconds)
+    def run(self, program: str, stdin: str = "", wall_seconds: float | None = None, shows_value: bool = False) -> Ran:
+        """Runs a program as a script. shows_value: prints the value of an expression at its end, as a notebook does."""
+        return self._run(
+            {"mode": "run", "shows_value": shows_value},
+            program,
+            stdin.encode(),
+            wall_seconds or self.options.wall_seconds,
+        )
 
     def judge(
         self,
@@ -110,7 +115,8 @@ class Sandbox:
         if tests.kind == "assert":
             return self._assert(program, tests, index, wall)
         mode = "run" if tests.kind == "stdin" else "call"
-        ran = self._run({"mode": mode, "function": tests.function}, program, tests.inputs[index].encode(), wall)
+        job = {"mode": mode, "function": tests.function, "shows_value": False}
+        ran = self._run(job, program, tests.inputs[index].encode(), wall)
         word, text = _told(ran.result)
         if word == "compile":
             return word, text
@@ -188,6 +194,8 @@ def _refusal(interpreter: Interpreter) -> str | None:
     reads, writes = os.pipe()
     with os.fdopen(reads, "rb", buffering=0):
         trial = SandboxOptions(cpu_seconds=TRIAL_SECONDS, wall_seconds=TRIAL_SECONDS)
-        command = in_bubblewrap(interpreter, trial, b"", {"mode": "run", "result": writes}, (writes,))
+        command = in_bubblewrap(
+            interpreter, trial, b"", {"mode": "run", "shows_value": False, "result": writes}, (writes,)
+        )
         ran = run(command, trial, reads, TRIAL_SECONDS, command.hold(b"", "stdin"))
     return None if ran.how == "ended" else f"bubblewrap does not work here ({ran.reason})"
