@@ -94,8 +94,8 @@ def _own(name: str, options: dict[str, Any]) -> Environment:
     missing = [method for method in ("reset", "step") if not callable(getattr(environment, method, None))]
     if missing:
         raise ConfigError(
-            f"{KEY}.name={name} gave a {type(environment).__name__} without {' and '.join(missing)}; an environment has "
-            "reset(prompt) and step(prompt, turns)"
+            f"{KEY}.name={name} gave a {type(environment).__name__} without {' and '.join(missing)}; an environment "
+            "has reset(prompt) and step(prompt, turns)"
         )
     found: Environment = environment
     return found

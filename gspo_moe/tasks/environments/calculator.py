@@ -20,6 +20,7 @@ LARGEST_BITS = 4096  # of an integer, on the way as at the end
 SECONDS = 1.0
 
 Number = Fraction | float
+SPELLINGS = {ord("^"): "**", 0xD7: "*", 0xF7: "/"}  # the signs of school for times and divided by
 
 BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -74,7 +75,7 @@ class Calculator:
         if len(argument) > LONGEST:
             return f"error: an expression has at most {LONGEST} characters"
         try:
-            tree = ast.parse(argument.strip().replace("^", "**").replace("×", "*").replace("÷", "/"), mode="eval")
+            tree = ast.parse(argument.strip().translate(SPELLINGS), mode="eval")
             operations = sum(isinstance(node, ast.BinOp | ast.Call) for node in ast.walk(tree))
             if operations > self._max_operations:
                 return f"error: at most {self._max_operations} operations in an expression"

@@ -232,9 +232,12 @@ def shown(job: dict[str, Any], names: dict[str, Any]) -> None:
 
     with open(job["program"], encoding="utf-8") as file:
         tree = ast.parse(file.read())
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "program.py", "exec"), names)
-    if last is not None:
+    last = tree.body[-1] if tree.body else None
+    if not isinstance(last, ast.Expr):
+        exec(compile(tree, "program.py", "exec"), names)
+    else:
+        del tree.body[-1]
+        exec(compile(tree, "program.py", "exec"), names)
         value = eval(compile(ast.Expression(last.value), "program.py", "eval"), names)
         if value is not None:
             print(repr(value))

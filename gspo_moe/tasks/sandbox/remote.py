@@ -67,7 +67,8 @@ class Values:
             return {"complex": [value.real, value.imag]}
         if isinstance(value, dict):
             return {"dict": [[self.pack(key, below), self.pack(one, below)] for key, one in dict.items(value)]}
-        for kind in (list, tuple, set, frozenset):
+        kinds: tuple[type[Iterable[Any]], ...] = (list, tuple, set, frozenset)
+        for kind in kinds:
             if isinstance(value, kind):
                 return {kind.__name__: [self.pack(one, below) for one in kind.__iter__(value)]}
         if isinstance(value, float | str):

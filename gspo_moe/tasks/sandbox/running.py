@@ -57,11 +57,18 @@ class _Watched:
 
 
 @contextlib.contextmanager
-def started(command: Command, **streams: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Command, stdin: int, stdout: int, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
     """The running process; nothing of it is left behind the block. The command's files are closed here."""
     try:
         process = subprocess.Popen(
-            command.words, pass_fds=command.files, env={}, cwd="/", start_new_session=True, **streams
+            command.words,
+            pass_fds=command.files,
+            env={},
+            cwd="/",
+            start_new_session=True,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
         )
     finally:
         for number in command.files:
