@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -75,7 +76,8 @@ class Calculator:
         if len(argument) > LONGEST:
             return f"error: an expression has at most {LONGEST} characters"
         try:
-            tree = ast.parse(argument.strip().translate(SPELLINGS), mode="eval")
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(argument.strip().translate(SPELLINGS), mode="eval")
             operations = sum(isinstance(node, ast.BinOp | ast.Call) for node in ast.walk(tree))
             if operations > self._max_operations:
                 return f"error: at most {self._max_operations} operations in an expression"

@@ -12,7 +12,7 @@ from gspo_moe.config.task import TaskConfig
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.tasks.protocol import last_answer
-from gspo_moe.tasks.sandbox import Sandbox, SandboxOptions, Tests
+from gspo_moe.tasks.sandbox import ProgramTests, Sandbox, SandboxOptions
 from gspo_moe.types import Conversation, Prompt
 
 NAME = "code"
@@ -79,7 +79,7 @@ def _parts(reward: float, passed: float, failure: str | None) -> Mapping[str, fl
     }
 
 
-def tests_of(prompt: Prompt) -> Tests:
+def tests_of(prompt: Prompt) -> ProgramTests:
     """The tests in a prompt's reference, its own or those of its record. Raises DataError where there are none."""
     row = prompt.reference.get("row")
     found = prompt.reference.get("tests") or (row.get("tests") if isinstance(row, Mapping) else None)
@@ -88,7 +88,7 @@ def tests_of(prompt: Prompt) -> Tests:
             f"prompt {prompt.uid} has no tests, which the reward `{NAME}` runs; give its record a column `tests`, or "
             "set the file's format to livecodebench or codeforces"
         )
-    return Tests.from_json(found, f"prompt {prompt.uid}")
+    return ProgramTests.from_json(found, f"prompt {prompt.uid}")
 
 
 def program_in(answer: str, whole: bool) -> str | None:

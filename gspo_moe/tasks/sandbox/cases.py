@@ -13,7 +13,7 @@ Kind = Literal["stdin", "assert", "function"]
 
 
 @dataclass(frozen=True)
-class Tests:
+class ProgramTests:
     """kind stdin: `inputs` and `outputs` are standard streams. function: an input is a call's arguments, one JSON value
     a line, an output its result as JSON. assert: `code` are statements that raise where the program is wrong.
 
@@ -29,7 +29,7 @@ class Tests:
     time_limit_seconds: float | None = None
 
     @classmethod
-    def from_json(cls, values: Any, where: str) -> Tests:
+    def from_json(cls, values: Any, where: str) -> ProgramTests:
         """Raises DataError, which names `where`, for what is no tests."""
         if isinstance(values, str):
             try:

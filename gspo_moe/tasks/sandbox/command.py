@@ -52,11 +52,16 @@ class Interpreter:
 
 @dataclass
 class Command:
-    """A process to start. files: descriptors that it inherits, which are closed here once it has."""
+    """A process to start.
+
+    files: descriptors that it inherits, which are closed here once it has. folder: the program's, without bubblewrap.
+    info: descriptor from which bubblewrap's own account of itself is read.
+    """
 
     words: list[str]
     files: list[int] = field(default_factory=list)
     folder: str | None = None
+    info: int | None = None
 
     def hold(self, content: bytes, name: str) -> int:
         """A descriptor of a file in memory that nobody can write to."""
@@ -73,9 +78,27 @@ def in_bubblewrap(
     interpreter: Interpreter, options: SandboxOptions, program: bytes, job: dict[str, Any], inherited: Iterable[int]
 ) -> Command:
     """Every namespace its own, nothing of the machine's files but the interpreter, read-only, and a small folder."""
-    command = Command([], list(inherited))
-    words = [BUBBLEWRAP, "--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"]
-    words += ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
+    info, writes = os.pipe()
+    command = Command([], [*inherited, writes], info=info)
+    words = [
+        BUBBLEWRAP,
+        "--info-fd",
+        str(writes),
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+        "--hostname",
+        "sandbox",
+    ]
+    words += [
+        "--unshare-ipc",
+        "--unshare-net",
+        "--unshare-pid",
+        "--unshare-uts",
+        "--hostname",
+        "sandbox",
+        "--unshare-cgroup-try",
+    ]
     if os.geteuid() == 0:
         # Root keeps the machine's users, so that the program can be one of its own, whose processes a limit counts.
         words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from gspo_moe.tasks.sandbox.options import SandboxOptions
 
 How = Literal["ended", "failed", "cpu", "wall", "memory", "output", "disk"]
 TICK_SECONDS = 0.05  # between looks at the memory in use
-GRACE_SECONDS = 2.0  # for the keeper of a program to kill what is left of it
+GRACE_SECONDS = 2.0  # for the kernel, or the keeper of a program, to kill what is left of it
 SIGNALLED = 128  # bwrap and the keeper report a signal as shells do
 LARGEST_RESULT = 1 << 24
 
@@ -56,8 +58,32 @@ class _Watched:
     beyond: How | None = None
 
 
+@dataclass(frozen=True)
+class Running:
+    """first: a descriptor of the first process of the program's namespace, with which all others die; None without."""
+
+    process: subprocess.Popen[bytes]
+    first: int | None
+
+    def end(self) -> None:
+        """Kills what is left, and returns when nothing is."""
+        if self.first is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.first, signal.SIGKILL)
+            ended = select.poll()
+            ended.register(self.first, select.POLLIN)
+            ended.poll(GRACE_SECONDS * 1000)
+        elif self.process.poll() is None:  # its keeper kills the others
+            self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
 @contextlib.contextmanager
-def started(command: Command, stdin: int, stdout: int, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Command, stdin: int, stdout: int, stderr: int) -> Iterator[Running]:
     """The running process; nothing of it is left behind the block. The command's files are closed here."""
     try:
         process = subprocess.Popen(
@@ -73,35 +99,39 @@ def started(command: Command, stdin: int, stdout: int, stderr: int) -> Iterator[
     finally:
         for number in command.files:
             os.close(number)
+    running = Running(process, _first(command.info))
     try:
-        yield process
+        yield running
     finally:
-        end(process, kept=command.folder is not None)
+        running.end()
+        if running.first is not None:
+            os.close(running.first)
 
 
-def end(process: subprocess.Popen[bytes], kept: bool) -> None:
-    """kept: by a keeper, which needs a moment; else its process namespace dies with it."""
-    if process.poll() is None and kept:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _first(info: int | None) -> int | None:
+    """The process that bubblewrap says is the first of its namespace; None where it came to none."""
+    if info is None:
+        return None
+    with open(info, "rb") as file:
+        said = file.read()
+    try:
+        return os.pidfd_open(json.loads(said)["child-pid"])
+    except (ValueError, ProcessLookupError):
+        return None
 
 
 def run(command: Command, options: SandboxOptions, result: int, wall_seconds: float, stdin: int) -> Ran:
     """Runs the command until it ends or goes beyond a limit. result: the descriptor to read the job's result from."""
     begun = time.monotonic()
-    with started(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        process = running.process
         assert process.stdout is not None
         assert process.stderr is not None
         output, errors = process.stdout.fileno(), process.stderr.fileno()
         room = options.output_kb << 10
         watched = _Watched(process, {output: room, errors: room, result: LARGEST_RESULT})
         _follow(watched, begun + wall_seconds, options, command.folder)
-        end(process, kept=command.folder is not None)
+        running.end()
         code = process.returncode
         process.stdout.close()
         process.stderr.close()

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.tasks.sandbox.cases import Tests, same_output, same_value
+from gspo_moe.tasks.sandbox.cases import ProgramTests, same_output, same_value
 from gspo_moe.tasks.sandbox.command import BUBBLEWRAP, Command, Interpreter, in_bubblewrap, in_the_open, interpreter_of
 from gspo_moe.tasks.sandbox.options import SandboxOptions
 from gspo_moe.tasks.sandbox.running import Ran, run, started, temporary_folder
 
-TRIAL_SECONDS = 30.0
+TRIAL, TRIAL_SECONDS = "import json, socket", 30.0  # what the user of a program can read of its Python
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Sandbox:
                 f"{key} runs programs, and {refusal}; install bubblewrap 0.7 or later (apt-get install bubblewrap), or "
                 f"set {key}.allow_without_bubblewrap=true after reading docs/sandbox.md"
             )
-        ran = self.run("", wall_seconds=TRIAL_SECONDS)
+        ran = self.run(TRIAL, wall_seconds=TRIAL_SECONDS)
         if ran.how != "ended":
             raise ConfigError(
                 f"{key}.allow_without_bubblewrap=true: {self._interpreter.executable} does not run as an unprivileged "
@@ -75,7 +75,7 @@ class Sandbox:
     def judge(
         self,
         program: str,
-        tests: Tests,
+        tests: ProgramTests,
         *,
         seconds: float,
         stop_at_failure: bool = True,
@@ -98,7 +98,7 @@ class Sandbox:
                 break
         return Verdict(passed, count, len(tests), first[0] or None, first[1])
 
-    def _limited(self, tests: Tests) -> Sandbox:
+    def _limited(self, tests: ProgramTests) -> Sandbox:
         if tests.time_limit_seconds is None:
             return self
         limit = tests.time_limit_seconds
@@ -109,7 +109,7 @@ class Sandbox:
         )
         return limited
 
-    def _test(self, program: str, tests: Tests, index: int, left: float) -> tuple[str, str] | None:
+    def _test(self, program: str, tests: ProgramTests, index: int, left: float) -> tuple[str, str] | None:
         """None where it passed; a failure and its reason; or "" and the output, which is to be compared."""
         wall = min(left, self.options.wall_seconds)
         if tests.kind == "assert":
@@ -126,7 +126,7 @@ class Sandbox:
             return "", ran.output
         return ("", text) if word == "value" else ("failed", "the call gave no result")
 
-    def _assert(self, program: str, tests: Tests, index: int, wall: float) -> tuple[str, str] | None:
+    def _assert(self, program: str, tests: ProgramTests, index: int, wall: float) -> tuple[str, str] | None:
         """The program answers in one sandbox what the tests ask in another, over two pipes."""
         to_program, from_tests = os.pipe()
         to_tests, from_program = os.pipe()
@@ -169,7 +169,7 @@ class Sandbox:
                 yield in_the_open(self._interpreter, self.options, text, job, inherited, folder)
 
 
-def _right(found: str, tests: Tests, index: int, by_lines: bool, tolerance: float) -> bool:
+def _right(found: str, tests: ProgramTests, index: int, by_lines: bool, tolerance: float) -> bool:
     expected = tests.outputs[index]
     if tests.kind == "stdin":
         return same_output(found, expected, by_lines, tolerance)
