@@ -80,25 +80,9 @@ def in_bubblewrap(
     """Every namespace its own, nothing of the machine's files but the interpreter, read-only, and a small folder."""
     info, writes = os.pipe()
     command = Command([], [*inherited, writes], info=info)
-    words = [
-        BUBBLEWRAP,
-        "--info-fd",
-        str(writes),
-        "--die-with-parent",
-        "--new-session",
-        "--clearenv",
-        "--hostname",
-        "sandbox",
-    ]
-    words += [
-        "--unshare-ipc",
-        "--unshare-net",
-        "--unshare-pid",
-        "--unshare-uts",
-        "--hostname",
-        "sandbox",
-        "--unshare-cgroup-try",
-    ]
+    words = [BUBBLEWRAP, "--info-fd", str(writes), "--die-with-parent", "--new-session", "--clearenv"]
+    words += ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
+    words += ["--hostname", "sandbox"]
     if os.geteuid() == 0:
         # Root keeps the machine's users, so that the program can be one of its own, whose processes a limit counts.
         words += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]

@@ -14,7 +14,7 @@ import pytest
 from gspo_moe.tasks.sandbox import ProgramTests, Sandbox
 from tests.sandboxes import WAYS, alive, sandbox
 
-MARK = 301  # megabytes, which stand in every command line of these sandboxes
+MARK = 121  # megabytes, which stand in every command line of these sandboxes
 SECRET = "hush-8c21"
 
 
@@ -115,7 +115,7 @@ for family, address in ((socket.AF_INET, {server.getsockname()!r}), (socket.AF_U
     ],
 )
 def test_limits_end_the_program(box: Sandbox, program: str, hows: set[str]) -> None:
-    assert box.run(program, wall_seconds=0.8).how in hows
+    assert box.run(program, wall_seconds=0.8 if "wall" in hows else 60.0).how in hows
 
 
 def test_processor_time_is_limited(box: Sandbox) -> None:
@@ -127,7 +127,7 @@ def test_memory_of_all_processes_together_is_limited(box: Sandbox) -> None:
 import os, time
 for number in range(4):
     if os.fork() == 0:
-        held = bytearray(b"x") * (110 << 20)
+        held = bytearray(b"x") * (35 << 20)
         time.sleep(60)
 time.sleep(60)
 """
@@ -179,8 +179,8 @@ FORGERIES = {
     "an exit": "def f(x): raise SystemExit(0)",
     "writing everywhere": "import os\ndef f(x):\n    for n in range(64):\n        try: os.write(n, b'passed \\n')\n"
     "        except OSError: pass\n    os._exit(0)",
-    "an answer of its own": "import os\ndef f(x):\n    for n in range(3, 64):\n        try: os.write(n, b'{\"value\": true}\\n')\n"
-    "        except OSError: pass\n    return 7",
+    "an answer of its own": "import os\ndef f(x):\n    for n in range(3, 64):\n        try:\n"
+    "            os.write(n, b'{\"value\": true}\\n')\n        except OSError: pass\n    return 7",
     "builtins of its own": "def isinstance(*_): return True\ndef sorted(_): return 3\ndef f(x): return 7",
     "modules of its own": "class math:\n    isclose = staticmethod(lambda *_: True)\ndef f(x): return 7",
     "names that are none": "import os\nfor n in range(3, 64):\n    try: os.write(n, b'{\"names\": 3}\\n[]\\n')\n"
