@@ -32,7 +32,9 @@ def call(text: str, name: str = "upper") -> str:
     return "<tool_call>\n" + json.dumps({"name": name, "arguments": {"text": text}}) + "\n</tool_call>"
 
 
-def said(turns: str | Conversation, lines: bool = False, **options: Any) -> str | None:
+def said(turns: str | Conversation, **options: Any) -> str | None:
+    """options: `lines`, whether the tool takes several, and those of the environment."""
+    lines = options.pop("lines", False)
     environment = ToolEnvironment(Upper(lines=lines), ToolOptions(**options), seconds=1.0)
     return environment.step(PROMPT, answered(turns) if isinstance(turns, str) else turns)
 
@@ -42,7 +44,6 @@ def test_calls_are_answered_in_order_and_a_turn_without_one_ends() -> None:
     assert said("It is A.") is None
     assert said(()) is None
     environment = ToolEnvironment(Upper(), ToolOptions(), 1.0)
-    assert environment.reset(PROMPT) is None
     assert environment.tools[0]["function"]["parameters"]["required"] == ["text"]
 
 
@@ -70,9 +71,7 @@ def test_calls_are_counted_over_the_conversation() -> None:
     assert said(call("a") * 3, calls_per_turn=2) == "A\nA\nerror: no more than 2 calls a turn"
     turns = (Turn("policy", call("a") * 2), Turn("environment", "A\nA"), Turn("policy", call("b") * 2))
     assert said(turns, max_calls=3) == "B\nerror: no more than 3 calls; answer without"
-    assert said(turns, max_calls=2) == "error: no more than 2 calls; answer without\n" * 1 + (
-        "error: no more than 2 calls; answer without"
-    )
+    assert said(turns, max_calls=2) == "\n".join(["error: no more than 2 calls; answer without"] * 2)
 
 
 def test_long_results_are_cut_off() -> None:
@@ -80,7 +79,7 @@ def test_long_results_are_cut_off() -> None:
 
 
 def test_the_plain_form() -> None:
-    plain = {"form": "plain"}
+    plain: dict[str, Any] = {"form": "plain"}
     assert said("well\n@upper a b \nso", **plain) == "\nA B\n"
     assert said("@upper a\n@upper b", **plain) == "\nA\nB\n"
     assert said("@upper a\nb\n@upper c", lines=True, **plain) == "\nA\nB\n@UPPER C\n"
