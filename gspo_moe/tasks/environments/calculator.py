@@ -78,12 +78,13 @@ class Calculator:
         try:
             with warnings.catch_warnings(action="ignore"):
                 tree = ast.parse(argument.strip().translate(SPELLINGS), mode="eval")
-            operations = sum(isinstance(node, ast.BinOp | ast.Call) for node in ast.walk(tree))
-            if operations > self._max_operations:
-                return f"error: at most {self._max_operations} operations in an expression"
-            return _shown(_value(tree.body))
-        except (SyntaxError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             return "error: not an arithmetic expression"
+        operations = sum(isinstance(node, ast.BinOp | ast.Call) for node in ast.walk(tree))
+        if operations > self._max_operations:
+            return f"error: at most {self._max_operations} operations in an expression"
+        try:
+            return _shown(_value(tree.body))
         except ZeroDivisionError:
             return "error: division by zero"
         except (ValueError, TypeError, ArithmeticError) as error:

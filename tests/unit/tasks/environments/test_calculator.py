@@ -60,7 +60,7 @@ def test_integers_and_fractions_are_exact() -> None:
         ("(1", "not an arithmetic expression"),
         ("", "not an arithmetic expression"),
         ("(" * 300, "not an arithmetic expression"),
-        ("\0", "source code string cannot contain null bytes"),
+        ("\0", "not an arithmetic expression"),
         ("1+" * 200 + "1", "an expression has at most 400 characters"),
         ("1+" * 60 + "1", "at most 50 operations in an expression"),
     ],
