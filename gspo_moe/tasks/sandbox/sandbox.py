@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gspo_moe.errors import ConfigError
@@ -65,12 +65,10 @@ class Sandbox:
 
     def run(self, program: str, stdin: str = "", wall_seconds: float | None = None, shows_value: bool = False) -> Ran:
         """Runs a program as a script. shows_value: prints the value of an expression at its end, as a notebook does."""
-        return self._run(
-            {"mode": "run", "shows_value": shows_value},
-            program,
-            stdin.encode(),
-            wall_seconds or self.options.wall_seconds,
-        )
+        job = {"mode": "run", "shows_value": shows_value}
+        ran = self._run(job, program, stdin.encode(errors="replace"), wall_seconds or self.options.wall_seconds)
+        word, text = _told(ran.result)
+        return replace(ran, errors=text) if word == "compile" else ran
 
     def judge(
         self,
@@ -116,7 +114,7 @@ class Sandbox:
             return self._assert(program, tests, index, wall)
         mode = "run" if tests.kind == "stdin" else "call"
         job = {"mode": mode, "function": tests.function, "shows_value": False}
-        ran = self._run(job, program, tests.inputs[index].encode(), wall)
+        ran = self._run(job, program, tests.inputs[index].encode(errors="replace"), wall)
         word, text = _told(ran.result)
         if word == "compile":
             return word, text
