@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from gspo_moe.config.task import FROM_FILES, TaskConfig
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.external import import_own
+from gspo_moe.tasks.environments import in_environment
 from gspo_moe.tasks.files import data_task
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rubrics import task_rubric
@@ -23,12 +24,23 @@ REASONING_GYM = "reasoning_gym/"
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task that `config.name` names, with `config.options`; `seed` moves all of its random streams.
 
-    `task.reward`, where it names one, takes the place of the task's own rewards.
+    `task.reward`, where it names one, takes the place of the task's own rewards, and `task.environment` of its own
+    environment.
     `my_module:my_task` is a function (options, seed) -> Task of the user's own, imported in every process.
     Raises ConfigError for an unknown name, an unknown option or a value that does not fit.
     """
+    if "code" in _rewards(config):
+        from gspo_moe.tasks.rubrics.code import refuse_longer_programs
+
+        refuse_longer_programs(config)
     task = _named(config, seed)
-    return replace(task, rubric=task_rubric(config, task.rubric))
+    return in_environment(replace(task, rubric=task_rubric(config, task.rubric)), config)
+
+
+def _rewards(config: TaskConfig) -> set[str | None]:
+    """The names of all rewards in the section."""
+    files = () if config.data is None else (*config.data.train, *config.data.eval, *config.data.sft)
+    return {config.reward.name, *(term.name for term in config.reward.sum), *(file.reward for file in files)}
 
 
 def _named(config: TaskConfig, seed: int) -> Task:
