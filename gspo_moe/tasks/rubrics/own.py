@@ -181,7 +181,7 @@ class _Call:
             columns = f"the row has {', '.join(row)}" if row else "there is no row with columns"
             raise DataError(
                 f"{self.shown} wants {missing[0]}, which nothing gives for {prompt.uid}: there are {SHOWN}, and "
-                f"{columns}; rename {missing[0]}, give it a default"
+                f"{columns}; rename {missing[0]} or give it a default"
                 + (", or name the column of answers in task.data.columns.answer" if "answer" not in values else "")
             )
         given = {name: one for name, one in found.items() if one is not _NOTHING}
