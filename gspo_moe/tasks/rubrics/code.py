@@ -52,7 +52,7 @@ class Code:
         """The reward, and as parts the share of tests passed and what stood in the way. Raises DataError for tests
         that are none."""
         options = self._options
-        tests = tests_of(prompt)
+        tests = given_tests(prompt)
         program = program_in(last_answer(turns), options.without_fence == "whole")
         if program is None:
             return _parts(0.0, 0.0, "no_code")
@@ -79,7 +79,7 @@ def _parts(reward: float, passed: float, failure: str | None) -> Mapping[str, fl
     }
 
 
-def tests_of(prompt: Prompt) -> ProgramTests:
+def given_tests(prompt: Prompt) -> ProgramTests:
     """The tests in a prompt's reference, its own or those of its record. Raises DataError where there are none."""
     row = prompt.reference.get("row")
     found = prompt.reference.get("tests") or (row.get("tests") if isinstance(row, Mapping) else None)

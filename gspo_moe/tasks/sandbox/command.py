@@ -124,7 +124,6 @@ def in_the_open(
     Path(folder).chmod(0o755)
     own.chmod(0o777)
     calls = call_filter(namespaces=False).hex()
-    # The keeper of the program counts towards a user's processes too.
     asked = _job(
         options, job, program=str(file), folder=str(own), keeps=True, filter=calls, processes=options.processes
     )

@@ -9,7 +9,7 @@ import pytest
 from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.tasks import make_task
-from gspo_moe.tasks.rubrics.code import Code, program_in, tests_of
+from gspo_moe.tasks.rubrics.code import Code, given_tests, program_in
 from gspo_moe.tasks.sandbox.cases import ProgramTests
 from gspo_moe.types import Prompt
 from tests.sandboxes import sandbox
@@ -57,9 +57,9 @@ def test_rewards_and_parts() -> None:
 
 def test_tests_stand_in_the_reference_or_its_row() -> None:
     expected = ProgramTests("stdin", ("1", "2"), ("2", "4"))
-    assert tests_of(PROMPT) == tests_of(Prompt("train/1", "?", "data", {"row": {"tests": TESTS}})) == expected
+    assert given_tests(PROMPT) == given_tests(Prompt("train/1", "?", "data", {"row": {"tests": TESTS}})) == expected
     with pytest.raises(DataError, match="prompt train/2 has no tests, which the reward `code` runs"):
-        tests_of(Prompt("train/2", "?", "data", {"answer": "4"}))
+        given_tests(Prompt("train/2", "?", "data", {"answer": "4"}))
 
 
 @pytest.mark.parametrize(
