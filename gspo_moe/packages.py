@@ -44,6 +44,7 @@ PACKAGES = (
     Package("reasoning-gym", "reasoning_gym", "task.name=reasoning_gym/..."),
     Package("Jinja2", "jinja2", "gspo-moe report, chat templates"),
     Package("plotly", "plotly", "gspo-moe report"),
+    Package("math-verify", "math_verify", "task.reward=math"),
     Package("pyarrow", "pyarrow", "task.data of .parquet and .arrow files"),
 )
 

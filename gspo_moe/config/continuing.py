@@ -62,7 +62,8 @@ DATA = ("model.hf", "model.checkpoint", "tokenizer.path", "chat.template", "roll
 # Lists of sections with a path each, whose other keys are the run's identity.
 RECORDS = ("task.data.train", "task.data.eval", "task.data.sft")
 # The files of a folder that are data; config.json is not: every checkpoint has its own, which a run compares.
-READ = ("tokenizer.json", "tokenizer.model", "*.safetensors", "*.distcp")
+READ_BEFORE = ("tokenizer.json", "tokenizer.model", "*.safetensors", "*.distcp")  # by a version without chat templates
+READ = (*READ_BEFORE, "chat_template.jinja")
 RECORD_FILES = ("**/*.jsonl", "**/*.json", "**/*.parquet", "**/*.arrow")
 BLOCKS, BLOCK_BYTES = 16, 1 << 20
 
@@ -78,7 +79,10 @@ def check_continues(config: Config) -> None:
             f"logging.run_dir={config.run_path} holds a run of checkpoint.keep=0, which cannot be gone on with; name "
             "another folder, or remove this one to start anew"
         )
-    changed = [] if newest is None else changes(config.run_path, config, WORK + EXTENT)
+    free: tuple[str, ...] = WORK + EXTENT
+    if config.rollout.long_prompts != "error":  # the room that it leaves says which prompts there are
+        free = tuple(key for key in free if key != "schedule.micro_batch_tokens")
+    changed = [] if newest is None else changes(config.run_path, config, free)
     if changed:
         raise ConfigError(
             f"logging.run_dir={config.run_path} holds another run ({'; '.join(changed)}); restore these to go on with "
@@ -161,7 +165,8 @@ def _difference(key: str, before: Any, now: Any, digest_before: str | None) -> s
         return None if before == now or (Path(before).exists() and digest(Path(before)) == digest(path)) else ""
     if not path.exists():  # said by what checks files
         return None if before == now else ""
-    return None if digest(path) == digest_before else " with other content"
+    same = digest_before in (digest(path), digest(path, READ_BEFORE))
+    return None if same else " with other content"
 
 
 def digest_of_records(files: Sequence[Mapping[str, Any]]) -> str:

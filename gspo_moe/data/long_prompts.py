@@ -26,28 +26,29 @@ class Limit:
     words: str
 
 
-def prompt_limit(config: Config, max_positions: int) -> Limit:
-    """`rollout.max_prompt_tokens`, else what an answer leaves of the model's positions and a micro-batch.
+def prompt_limit(config: Config, max_positions: int, split: str = "train") -> Limit:
+    """`rollout.max_prompt_tokens`, else what an answer of the split leaves of the model's positions and a micro-batch.
 
     Raises ConfigError where no prompt has room, or a prompt of `rollout.max_prompt_tokens` has not.
     """
     answer, wanted = config.rollout.max_response_tokens, config.rollout.max_prompt_tokens
+    key = "rollout.max_response_tokens"
+    if split == "eval" and config.evaluation.max_response_tokens is not None:
+        answer, key = config.evaluation.max_response_tokens, "evaluation.max_response_tokens"
     whole, name = min(
         (config.schedule.micro_batch_tokens, f"schedule.micro_batch_tokens={config.schedule.micro_batch_tokens}"),
         (max_positions, f"the model's {max_positions} positions"),
     )
     if wanted is not None and wanted + answer > whole:
         raise ConfigError(
-            f"rollout.max_prompt_tokens={wanted} and rollout.max_response_tokens={answer} together exceed {name}; "
+            f"rollout.max_prompt_tokens={wanted} and {key}={answer} together exceed {name}; "
             "lower one of the two" + ("" if whole == max_positions else ", or raise schedule.micro_batch_tokens")
         )
     if wanted is not None:
         return Limit(wanted, f"rollout.max_prompt_tokens={wanted}")
     if answer >= whole:
-        raise ConfigError(f"rollout.max_response_tokens={answer} leaves no room for a prompt in {name}; lower it")
-    return Limit(
-        whole - answer, f"the {whole - answer} tokens that rollout.max_response_tokens={answer} leaves of {name}"
-    )
+        raise ConfigError(f"{key}={answer} leaves no room for a prompt in {name}; lower it")
+    return Limit(whole - answer, f"the {whole - answer} tokens that {key}={answer} leaves of {name}")
 
 
 def lengths(renderer: Renderer, prompts: Sequence[Prompt], limit: int) -> Iterator[int]:

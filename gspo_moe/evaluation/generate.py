@@ -20,6 +20,7 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.answers import Answerer
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import make_stop_ids
+from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.types import Prompt, RolloutGroup
 
@@ -49,7 +50,9 @@ def generate(config: Config, prompt: Prompt, samples: int, limit: int | None = N
     load_initial_weights(config, model)
     prefill = max(config.schedule.micro_batch_tokens, length)
     engine = MegatronEngine(model, config.rollout.max_batch, prefill, cuda_graph=config.rollout.cuda_graph)
-    answerer = Answerer(engine, renderer, TaskPool(config.task, config.seed), groups)  # whose workers never start
+    pool = TaskPool(config.task, config.seed)  # whose workers never start
+    stop_strings = make_stop_strings(tokenizer, config.rollout.stop)
+    answerer = Answerer(engine, renderer, pool, groups, stop_strings=stop_strings)
     shares = gather_objects(answerer.generate([prompt], samples, params), groups.data_context)
     (answered,) = (group for share in shares for group in share)
     return answered

@@ -42,8 +42,8 @@ def fitted(plan: Plan, splits: Sequence[str]) -> Plan:
     config, prompts, whole = plan.config, plan.task.prompts, plan
     mode, positions = config.rollout.long_prompts, plan.architecture.max_positions
     if mode == "truncate_left":
-        limit = prompt_limit(config, positions)
-        plan = replace(plan, renderer=replace(plan.renderer, max_prompt_tokens=limit.tokens))
+        shortest = min(prompt_limit(config, positions, split).tokens for split in splits)
+        plan = replace(plan, renderer=replace(plan.renderer, max_prompt_tokens=shortest))
     for split in splits:
         size = prompts.size(split)
         if size is not None:
@@ -57,7 +57,7 @@ def fitted(plan: Plan, splits: Sequence[str]) -> Plan:
 
 
 def _of_prompts(plan: Plan, split: str) -> Check:
-    limit = prompt_limit(plan.config, plan.architecture.max_positions)
+    limit = prompt_limit(plan.config, plan.architecture.max_positions, split)
     return Check(
         split=split,
         bound=limit.tokens,

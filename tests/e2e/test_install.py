@@ -43,7 +43,7 @@ class Machine:
         self.log.write_text("")
         given = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "GSPO_MOE_PYTHON", "GSPO_MOE_TORCH")}
         given |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "PIP_LOG": str(self.log), "PIP_FAILS": fails}
-        command = ["bash", str(self.root / "launch/install.sh")]
+        command: list[str] = ["bash", str(self.root / "launch/install.sh")]
         return subprocess.run(command, env=given | environment, capture_output=True, text=True)
 
 

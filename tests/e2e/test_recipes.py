@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import pickle
 import zlib
@@ -20,10 +19,6 @@ from gspo_moe.training.evaluation import evaluation_config
 from tests.chatml import chatml_model
 from tests.e2e.program import ROOT, json_lines
 from tests.turns import answered
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("gspo_moe.tasks.files") is None, reason="prompts from files are not there"
-)
 
 AIME = [
     {"id": 60, "problem": "Find $33 \\cdot 10 + 3$.", "solution": "...", "answer": "333", "year": "2024"},

@@ -13,7 +13,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from types import FrameType
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from pydantic import Field, PositiveFloat
 
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.packages import require
 from gspo_moe.section import Section
 from gspo_moe.tasks.rubrics.given import final_answer, reference_answers
 from gspo_moe.types import Conversation, Prompt
@@ -51,8 +51,7 @@ class MathAnswer:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = validated(MathOptions, options, prefix="task.reward.options.")
-        if find_spec("math_verify") is None:
-            raise ConfigError("task.reward=math needs the package math-verify; pip install math-verify")
+        require("math-verify")
 
     def check(self, prompt: Prompt) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from gspo_moe.config.continuing import (
     BLOCKS,
     DATA,
     EXTENT,
+    READ_BEFORE,
     RECORDS,
     WORK,
     changes,
@@ -119,6 +121,31 @@ def test_how_the_work_is_done_and_measured_may_change(tmp_path: Path) -> None:
     check_continues(configured(tmp_path, *HARMLESS))
     started(tmp_path, *HARMLESS)
     check_continues(configured(tmp_path))
+
+
+def test_the_room_that_chooses_prompts_may_not_change(tmp_path: Path) -> None:
+    drops = ("rollout.long_prompts=drop", "schedule.micro_batch_tokens=64")
+    started(tmp_path, *drops)
+    check_continues(configured(tmp_path, *drops))
+    with pytest.raises(ConfigError, match=r"schedule\.micro_batch_tokens was 64 and is 96"):
+        check_continues(configured(tmp_path, drops[0], "schedule.micro_batch_tokens=96"))
+
+
+def test_a_changed_chat_template_is_another_run_unless_it_was_not_looked_at(tmp_path: Path) -> None:
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    template.parent.mkdir()
+    (template.parent / "tokenizer.json").write_text("{}")
+    template.write_text("one")
+    given = f"tokenizer.path={template.parent}"
+    started(tmp_path, given)
+    check_continues(configured(tmp_path, given))
+    inputs = tmp_path / "inputs.json"
+    inputs.write_text(json.dumps({"tokenizer.path": digest(template.parent, READ_BEFORE)}))
+    check_continues(configured(tmp_path, given))
+    started(tmp_path, given)
+    template.write_text("two")
+    with pytest.raises(ConfigError, match=r"tokenizer\.path .* with other content"):
+        check_continues(configured(tmp_path, given))
 
 
 def test_a_run_of_before_backends_had_parts_goes_on(tmp_path: Path) -> None:

@@ -181,6 +181,6 @@ def test_the_last_turn_is_the_answer() -> None:
 
 
 def test_without_the_package_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gspo_moe.tasks.rubrics.math_answer.find_spec", lambda name: None)
+    monkeypatch.setattr("gspo_moe.packages._is_there", lambda module: False)
     with pytest.raises(ConfigError, match="pip install math-verify"):
         MathAnswer({})
