@@ -113,13 +113,13 @@ def keep(job: dict[str, Any]) -> None:
     """
     import signal
 
-    starter = os.getppid()
-
     death_signal, dumpable, subreaper = 1, 4, 36
     prctl(subreaper, 1)
     prctl(dumpable, 0)
     prctl(death_signal, signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if os.getppid() != job["starter"]:  # the death came before the signal was asked for
+        os.execv("/bin/rm", ["rm", "-rf", "--one-file-system", os.path.dirname(job["program"])])
     if job["uid"] is None:  # the limit counts all processes of the user
         job["processes"] += processes_of(os.getuid())
     child = os.fork()
@@ -134,7 +134,7 @@ def keep(job: dict[str, Any]) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end_all()
-        if os.getppid() != starter:
+        if os.getppid() != job["starter"]:
             os.execv("/bin/rm", ["rm", "-rf", "--one-file-system", os.path.dirname(job["program"])])
         os._exit(code if code >= 0 else 128 - code)
 
