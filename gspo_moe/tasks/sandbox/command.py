@@ -125,7 +125,13 @@ def in_the_open(
     own.chmod(0o777)
     calls = call_filter(namespaces=False).hex()
     asked = _job(
-        options, job, program=str(file), folder=str(own), keeps=True, filter=calls, processes=options.processes
+        options,
+        {**job, "starter": os.getpid()},
+        program=str(file),
+        folder=str(own),
+        keeps=True,
+        filter=calls,
+        processes=options.processes,
     )
     command.words = [*interpreter.start(asked)]
     return command

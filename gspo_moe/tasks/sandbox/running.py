@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import selectors
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -208,17 +210,32 @@ def _resident(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
-def _stored(folder: Path) -> int:
-    total = 0
-    for here, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(here, name)).st_blocks * 512
+def _stored(folder: Path) -> float:
+    """Bytes on disk; endless where a folder cannot be looked into, because it is closed or its path too long."""
+    total, ahead = 0, [str(folder)]
+    while ahead:
+        try:
+            with os.scandir(ahead.pop()) as entries:
+                for entry in entries:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        ahead.append(entry.path)
+        except FileNotFoundError:  # removed since
+            continue
+        except OSError:
+            return math.inf
     return total
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
     """For a program without bubblewrap; whatever it left there is removed, as far as it can be."""
-    with tempfile.TemporaryDirectory(prefix="sandbox", ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix="sandbox")
+    try:
         yield folder
+    finally:
+        try:
+            shutil.rmtree(folder)
+        except (OSError, RecursionError):  # closed folders, or one in another beyond Python's depth
+            for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+                subprocess.run([*command, folder], stderr=subprocess.DEVNULL, check=False)

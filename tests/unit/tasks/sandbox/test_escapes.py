@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,44 @@ for path in [{str(own)!r}, "link", "/root/.bashrc", "/etc/shadow", *paths]:
     if box.closed:
         listing = box.run(f"import os\nprint(os.path.exists({str(Path.cwd())!r}), os.path.exists('/proc'))")
         assert listing.output == "False False\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "for _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
+        "os.makedirs('d/e')\nopen('d/f', 'w').close()\nos.chmod('d/e', 0)\nos.chmod('d', 0)",
+    ],
+)
+def test_no_folder_is_left(box: Sandbox, program: str) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("sandbox*"))
+    assert box.run(f"import os\n{program}", wall_seconds=60).how in ("ended", "disk")
+    assert set(Path(tempfile.gettempdir()).glob("sandbox*")) <= before
+
+
+def test_nothing_is_left_where_the_trainer_is_killed(box: Sandbox) -> None:
+    mark = f"'memory_mb': {MARK}"
+    code = (
+        "import sys\nfrom tests.sandboxes import WAYS, sandbox\n"
+        f"box = sandbox(WAYS[{int(not box.closed)}], memory_mb={MARK})\nprint(flush=True)\n"
+        "box.run('import os, time; os.fork(); time.sleep(60)', wall_seconds=60)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        environment = {**os.environ, "TMPDIR": folder}
+        with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as trainer:
+            assert trainer.stdout is not None
+            trainer.stdout.readline()
+            until(lambda: len(alive(mark)) >= (4 if box.closed else 3))  # the fork's child among them
+            trainer.kill()
+        until(lambda: not alive(mark) and not os.listdir(folder))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_no_socket_reaches_the_machine(box: Sandbox) -> None:
