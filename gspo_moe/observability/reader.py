@@ -39,8 +39,8 @@ class Run:
     problems: tuple[str, ...]
     series: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
-    times: tuple[float, float] | None = None
-    starts: tuple[dict[str, Any], ...] = ()
+    times: tuple[float, float] | None = field(default=None, repr=False)
+    starts: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
