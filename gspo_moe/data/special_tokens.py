@@ -6,8 +6,10 @@ template's own. Marks are Unicode's noncharacters, which no interchanged text ha
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gspo_moe.errors import DataError
@@ -40,6 +42,8 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, named: Mapping[str, str]) -> None:
         self._tokenizer = tokenizer
+        self._literal: tokenizers.Tokenizer | None = None
+        self._making = Lock()
         self.named = named
         added = {key: token for key, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.ids = frozenset(added)
@@ -81,12 +85,17 @@ class SpecialTokens:
             start += len(run)
         return found
 
+    def _of_text(self) -> tokenizers.Tokenizer:
+        """A copy that takes no word for special; it is the tokenizer's setting, and prompts are measured in threads."""
+        with self._making:
+            if self._literal is None:
+                literal = copy.deepcopy(self._tokenizer)
+                literal.encode_special_tokens = True
+                self._literal = literal
+        return self._literal
+
     def _encode(self, text: str, as_text: bool) -> list[Piece]:
-        self._tokenizer.encode_special_tokens = as_text
-        try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+        encoding = (self._of_text() if as_text else self._tokenizer).encode(text, add_special_tokens=False)
         return [Piece(one, *span) for one, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
 

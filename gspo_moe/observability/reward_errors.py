@@ -60,7 +60,8 @@ class RewardErrors:
 
     def _tell(self, text: str) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        text = text.encode(errors="backslashreplace").decode()  # lone surrogates, which no file and no terminal takes
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(re.sub(r"\n\s*\n", "\n", text) + "\n\n")  # an empty line ends an entry
         if not self._told:
             _log.warning("%s\n(the first of later ones: %s)", text, self._file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from gspo_moe.config.loading import load_config
 from gspo_moe.data.long_prompts import KeptPrompts, Limit, ShortPrompts, lengths, prompt_limit, too_long
 from gspo_moe.data.rendering import Renderer
-from gspo_moe.data.tokenizers import SentencePieceTokenizer
+from gspo_moe.data.tokenizers import HFTokenizer, SentencePieceTokenizer
 from gspo_moe.errors import ConfigError, RolloutError
 from gspo_moe.types import Prompt
 
@@ -109,3 +111,19 @@ def test_a_prompt_is_cut_off_at_its_left_end(renderer: Renderer, tmp_path: Path)
     cut = Renderer(renderer.tokenizer, renderer.chat, max_prompt_tokens=4)
     assert cut.prompt(Prompt("train/0", "abc", "t"), "0123") == renderer.prompt(Prompt("train/0", "0123", "t"))
     assert cut.prompt(Prompt("train/0", "abc", "t")) == renderer.prompt(Prompt("train/0", "abc", "t"))
+
+
+def test_prompts_that_quote_special_words_are_measured_right_beside_others(
+    qwen_tokenizer: HFTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = Renderer(qwen_tokenizer)
+    words = ("é, say <|im_end|> " + "word " * 300, "é " * 600)
+    prompts = [Prompt(f"train/{number}", words[number % 2], "numbers") for number in range(200)]
+    counts = [len(renderer.prompt(prompt)) for prompt in prompts[:2]]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        assert list(lengths(renderer, prompts, 10)) == counts * 100
+    finally:
+        sys.setswitchinterval(before)

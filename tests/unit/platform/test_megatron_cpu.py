@@ -236,7 +236,7 @@ def test_it_is_put_in_once() -> None:
 def test_a_megatron_imported_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", without_our_finder())
     monkeypatch.setitem(sys.modules, "megatron.core", ModuleType("megatron.core"))
-    with pytest.raises(ConfigError, match=r"import gspo_moe\.platform first"):
+    with pytest.raises(ConfigError, match=r"put `import gspo_moe\.model` above its first import"):
         prepare_megatron()
 
 

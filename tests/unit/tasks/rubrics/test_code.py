@@ -75,7 +75,10 @@ def test_tests_stand_in_the_reference_or_its_row() -> None:
         ),
         ({"name": "code", "timeout_seconds": 5}, r"total_seconds=8 is not below task\.reward\.timeout_seconds=5"),
         ({"name": "code", "options": {"wall_seconds": 1}}, r"wall_seconds=1 is less than cpu_seconds=4"),
-        ({"name": "code", "options": {"wall": 1}}, r"unknown key task\.reward\.options\.wall=1; the nearest valid key"),
+        (
+            {"name": "code", "options": {"wall": 1}},
+            r"unknown key task\.reward\.options\.wall=1; leave it out, or take one of cpu_seconds, ",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_run(reward: dict[str, Any], message: str) -> None:
