@@ -20,6 +20,7 @@ from gspo_moe.model.build import build_model
 from gspo_moe.model.names import Entry, hf_shapes
 from gspo_moe.model.weights import local_tensors
 from gspo_moe.parallel.groups import initialize, parallel_state, shut_down
+from gspo_moe.planning.memory import estimate
 from gspo_moe.platform import Device, megatron_version
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -104,4 +105,9 @@ def test_the_examples_are_labelled_and_keep_the_papers_settings() -> None:
         small += [(config.model, config.parallel)] if "30b" in file.name else []
         assert (config.algorithm.name, config.algorithm.clips) == ("gspo", (3e-4, 4e-4))
         assert config.algorithm.mini_batches == 4
+        world_size, preset = (256, "qwen3_235b_a22b") if "235b" in file.name else (32, "qwen3_30b_a3b")
+        architecture = load_config(file, ["model.hf=null", f"model.preset={preset}"]).model.architecture()
+        layout = check_layout(config, architecture, world_size, megatron_version())
+        needed = estimate(config, architecture, layout, config.rollout.max_prompt_tokens or 2048)
+        assert needed.peak < 0.8 * H100_BYTES, "the CUDA context, NCCL's buffers and fragmentation need the rest"
     assert small == [small[0]] * 3
