@@ -69,6 +69,13 @@ class Config(Section):
     def has_value_head(self) -> bool:
         return self.stage == "rl" and self.algorithm.spec.has_value_function
 
+    def answer_limit(self, split: str) -> tuple[int, str]:
+        """Tokens of an answer of `split` at most, and the key that says so."""
+        own = self.evaluation.max_response_tokens if split == "eval" else None
+        if own is None:
+            return self.rollout.max_response_tokens, "rollout.max_response_tokens"
+        return own, "evaluation.max_response_tokens"
+
     @property
     def run_path(self) -> Path:
         return Path(self.logging.run_dir)

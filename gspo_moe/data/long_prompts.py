@@ -31,10 +31,7 @@ def prompt_limit(config: Config, max_positions: int, split: str = "train") -> Li
 
     Raises ConfigError where no prompt has room, or a prompt of `rollout.max_prompt_tokens` has not.
     """
-    answer, wanted = config.rollout.max_response_tokens, config.rollout.max_prompt_tokens
-    key = "rollout.max_response_tokens"
-    if split == "eval" and config.evaluation.max_response_tokens is not None:
-        answer, key = config.evaluation.max_response_tokens, "evaluation.max_response_tokens"
+    (answer, key), wanted = config.answer_limit(split), config.rollout.max_prompt_tokens
     whole, name = min(
         (config.schedule.micro_batch_tokens, f"schedule.micro_batch_tokens={config.schedule.micro_batch_tokens}"),
         (max_positions, f"the model's {max_positions} positions"),

@@ -61,7 +61,7 @@ def _config(path: str | None, model: str | None, overrides: Sequence[str]) -> Co
 
 
 def _prompt(text: str | None, file: str | None) -> Prompt:
-    from gspo_moe.data.messages import read_messages
+    from gspo_moe.tasks.messages import read_messages, read_tools
     from gspo_moe.types import Prompt
 
     if file is None:
@@ -71,6 +71,7 @@ def _prompt(text: str | None, file: str | None) -> Prompt:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"--messages {file} cannot be read as JSON ({error}); give a list of messages") from None
-    tools = values.get("tools", []) if isinstance(values, dict) else []
-    messages = read_messages(values.get("messages") if isinstance(values, dict) else values, f"--messages {file}")
-    return Prompt("generate/0", "", "generate", messages=messages, tools=tuple(tools))
+    record = values if isinstance(values, dict) else {"messages": values}
+    messages = read_messages(record.get("messages"), f"--messages {file}: messages")
+    tools = read_tools(record.get("tools"), f"--messages {file}: tools")
+    return Prompt("generate/0", "", "generate", messages=messages, tools=tools)

@@ -58,7 +58,7 @@ def sampling(config: Config, stop_ids: frozenset[int]) -> SamplingParams:
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         top_k=chosen.top_k,
-        max_response_tokens=chosen.max_response_tokens or config.rollout.max_response_tokens,
+        max_response_tokens=config.answer_limit("eval")[0],
         stop_ids=stop_ids,
         seed=f"{config.seed}/eval",
     )

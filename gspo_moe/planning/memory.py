@@ -30,8 +30,9 @@ get equal numbers of tokens here; a router out of balance needs more.
 Log-probs: `log_prob_memory_mib` where fused, else logits in b bytes, and in fp32 with their gradient.
 
 Generation: keys and values, 2 G / t d b a position in each of the stage's layers, for `max_batch` answers (or all of a
-step on this rank, where they are fewer) of prompt and `max_response_tokens`, beside the prompts' own rows; logits in
-fp32 of each answer's last token, twice. It comes at another time than the backward pass: the larger of both counts.
+step on this rank, where they are fewer) of prompt and `max_response_tokens` (the larger of rollout's and
+evaluation's), beside the prompts' own rows; logits in fp32 of each answer's last token, twice. It comes at another
+time than the backward pass: the larger of both counts.
 
 Left out: the CUDA context and NCCL's buffers (1 to 3 GiB), fragmentation, CUDA graphs.
 """
@@ -112,7 +113,8 @@ def kv_cache_bytes(config: Config, architecture: Architecture, layout: Layout, p
     """Of a rank's largest batch of answers, with the rows of their prompts."""
     answers, rollout = _answers(config, layout), config.rollout
     prompts = -(-answers // rollout.samples_per_prompt)
-    capacity = prompt_tokens + rollout.max_response_tokens
+    splits = ("train", "eval") if config.evaluation.prompts else ("train",)
+    capacity = prompt_tokens + max(config.answer_limit(split)[0] for split in splits)
     capacity += -capacity % POSITIONS_MULTIPLE
     groups = architecture.num_key_value_heads // layout.tensor
     position = 2 * groups * architecture.head_dim * DTYPE_BYTES[config.model.dtype]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gspo_moe.data.messages import read_messages
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.tasks.messages import read_messages, read_tools
 
 FORMS = '{"token_ids": [...]}, {"text": "..."} or {"messages": [...]}'
 KINDS = ("token_ids", "text", "messages")
@@ -82,12 +82,10 @@ def _sequence(line: str, where: str, renderer: Renderer | None) -> Line:
 
 
 def _conversation(values: dict[str, Any], where: str, renderer: Renderer) -> Line:
-    tools = values.get("tools", [])
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: tools must be a list of JSON schemas")
-    messages = read_messages(values["messages"], where)
     try:
-        rendered = renderer.conversation(messages, tuple(tools))
+        messages = read_messages(values["messages"], "its messages")
+        tools = read_tools(values.get("tools"), "its tools")
+        rendered = renderer.conversation(messages, tools)
     except (ConfigError, DataError) as error:
         raise DataError(f"{where}: {error}") from error
     return Line(rendered.token_ids, rendered.answer_mask)

@@ -243,10 +243,12 @@
     slider.setAttribute("aria-valuetext", `step ${steps[at]}`);
     document.getElementById("sample-step").textContent = slider.disabled ? "all" : steps[at];
     const low = bound("reward-low", -Infinity), high = bound("reward-high", Infinity), free = low === -Infinity && high === Infinity;
-    const wanted = (sample) => (slider.disabled || sample.step === steps[at]) && (free || (typeof sample.reward === "number" && low <= sample.reward && sample.reward <= high));
+    const fits = (sample) => free || (typeof sample.reward === "number" && low <= sample.reward && sample.reward <= high);
     let found = 0, shown = 0;
     const groups = Object.keys(data.samples).filter((arm) => !hidden.has(arm)).map((arm) => {
-      const samples = data.samples[arm].filter(wanted);
+      // An arm without samples at this step shows its newest before it.
+      const own = Math.max(...data.samples[arm].map((sample) => sample.step).filter((step) => step <= steps[at]));
+      const samples = data.samples[arm].filter((sample) => (slider.disabled || sample.step === own) && fits(sample));
       const cards = samples.slice(0, Math.max(0, SHOWN - shown));
       [found, shown] = [found + samples.length, shown + cards.length];
       const group = element("div", "", "rollouts");

@@ -86,7 +86,7 @@ def test_text_is_read_from_standard_input_with_a_config_and_overrides_behind(
         (["--model", "MODEL", "--prompt", "a" * 256], "the prompt has 2.. tokens; give .* fewer than the model's 256"),
         (["--model", "MODEL", "--prompt", "a", "--samples", "0"], "--samples 0 gives no answer"),
         (["--model", "MODEL", "--messages", "none.json"], "--messages none.json cannot be read as JSON"),
-        (["--model", "MODEL", "--messages", "MODEL/config.json"], "messages must be a list of one"),
+        (["--model", "MODEL", "--messages", "MODEL/config.json"], "messages is missing or null"),
     ],
 )
 def test_what_cannot_be_answered_says_so(

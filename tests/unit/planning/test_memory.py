@@ -144,4 +144,8 @@ def test_what_is_shared_is_divided() -> None:
     assert whole.reference == 0
     assert planned("parallel={expert: 8}", "algorithm.kl.coeff=0.1")[0].reference == whole.weights
     assert planned("parallel={expert: 8}", "rollout.max_batch=1")[0].kv_cache < whole.kv_cache
+    longer = ("rollout.max_response_tokens=8", "evaluation.max_response_tokens=64")
+    in_turn = ("rollout.max_response_tokens=64", "evaluation.max_response_tokens=8")
+    held_out, trained = (planned("parallel={expert: 8}", *limits)[0].kv_cache for limits in (longer, in_turn))
+    assert held_out == trained > planned("parallel={expert: 8}", *longer, "evaluation.prompts=0")[0].kv_cache
     assert planned("parallel={expert: 8}", "model.fused_log_probs=false")[0].log_probs > whole.log_probs == 512 << 20

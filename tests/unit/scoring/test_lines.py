@@ -66,13 +66,13 @@ def test_all_kinds_of_lines_are_scored_as_transformers_scores_their_ids(model: P
         ({"text": ""}, "there is no token in it"),
         ({"text": 5}, "text must be text"),
         ({"text": "a", "messages": CHAT}, "text and messages are both given"),
-        ({"messages": []}, "messages must be a list of one"),
-        ({"messages": [{"role": "user"}]}, "message 0 .from 0. must have role and content"),
+        ({"messages": []}, r"its messages is \[\], not a list of messages"),
+        ({"messages": [{"role": "user"}]}, r"its messages\[0\].content is missing"),
         (
-            {"messages": [*CHAT, {"role": "user", "content": "a", "tool_calls": []}]},
+            {"messages": [*CHAT, {"role": "user", "content": "a", "tool_calls": [{}]}]},
             "has tool_calls, which is",
         ),
-        ({"messages": CHAT, "tools": "calculator"}, "tools must be a list of JSON schemas"),
+        ({"messages": CHAT, "tools": "calculator"}, "its tools is text that is no JSON"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(line: Any, problem: str, model: Path, tmp_path: Path) -> None:
