@@ -198,7 +198,9 @@ def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: TaskPool) -> None
         expected[number] = -1.0
     assert totals(rewards) == expected
     assert failures(rewards) == [2, 20, 21, 33]
-    assert rewards[2] == Reward(-1.0, {}, f"train/2: no reward within task.reward.timeout_seconds={LIMIT:g}", timed_out=True)
+    assert rewards[2] == Reward(
+        -1.0, {}, f"train/2: no reward within task.reward.timeout_seconds={LIMIT:g}", timed_out=True
+    )
     assert [number for number, reward in enumerate(rewards) if reward.timed_out] == [2]
 
 
