@@ -18,7 +18,7 @@ COLUMNS = ("prompt", "messages", "answer", "demonstration", "system", "uid")
 def _known(value: dict[str, str]) -> dict[str, str]:
     unknown = [name for name in value if name not in COLUMNS]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(COLUMNS)}; name one of these and its column")
+        raise ValueError(f"columns.{unknown[0]} is none of {', '.join(COLUMNS)}; name one of these and its column")
     return value
 
 

@@ -112,7 +112,7 @@ def read_chat_template(folder: Path, special_tokens: Mapping[str, str]) -> ChatT
     """
     file, found = folder / TEMPLATE_FILE, None
     if file.is_file():
-        found = file.read_text(encoding="utf-8")
+        found = _read(file)
     else:
         file = folder / SETTINGS_FILE
         found = read_json(file).get("chat_template")
@@ -135,7 +135,7 @@ def find_template(chat: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate | None
         if not file.is_file():
             raise ConfigError(f"chat.template={chat.template} is no file; give auto, none or the path of a Jinja file")
         special = tokenizer.special
-        template = ChatTemplate(file.read_text(encoding="utf-8"), {} if special is None else special.named, file)
+        template = ChatTemplate(_read(file), {} if special is None else special.named, file)
     variables = {} if chat.thinking is None else {"enable_thinking": f"chat.thinking={str(chat.thinking).lower()}"}
     variables |= {name: f"chat.variables.{name}" for name in chat.variables}
     if template is None:
@@ -155,6 +155,13 @@ def find_template(chat: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate | None
             f"one of its own in chat.variables ({', '.join(known) or 'it has none'})"
         )
     return template
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is no readable chat template ({error}); write it as UTF-8 text") from error
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -155,10 +155,12 @@ class Renderer:
             raise DataError(f"prompt {prompt.uid} has both text and messages; leave one of them empty")
         if self.template is None:
             if prompt.messages:
+                fault = f"prompt {prompt.uid} of task {prompt.task} consists of messages"
+                if self.chat.template == "none":
+                    raise ConfigError(f"{fault}, which chat.template=none does not take; set it to auto or a file")
                 raise ConfigError(
-                    f"prompt {prompt.uid} of task {prompt.task} consists of messages and the tokenizer has no chat "
-                    "template; set tokenizer.path to a folder with tokenizer.json and chat_template.jinja, or "
-                    "chat.template to a Jinja file"
+                    f"{fault} and the tokenizer has no chat template; set tokenizer.path to a folder with "
+                    "tokenizer.json and chat_template.jinja, or chat.template to a Jinja file"
                 )
             return None
         if prompt.tools and "tools" not in self.template.variables:

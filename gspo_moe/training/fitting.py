@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from gspo_moe.config.schema import Config
 from gspo_moe.data.long_prompts import KeptPrompts, ShortPrompts, lengths, prompt_limit, too_long
-from gspo_moe.errors import DataError
+from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.training.session import Plan
 from gspo_moe.training.sft import training_sample
 from gspo_moe.types import OrderedPrompts, Prompt, Prompts
@@ -42,8 +42,14 @@ def fitted(plan: Plan, splits: Sequence[str]) -> Plan:
     config, prompts, whole = plan.config, plan.task.prompts, plan
     mode, positions = config.rollout.long_prompts, plan.architecture.max_positions
     if mode == "truncate_left":
-        shortest = min(prompt_limit(config, positions, split).tokens for split in splits)
-        plan = replace(plan, renderer=replace(plan.renderer, max_prompt_tokens=shortest))
+        limits = [prompt_limit(config, positions, split).tokens for split in splits]
+        if min(limits) < limits[0]:  # training would learn from other prompts where evaluation changes
+            raise ConfigError(
+                f"rollout.long_prompts=truncate_left cuts all prompts to {limits[0]} tokens, and "
+                f"evaluation.max_response_tokens={config.evaluation.max_response_tokens} leaves {min(limits)}; "
+                f"set rollout.max_prompt_tokens={min(limits)}"
+            )
+        plan = replace(plan, renderer=replace(plan.renderer, max_prompt_tokens=limits[0]))
     for split in splits:
         size = prompts.size(split)
         if size is not None:

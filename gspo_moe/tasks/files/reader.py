@@ -34,6 +34,7 @@ FORMATS: dict[str, Parse] = {
     "livecodebench": parse_livecodebench,
     "codeforces": parse_codeforces,
 }
+DEEPEST = 100
 PROGRAMMING = {"livecodebench", "codeforces"}
 
 
@@ -169,12 +170,14 @@ def _format_of(record: Record, columns: Columns) -> str:
     return "gsm8k" if is_gsm8k(record, columns) else "plain"
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: Any, depth: int = 0) -> Any:
     """What Parquet holds beyond JSON as text: times in ISO 8601, decimals as they are written, bytes in base64."""
+    if depth > DEEPEST:
+        raise DataError(f"a column has lists and objects more than {DEEPEST} deep within one another")
     if isinstance(value, Mapping):
-        return {str(key): _json_value(one) for key, one in value.items()}
+        return {str(key): _json_value(one, depth + 1) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(one) for one in value]
+        return [_json_value(one, depth + 1) for one in value]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, datetime.date | datetime.time):

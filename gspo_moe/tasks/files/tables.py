@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 JSON_LINES, JSON, PARQUET, ARROW = ".jsonl", ".json", ".parquet", ".arrow"
 SUFFIXES = (JSON_LINES, JSON, PARQUET, ARROW)
 BOM = b"\xef\xbb\xbf"
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair of surrogates, where it has no other half
 LFS = b"version https://git-lfs"
 
 
@@ -60,7 +62,8 @@ class JsonLines:
     def row(self, number: int) -> Mapping[str, Any]:
         start = self._starts[number][0]
         end = self._starts[number + 1][0] if number + 1 < len(self._starts) else self._end
-        return _record(_parsed(os.pread(self._file.fileno(), end - start, start)))
+        line = os.pread(self._file.fileno(), end - start, start)
+        return _record(_parsed(line), may_lack=HALF.search(line) is not None)
 
     def place(self, number: int) -> str:
         return f"{self.path}, line {self._starts[number][1]}"
@@ -72,7 +75,8 @@ class JsonList:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._rows = _parsed(path.read_bytes())
+            content = path.read_bytes()
+            self._rows, self._may_lack = _parsed(content), HALF.search(content) is not None
         except DataError as error:
             raise DataError(f"{path}: {error}; mend it, or write one record a line into a {JSON_LINES} file") from None
         if not isinstance(self._rows, list):
@@ -85,7 +89,7 @@ class JsonList:
         return len(self._rows)
 
     def row(self, number: int) -> Mapping[str, Any]:
-        return _record(self._rows[number])
+        return _record(self._rows[number], self._may_lack)
 
     def place(self, number: int) -> str:
         return f"{self.path}, record {number + 1}"
@@ -143,13 +147,19 @@ def _parsed(content: bytes) -> Any:
         return json.loads(content.removeprefix(BOM).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"it is not UTF-8 text ({error.reason}, byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is the first without being JSON's own
         raise DataError(f"it is no JSON ({error})") from None
 
 
-def _record(value: Any) -> Mapping[str, Any]:
+def _record(value: Any, may_lack: bool) -> Mapping[str, Any]:
+    """may_lack: it can have half of a character, which is no text to a tokenizer."""
     if not isinstance(value, dict):
         raise DataError(f"it is {_kind(value)}, not an object with columns")
+    try:
+        if may_lack:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"it has half of a character ({error.object[error.start]!a}, {error.reason})") from None
     return value
 
 

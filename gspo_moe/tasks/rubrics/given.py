@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from gspo_moe.errors import DataError
@@ -20,6 +22,8 @@ def final_answer(turns: Conversation) -> str:
 def reference_answers(prompt: Prompt) -> tuple[str, ...]:
     """The right answers, of which any will do: `reference["answer"]`, where that is a list each of its elements.
 
+    Numbers are written out, 0.00001 and not 1e-05, which a mathematician reads as another one.
+
     Raises DataError where there is none, or one that is neither text nor a number.
     """
     answer = prompt.reference.get("answer")
@@ -27,11 +31,16 @@ def reference_answers(prompt: Prompt) -> tuple[str, ...]:
     if answer is None or not found:
         raise DataError(f"{prompt.uid} has no answer to compare with; name its column in task.data.columns.answer")
     for one in found:
-        if isinstance(one, bool) or not isinstance(one, str | int | float):
+        if isinstance(one, bool) or not isinstance(one, str | int | float) or not _is_known(one):
             raise DataError(
                 f"{prompt.uid} has the answer {one!r}, which is neither text nor a number; write it as text"
             )
-    return tuple(str(one) for one in found)
+    return tuple(f"{Decimal(repr(one)):f}" if isinstance(one, float) else str(one) for one in found)
+
+
+def _is_known(value: str | float) -> bool:
+    """Not what a table has in place of a number that is missing."""
+    return isinstance(value, str) or math.isfinite(value)
 
 
 def row_of(prompt: Prompt) -> Mapping[str, Any]:

@@ -55,9 +55,11 @@ class MathAnswer:
 
     def check(self, prompt: Prompt) -> None:
         try:
-            reference_answers(prompt)
+            references = reference_answers(prompt)
         except DataError as error:
             raise ConfigError(f"task.reward=math: {error}") from None
+        if not all(map(str.strip, references)):
+            raise ConfigError(f"task.reward=math: the answer of {prompt.uid} is empty; give it one, or leave it out")
 
     def prepare(self) -> None:
         _gold("1")

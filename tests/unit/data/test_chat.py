@@ -244,6 +244,7 @@ def test_conversations_that_a_template_cannot_tell_apart_are_refused(
     ("chat", "message"),
     [
         ({"template": "missing.jinja"}, r"chat\.template=missing\.jinja is no file; give auto, none or the path"),
+        ({"template": "none"}, r"of messages, which chat\.template=none does not take; set it to auto"),
         ({"template": "none", "system": "x"}, r"chat\.system: nothing reads it, as chat\.template=none"),
         ({"template": "none", "variables": {"a": 1}}, r"chat\.variables\.a: nothing reads it"),
         ({"variables": {"enable_thinkng": True}}, r"chat\.variables\.enable_thinkng: .* no such.*\(enable_thinking\)"),
@@ -254,7 +255,7 @@ def test_settings_that_nothing_reads_are_refused(
     chat: dict[str, Any], message: str, qwen_tokenizer: HFTokenizer
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Renderer(qwen_tokenizer, ChatConfig(**chat)).prompt(prompt(text="a"))
+        Renderer(qwen_tokenizer, ChatConfig(**chat)).prompt(prompt(USER))
 
 
 def test_a_template_must_have_what_prompt_and_config_want_of_it(qwen_tokenizer: HFTokenizer, tmp_path: Path) -> None:
@@ -264,6 +265,9 @@ def test_a_template_must_have_what_prompt_and_config_want_of_it(qwen_tokenizer: 
         Renderer(qwen_tokenizer, ChatConfig(template=str(file), thinking=False)).prompt(prompt(text="a"))
     renderer = Renderer(qwen_tokenizer, ChatConfig(template=str(file)))
     assert renderer.prompt(prompt(text="a"))[-1] == END
+    (tmp_path / "latin1.jinja").write_bytes(b"\xe4")
+    with pytest.raises(DataError, match=r"latin1\.jinja is no readable chat template .*; write it as UTF-8"):
+        Renderer(qwen_tokenizer, ChatConfig(template=str(tmp_path / "latin1.jinja"))).prompt(prompt(text="a"))
     with pytest.raises(ConfigError, match=r"train/0 of task chat offers tools, .*plain\.jinja says nothing"):
         renderer.prompt(prompt(text="a", tools=TOOLS))
 

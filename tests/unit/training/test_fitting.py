@@ -71,6 +71,15 @@ def test_long_prompts_can_be_cut_off(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "2 of 5 prompts of split 'train'" in capsys.readouterr().err
 
 
+def test_what_training_reads_is_not_cut_by_what_evaluation_leaves(tmp_path: Path) -> None:
+    evaluation = ("evaluation.prompts=2", "evaluation.max_response_tokens=30", "task.data.held_out=2")
+    cut = ("schedule.micro_batch_tokens=100", "rollout.long_prompts=truncate_left")
+    with pytest.raises(ConfigError, match=r"prompts to 92 tokens, .*=30 leaves 70; set .*_tokens=70"):
+        settled(tmp_path, *evaluation, *cut)
+    assert settled(tmp_path, *evaluation, *cut, "rollout.max_prompt_tokens=70").renderer.max_prompt_tokens == 70
+    assert settled(tmp_path, *cut).renderer.max_prompt_tokens == 92
+
+
 def test_where_all_are_too_long_or_too_few_are_left_that_is_said(tmp_path: Path) -> None:
     drop = ("rollout.max_prompt_tokens=3", "rollout.long_prompts=drop")
     with pytest.raises(DataError, match=r"5 of 5 prompts .* so that none is left; raise that"):

@@ -165,6 +165,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": [{"role": "user", "content": None}]}, r"its prompt\[0\]\.content is missing or null"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "type 'image'; only text"),
     ({"prompt": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "has tool_calls, which is not read"),
+    ('{"prompt": "q", "more": ' + "[" * 800 + "]" * 800 + "}", "more than 100 deep"),
     ({"prompt": "q", "tools": "{"}, "its tools is text that is no JSON"),
 ]
 

@@ -65,6 +65,8 @@ def test_lines_are_told_by_newlines_alone_and_empty_ones_count_where_they_stand(
         (b'"a"', "it is text"),
         (b"1.5", "it is a number"),
         (b"[" * 100_000, "no JSON"),
+        (b"9" * 5_000, "no JSON"),
+        (rb'{"a": ["\ud83d"]}', r"half of a character \('.ud83d'"),
     ],
 )
 def test_a_line_that_is_no_record_is_refused(line: bytes, fault: str, tmp_path: Path) -> None:
@@ -72,6 +74,15 @@ def test_a_line_that_is_no_record_is_refused(line: bytes, fault: str, tmp_path: 
     file.write_bytes(b'{"a": 1}\n' + line)
     with pytest.raises(DataError, match=fault):
         open_table(file).row(1)
+
+
+def test_pairs_of_surrogates_are_characters_and_halves_of_one_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(rb'[{"a": "\ud83d\ude00"}, {"\uDE00": 1}]')
+    table = open_table(file)
+    assert table.row(0) == {"a": "\N{GRINNING FACE}"}
+    with pytest.raises(DataError, match="half of a character"):
+        table.row(1)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_options_say_what_counts() -> None:
 
 def test_any_of_several_references_will_do_and_numbers_are_references() -> None:
     assert [reward(["1", "2"], text) for text in ("1", "2", "3")] == [1.0, 1.0, 0.0]
-    assert reward(72, "72") == reward(0.5, r"\boxed{\frac12}") == 1.0
+    assert reward(72, "72") == reward(0.5, r"\boxed{\frac12}") == reward(1e-5, r"\boxed{10^{-5}}") == 1.0
 
 
 @pytest.mark.parametrize("reference", ["", "<think>", r"\text{", "(" * 100])
@@ -161,6 +161,10 @@ def test_a_prompt_without_an_answer_is_refused_before_a_run() -> None:
         RUBRIC.check(Prompt("train/0", "?", "math"))
     with pytest.raises(ConfigError, match="True, which is neither text nor a number"):
         RUBRIC.check(Prompt("train/0", "?", "math", {"answer": True}))
+    with pytest.raises(ConfigError, match="nan, which is neither text nor a number"):
+        RUBRIC.check(Prompt("train/0", "?", "math", {"answer": float("nan")}))
+    with pytest.raises(ConfigError, match=r"the answer of train/0 is empty"):
+        RUBRIC.check(Prompt("train/0", "?", "math", {"answer": " "}))
     RUBRIC.check(Prompt("train/0", "?", "math", {"answer": "72"}))
 
 
