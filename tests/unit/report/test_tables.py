@@ -45,9 +45,9 @@ def test_config_differences_leave_out_seeds_and_folders(study: Path, tmp_path: P
     assert (row.key, row.values) == ("algorithm.name", ("grpo", "gspo"))
     older = write_run(tmp_path / "older", lambda step: {"reward/mean": 0.0}, steps=range(2))
     config = (older / "config.yaml").read_text().replace("  mini_batches: 4\n", "")
-    config += "task: {data: {train: [{path: a.jsonl, split: null}], shuffle: true}}\n"
+    config += "own: {files: [{path: a.jsonl, split: null}], shuffle: true}\n"
     (older / "config.yaml").write_text(config)
     rows = {row.key: row.values for row in config_differences(collect([study / "gspo", older]).arms)}
     assert rows["algorithm.mini_batches"] == ("4", "(absent)")
-    assert rows["task.data.train"][1] == '[{"path": "a.jsonl", "split": null}]'  # as YAML reads it
-    assert rows["task.data.shuffle"][1] == "true"
+    assert rows["own.files"][1] == '[{"path": "a.jsonl", "split": null}]'  # as YAML reads it
+    assert rows["own.shuffle"][1] == "true"
