@@ -9,18 +9,17 @@ import torch
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
+from gspo_moe.observability.starts import device_name
+from gspo_moe.observability.summary import short_count
 from gspo_moe.packages import installation
 from gspo_moe.platform import megatron_version
 
 
 def describe_device(processes: int) -> str:
     """Of `processes` processes, as of this one."""
-    if torch.cuda.is_available():
-        return f"{processes} x {torch.cuda.get_device_name()}"
-    threads = torch.get_num_threads()
     unseen = torch.version.cuda is None and shutil.which("nvidia-smi") is not None
     why = "; torch is a CPU build and sees no GPU: run bash launch/install.sh on this machine" if unseen else ""
-    return f"{processes} x CPU, {threads} thread{'s' if threads > 1 else ''} each{why}"
+    return f"{processes} x {device_name()}{why}"
 
 
 def describe_layout(layout: Layout) -> str:
@@ -40,7 +39,7 @@ def describe_layout(layout: Layout) -> str:
 
 def describe_model(config: Config, architecture: Architecture) -> str:
     """Its parameters in all and those that a token meets."""
-    total, active = _count(architecture.num_parameters), _count(architecture.num_active_parameters)
+    total, active = short_count(architecture.num_parameters), short_count(architecture.num_active_parameters)
     return f"{total} parameters, {active} active, {config.model.dtype}"
 
 
@@ -58,8 +57,3 @@ def header_rows(
         ("kernels", kernels),
         ("versions", f"gspo_moe {installation()[0]}, torch {torch.__version__}, megatron-core {megatron_version()}"),
     ]
-
-
-def _count(parameters: int) -> str:
-    scale, unit = next((each for each in ((1e9, "B"), (1e6, "M")) if parameters >= each[0]), (1e6, "M"))
-    return f"{parameters / scale:.3g} {unit}"

@@ -34,7 +34,7 @@ def write_start(run_dir: str | Path, step: int, layout: Layout, architecture: Ar
             "step": step,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "host": socket.gethostname(),
-            "device": _device(),
+            "device": device_name(),
             "world_size": world_size,
             "layout": asdict(layout),
             "architecture": architecture.model_dump(mode="json"),
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     return {**found, "cuda": cuda} if cuda else found
 
 
-def _device() -> str:
+def device_name() -> str:
     """The GPU, or the CPU with the threads that this process uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -43,3 +43,11 @@ def summary_table(before: Mapping[str, float], after: Mapping[str, float], last:
 
 def _shown(metrics: Mapping[str, float], name: str, form: str) -> str:
     return form.format(metrics[name]) if name in metrics else ABSENT
+
+
+def short_count(number: int) -> str:
+    """Three digits, as 30.5 B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from gspo_moe.observability.summary import short_count
 from gspo_moe.report.collect import Arm, Cell
 
 UNKNOWN = "not recorded"
@@ -60,19 +61,14 @@ def _model(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     sizes = _section(start, "architecture") or _section(model, "overrides")
     words = [source, *([str(model["dtype"])] if model.get("dtype") else [])]
     if start.get("parameters"):
-        words.append(f"{_count(start['parameters'])} parameters, {_count(start.get('active_parameters', 0))} active")
+        words.append(
+            f"{short_count(start['parameters'])} parameters, {short_count(start.get('active_parameters', 0))} active"
+        )
     named = {"num_hidden_layers": "layers", "num_experts": "experts", "hidden_size": "hidden"}
     words += [f"{sizes[key]} {word}" for key, word in named.items() if key in sizes]
     if "num_experts_per_tok" in sizes:
         words.append(f"top-{sizes['num_experts_per_tok']}")
     return ", ".join(words)
-
-
-def _count(number: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}"
-    return str(number)
 
 
 def _task(task: Mapping[str, Any]) -> str:

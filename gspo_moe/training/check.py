@@ -13,6 +13,7 @@ from gspo_moe.model.hf import check_export
 from gspo_moe.observability.header import describe_layout, describe_model
 from gspo_moe.planning.memory import Memory, estimate
 from gspo_moe.platform import device
+from gspo_moe.training.fitting import used_splits
 from gspo_moe.training.preflight import preflight
 from gspo_moe.training.session import Plan
 
@@ -84,7 +85,7 @@ def _prompt_tokens(plan: Plan) -> tuple[int, str]:
     limit = plan.config.rollout.max_prompt_tokens
     if limit is not None:
         return limit, "rollout.max_prompt_tokens"
-    split = "sft" if plan.config.stage == "sft" else "train"
+    split = used_splits(plan.config, trains=True)[0]
     size = plan.task.prompts.size(split) or PROMPTS_READ
     prompts = PromptSource(plan.task.prompts, split).take(min(PROMPTS_READ, size))
     longest = max(len(plan.renderer.prompt(prompt)) for prompt in prompts)

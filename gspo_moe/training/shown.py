@@ -12,6 +12,7 @@ from gspo_moe.config.training import ParallelConfig
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks.protocol import Task
+from gspo_moe.training.fitting import used_splits
 from gspo_moe.training.preflight import preflight
 from gspo_moe.training.session import Plan
 
@@ -29,7 +30,9 @@ def describe(config: Config) -> str:
             "model": config.model.model_copy(update={"backend": BackendConfig()}),
             "logging": config.logging.model_copy(update={"run_dir": folder}),
         }
-        plan = preflight(config.model_copy(update=here))
+        data = config.task.data
+        trains = data is None or bool(data.train or data.sft)  # else it is for `gspo-moe eval`
+        plan = preflight(config.model_copy(update=here), trains=trains)
     stop = config.rollout.stop
     alone = [text for text in stop if len(plan.tokenizer.encode(text)) == 1]
     sizes = {split: plan.task.prompts.size(split) for split in ("train", "sft", "eval")}
@@ -44,13 +47,15 @@ def describe(config: Config) -> str:
         ("environment", _environment(config.task.environment, plan.task)),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", show_prompt(plan)])
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", show_prompt(plan, trains=trains)])
 
 
-def show_prompt(plan: Plan) -> str:
-    """The run's first prompt as its policy reads it, with its length, and what does not fit together there."""
-    split = "sft" if plan.config.stage == "sft" else "train"
-    (prompt,) = PromptSource(plan.task.prompts, split).take(1)
+def show_prompt(plan: Plan, *, trains: bool = True) -> str:
+    """The run's first prompt as its policy reads it, with its length, and what does not fit together there.
+
+    trains: as `preflight` has it.
+    """
+    (prompt,) = PromptSource(plan.task.prompts, used_splits(plan.config, trains)[0]).take(1)
     text, count = plan.renderer.text(prompt), len(plan.renderer.prompt(prompt))
     cut = len(text) - MOST_CHARACTERS
     if cut > 0:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gspo_moe.cli import main
+from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
 from gspo_moe.config.task import RewardConfig
 from gspo_moe.data.rendering import Renderer
@@ -96,3 +97,10 @@ def test_a_command_whose_output_nobody_reads_ends_without_a_word() -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_config_for_evaluation_alone_shows_a_held_out_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"prompt": "2 + 2 =", "answer": "4"}\n')
+    given = ("model=tiny", "task.reward=exact", f"task.data.eval={file}", "evaluation.prompts=all")
+    assert "prompt eval/asked/1 as the model reads it" in shown.describe(load_config(None, given))
