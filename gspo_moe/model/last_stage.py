@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 from gspo_moe.kernels import TokenLogProbs, VocabShard, linear_token_log_probs, token_log_probs
@@ -84,11 +85,7 @@ class LastStage:
 
     @property
     def _weight(self) -> torch.Tensor:
-        """The output layer's rows on this rank, [V, H]."""
-        gpt = self.model.gpt_chunks[-1]
-        shared = gpt.share_embeddings_and_output_weights
-        weight_VH: torch.Tensor = gpt.shared_embedding_or_output_weight() if shared else gpt.output_layer.weight
-        return weight_VH
+        return output_weight(self.model.gpt_chunks[-1])
 
     @property
     def _words(self) -> tuple[int, int]:
@@ -101,3 +98,10 @@ class LastStage:
     def _hidden_PH(self) -> torch.Tensor:
         # megatron-core's wrapper for bf16 hands the last stage's output on in fp32.
         return self.hidden_PH.to(self._weight.dtype)
+
+
+def output_weight(gpt: GPTModel) -> torch.Tensor:
+    """The output layer's rows on this rank of the last stage, [V, H]."""
+    shared = gpt.share_embeddings_and_output_weights
+    weight_VH: torch.Tensor = gpt.shared_embedding_or_output_weight() if shared else gpt.output_layer.weight
+    return weight_VH
