@@ -140,7 +140,9 @@ class MegatronEngine:
                 start = stop
         return batches
 
-    def _run_batch(self, batch: list[tuple[int, Request, range]], params: SamplingParams) -> tuple[Samples, list[torch.Tensor] | None]:
+    def _run_batch(
+        self, batch: list[tuple[int, Request, range]], params: SamplingParams
+    ) -> tuple[Samples, list[torch.Tensor] | None]:
         longest = most(max((len(r.prompt_ids) for _, r, _ in batch), default=1), self._ranks)
         capacity = params.max_response_tokens + longest
         cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
@@ -157,9 +159,7 @@ class MegatronEngine:
         self._continue(samples, None if first_logits is None else first_logits[owner], cache, params)
         return samples, self._gather_routes(samples, prompt_routes)
 
-    def _continue(
-        self, samples: Samples, logits: torch.Tensor | None, cache: KVCache, params: SamplingParams
-    ) -> None:
+    def _continue(self, samples: Samples, logits: torch.Tensor | None, cache: KVCache, params: SamplingParams) -> None:
         """Samples from the logits [N, V] behind the prompts, and goes on until every rank's samples have ended."""
         decoder = self._decoder(cache)
         keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]

@@ -10,8 +10,8 @@ gathers the others' tokens, in as many rows as the fullest rank has, runs its ow
 found is added up in fp32.
 
 Shape letters: N this rank's tokens, one a row of the cache, M rows of the fullest rank, R rows of all that share the
-experts, X rows by expert, one for each expert of a token, H hidden, Q query heads of a key head, G this rank's key
-heads, D head size, P positions of the cache, K experts a token, L this stage's layers, V words of this tensor rank.
+experts, H hidden, G this rank's key heads, X a key head's query heads, its key and its value, D head size, P positions
+of the cache, K experts a token, E all experts, L this stage's layers, V words of this tensor rank.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from gspo_moe.model.attention import rotate
 from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.last_stage import output_weight
 from gspo_moe.model.rope import rotary_factors
-from gspo_moe.rollout.embedded.expert_ranks import ExpertRanks
+from gspo_moe.rollout.embedded.arithmetic import HeadNorms, Surroundings, arithmetic_for
 from gspo_moe.rollout.embedded.decoder import StepInput, StepOutput
+from gspo_moe.rollout.embedded.expert_ranks import ExpertRanks
 from gspo_moe.routing.recorder import route_dtype
 
 
@@ -42,8 +42,7 @@ class Layer:
     number: int
     attention_norm: torch.Tensor
     qkv: torch.Tensor
-    query_norm: torch.Tensor
-    key_norm: torch.Tensor
+    head_norms: HeadNorms
     projection: torch.Tensor
     experts_norm: torch.Tensor
     router: torch.Tensor
@@ -56,24 +55,12 @@ class Layer:
             module.layer_number,
             module.input_layernorm.weight,
             attention.linear_qkv.weight,
-            attention.q_layernorm.weight,
-            attention.k_layernorm.weight,
+            HeadNorms(attention.q_layernorm.weight, attention.k_layernorm.weight),
             attention.linear_proj.weight,
             module.pre_mlp_layernorm.weight,
             moe.router.weight,
             moe.experts,
         )
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What all layers share in a step. cos_ND, sin_ND: rotary factors. bias_N11P: 0 where a position is seen, else -inf."""
-
-    step: StepInput
-    rows_N: torch.Tensor
-    cos_ND: torch.Tensor
-    sin_ND: torch.Tensor
-    bias_N11P: torch.Tensor
 
 
 class LeanForward:
@@ -86,20 +73,20 @@ class LeanForward:
         self._chunks = [[Layer.of(layer) for layer in gpt.decoder.layers] for gpt in model.gpt_chunks]
         self._ranks = ExpertRanks(model)
         self._dtype = route_dtype(model.architecture.num_experts) if records else None
-        place = next(model.gpt_chunks[0].parameters()).device
-        self._rows = torch.arange(cache.rows, device=place)
-        self._positions = torch.arange(cache.capacity, device=place)
-        cos_PD, sin_PD = rotary_factors(self._positions, model.architecture)
-        self._cos_PD, self._sin_PD = (x.to(model.config.params_dtype) for x in (cos_PD, sin_PD))
+        weight = model.gpt_chunks[0].decoder.layers[0].mlp.router.weight
+        self._do = arithmetic_for(weight, model.config.layernorm_epsilon)
+        cos_PD, sin_PD = rotary_factors(torch.arange(cache.capacity, device=weight.device), model.architecture)
+        self._cos_PD, self._sin_PD = (factors.to(model.config.params_dtype) for factors in (cos_PD, sin_PD))
 
     @torch.no_grad()
     def __call__(self, step: StepInput) -> StepOutput:
-        around, routes = self._surroundings(step), list[torch.Tensor]()
+        routes = list[torch.Tensor]()
+        self._do.begin(Surroundings(step.positions_N, self._cos_PD, self._sin_PD, step.used))
         hidden_NH: torch.Tensor | None = None
         for number in range(len(self._chunks)):
             hidden_NH = self._enter(number, step)
             for layer in self._chunks[number]:
-                hidden_NH = hidden_NH + self._attend(layer, hidden_NH, around)
+                hidden_NH = hidden_NH + self._attend(layer, hidden_NH)
                 found_NH, routes_NK = self._mix(layer, hidden_NH, step.most)
                 hidden_NH = hidden_NH + found_NH
                 routes.append(routes_NK)
@@ -107,18 +94,6 @@ class LeanForward:
         assert hidden_NH is not None
         routes_NLK = None if self._dtype is None else torch.stack(routes, dim=1).to(self._dtype)
         return StepOutput(self._logits(hidden_NH) if self._model.groups.is_last_stage else None, routes_NLK)
-
-    def _surroundings(self, step: StepInput) -> Surroundings:
-        positions_N = step.positions_N
-        hidden_NP = self._positions[: step.used] > positions_N[:, None]
-        bias_NP = self._cos_PD.new_zeros(hidden_NP.shape).masked_fill_(hidden_NP, -torch.inf)
-        return Surroundings(
-            step,
-            self._rows[: len(positions_N)],
-            self._cos_PD[positions_N],
-            self._sin_PD[positions_N],
-            bias_NP[:, None, None],
-        )
 
     def _enter(self, chunk: int, step: StepInput) -> torch.Tensor:
         """The hidden states [N, H] that this chunk starts from."""
@@ -145,36 +120,22 @@ class LeanForward:
         dist.all_reduce(hidden_NH, group=tensor)
         return hidden_NH
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self._model.config.layernorm_epsilon)
-
-    def _attend(self, layer: Layer, hidden_NH: torch.Tensor, around: Surroundings) -> torch.Tensor:
-        size = self._model.architecture.head_dim
-        qkv_NX = F.linear(self._norm(hidden_NH, layer.attention_norm), layer.qkv)
-        group = self._model.architecture.num_attention_heads // self._model.architecture.num_key_value_heads + 2
-        qkv_NGXD = qkv_NX.view(len(qkv_NX), -1, group, size)
-        query_NHD = self._norm(qkv_NGXD[:, :, :-2], layer.query_norm).flatten(1, 2)
-        key_NGD = self._norm(qkv_NGXD[:, :, -2], layer.key_norm)
-        query_NHD, key_NGD = (rotate(x, around.cos_ND, around.sin_ND) for x in (query_NHD, key_NGD))
-        rows, used = around.rows_N, around.step.used
-        keys, values = self._cache.write(layer.number, rows, around.step.positions_N, key_NGD, qkv_NGXD[:, :, -1])
-        # The query heads of one key head lie beside each other as queries do, so that no key is copied for each.
-        attended = F.scaled_dot_product_attention(
-            query_NHD.unflatten(1, (keys.shape[1], -1)),
-            keys[: len(rows), :, :used],
-            values[: len(rows), :, :used],
-            attn_mask=around.bias_N11P,
-        )
-        found_NH = F.linear(attended.flatten(1), layer.projection)
-        if self._model.groups.tensor.size() > 1:
-            dist.all_reduce(found_NH, group=self._model.groups.tensor)
+    def _attend(self, layer: Layer, hidden_NH: torch.Tensor) -> torch.Tensor:
+        sizes, tensor = self._model.architecture, self._model.groups.tensor
+        heads = sizes.num_attention_heads // sizes.num_key_value_heads + 2
+        qkv_NX = self._do.linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
+        qkv_NGXD = qkv_NX.view(len(qkv_NX), -1, heads, sizes.head_dim)
+        attended_NX = self._do.attend(qkv_NGXD, layer.head_norms, self._cache.layer(layer.number))
+        found_NH = self._do.linear(attended_NX, layer.projection)
+        if tensor.size() > 1:
+            dist.all_reduce(found_NH, group=tensor)
         return found_NH
 
     def _mix(self, layer: Layer, hidden_NH: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the experts add [N, H], and which they were [N, K]."""
-        normed_NH = self._norm(hidden_NH, layer.experts_norm)
+        normed_NH = self._do.norm(hidden_NH, layer.experts_norm)
         weights_NK, routes_NK = self._route(layer.router, normed_NH)
-        return self._ranks.mix(layer.experts, normed_NH, weights_NK, routes_NK, most), routes_NK
+        return self._ranks.mix(self._do, layer.experts, normed_NH, weights_NK, routes_NK, most), routes_NK
 
     def _route(self, router_EH: torch.Tensor, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate weights and experts [N, K], best first, as megatron-core's topk_routing_with_score_function."""
@@ -191,8 +152,8 @@ class LeanForward:
     def _logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Behind each token, over the whole vocabulary."""
         gpt, tensor = self._model.gpt_chunks[-1], self._model.groups.tensor
-        normed_NH = self._norm(hidden_NH, gpt.decoder.final_layernorm.weight)
-        logits_NV = F.linear(normed_NH, output_weight(gpt))
+        normed_NH = self._do.norm(hidden_NH, gpt.decoder.final_layernorm.weight)
+        logits_NV = self._do.linear(normed_NH, output_weight(gpt))
         if tensor.size() > 1:
             parts = [torch.empty_like(logits_NV) for _ in range(tensor.size())]
             dist.all_gather(parts, logits_NV, group=tensor)

@@ -130,6 +130,8 @@ class Samples:
 
     def _ends(self) -> list[int]:
         """How long each active sample that has ended since the last look is, 0 of one that has not."""
+        if not self._numbers:
+            return []
         new = slice(self._seen, self.tokens)
         ids_NW, log_probs_NW = self._ids_SR[self.numbers_N, new], self._log_probs_SR[self.numbers_N, new]
         broken_NW = ~log_probs_NW.isfinite()

@@ -4,6 +4,7 @@
 // maximum so far (online softmax, arXiv 1805.02867). Within a block sums are float32 by lane, across blocks float64.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -332,4 +333,7 @@ void accumulate(float* total, const void* part, int64_t element_type, int64_t fi
 
 }  // namespace
 
-const GspoCpuKernels GSPO_KERNELS = {GSPO_NAME, token_stats, token_backward, accumulate};
+#include "decode_kernels.h"
+
+const GspoCpuKernels GSPO_KERNELS = {
+    GSPO_NAME, token_stats, token_backward, accumulate, product, rms_norm, gate, attend};
