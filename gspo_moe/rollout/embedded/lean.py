@@ -141,7 +141,8 @@ class LeanForward:
         """Gate weights and experts [N, K], best first, as megatron-core's topk_routing_with_score_function."""
         config, topk = self._model.config, self._model.architecture.num_experts_per_tok
         dtype = {"fp32": torch.float32, "fp64": torch.float64, None: hidden_NH.dtype}[config.moe_router_dtype]
-        scores_NE = F.linear(hidden_NH.to(dtype), router_EH.to(dtype))
+        linear = self._do.linear if dtype is hidden_NH.dtype else F.linear
+        scores_NE = linear(hidden_NH.to(dtype), router_EH.to(dtype))
         if config.moe_router_pre_softmax:
             scores_NE = torch.softmax(scores_NE, dim=-1, dtype=torch.float32).to(dtype)
             weights_NK, routes_NK = scores_NE.topk(topk, dim=1)

@@ -51,7 +51,8 @@ def sample(
 def _blocks(below_NV: torch.Tensor) -> torch.Tensor:
     """exp of the values, in blocks of C of the vocabulary, zeros behind its end."""
     count, vocab = below_NV.shape
-    blocks_NX = below_NV.new_zeros(count, vocab + -vocab % BLOCK)
+    blocks_NX = below_NV.new_empty(count, vocab + -vocab % BLOCK)
+    blocks_NX[:, vocab:].zero_()
     torch.exp(below_NV, out=blocks_NX[:, :vocab])
     return blocks_NX.view(count, -1, BLOCK)
 

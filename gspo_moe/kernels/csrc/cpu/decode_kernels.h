@@ -24,6 +24,12 @@ constexpr int kOutputs = 4;
 constexpr int kRows = 6;
 constexpr int kAtOnce = kLanes == 16 ? 4 : 2;  // outputs of kRows rows, for which registers are left
 
+__attribute__((noinline)) float rest_of_dot(const float* a, const float* b, int64_t at, int64_t count) {
+  float sum = 0.0f;
+  for (; at < count; ++at) sum += a[at] * b[at];
+  return sum;
+}
+
 // ahead: weights that will be needed next, which come from memory meanwhile; the processor foresees no page's begin.
 template <int kM, int kN>
 GSPO_INLINE void tile(const GspoProduct* args, int64_t row, int64_t output, const float* ahead) {
@@ -48,12 +54,13 @@ GSPO_INLINE void tile(const GspoProduct* args, int64_t row, int64_t output, cons
   }
   float sums[kM * kN];
   for (int part = 0; part < kM * kN; part += 4) GSPO_SUMS_OF_4(parts + part, sums + part);
-  for (int m = 0; m < kM; ++m) {
-    for (int n = 0; n < kN; ++n) {
-      float sum = sums[m * kN + n];
-      for (int64_t rest = input; rest < inputs; ++rest) sum += args->rows_M[row + m][rest] * weight[n * inputs + rest];
-      args->found_MN[(row + m) * args->found_stride + output + n] = sum;
+  if (input < inputs) {
+    for (int part = 0; part < kM * kN; ++part) {
+      sums[part] += rest_of_dot(args->rows_M[row + part / kN], weight + part % kN * inputs, input, inputs);
     }
+  }
+  for (int m = 0; m < kM; ++m) {
+    memcpy(args->found_MN + (row + m) * args->found_stride + output, sums + m * kN, sizeof(float) * kN);
   }
 }
 
@@ -61,9 +68,7 @@ float dot(const float* a, const float* b, int64_t count) {
   Floats sum = {};
   int64_t at = 0;
   for (; at + kLanes <= count; at += kLanes) sum += load<Floats>(a + at) * load<Floats>(b + at);
-  float total = sum_of_lanes(sum);
-  for (; at < count; ++at) total += a[at] * b[at];
-  return total;
+  return sum_of_lanes(sum) + rest_of_dot(a, b, at, count);
 }
 
 // Outputs of rows begin to end; fresh: the weights have yet to come from memory.
@@ -99,7 +104,7 @@ void product(const GspoProduct* args, int64_t first, int64_t last) {
   }
 }
 
-void rms_norm(const float* values, const float* weight, float epsilon, float* found, int64_t count) {
+void rms_norm(const float* values, const float* weight, float epsilon, float* __restrict__ found, int64_t count) {
   const float scale = 1.0f / sqrtf(dot(values, values, count) / (float)count + epsilon);
   for (int64_t at = 0; at < count; ++at) found[at] = values[at] * scale * weight[at];
 }
@@ -126,24 +131,34 @@ void gate(const float* both, float share, float* found, int64_t width) {
 }
 
 // In the half-split convention, in place.
-void rotate(float* head, const float* cosine, const float* sine, int64_t size) {
+void rotate(float* __restrict__ head, const float* cosine, const float* sine, int64_t size) {
+  float* __restrict__ other = head + size / 2;
   for (int64_t at = 0; at < size / 2; ++at) {
-    const float left = head[at], right = head[at + size / 2];
+    const float left = head[at], right = other[at];
     head[at] = left * cosine[at] - right * sine[at];
-    head[at + size / 2] = right * cosine[at + size / 2] + left * sine[at + size / 2];
+    other[at] = right * cosine[at + size / 2] + left * sine[at + size / 2];
   }
 }
 
 // Scores become exp(score * scale - the largest one); their sum.
 float exponentials(float* scores, int64_t count, float scale) {
   const float largest = block_max<Float32>(scores, count);
+  const auto power = [&](Floats score) __attribute__((always_inline)) {
+    return power_of_two((score - largest) * (scale * kLog2E));
+  };
   Floats total = {};
-  for (int64_t at = 0; at < count; at += kLanes) {
-    Tail<Float32> tail(scores + at, count - at < kLanes ? count - at : kLanes);
-    const Floats values = power_of_two((load<Floats>(tail.elements) - largest) * (scale * kLog2E));
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    const Floats values = power(load<Floats>(scores + at));
+    total += values;
+    Float32::put(scores + at, values);
+  }
+  if (at < count) {
+    Tail<Float32> tail(scores + at, count - at);
+    const Floats values = power(load<Floats>(tail.elements));
     total += values;
     Float32::put(tail.elements, values);
-    memcpy(scores + at, tail.elements, sizeof(float) * (count - at < kLanes ? count - at : kLanes));
+    memcpy(scores + at, tail.elements, sizeof(float) * (count - at));
   }
   return sum_of_lanes(total);
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -149,35 +150,34 @@ Tensor experts(
   const ByExpert by(routes, start, count);
   const int64_t rows = by.choices.size();
   const GspoCpuKernels& kernels = cpu();
-  std::vector<float> both(rows * 2 * width), inner(rows * width), found(rows * hidden);
-  std::vector<const float*> inputs(rows), inners(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    inputs[row] = values.const_data_ptr<float>() + by.choices[row] / topk * hidden;
-    inners[row] = inner.data() + row * width;
-  }
-  // Tasks are blocks of an expert's outputs, so that threads share a crowded one.
-  const auto layer = [&](const std::vector<const float*>& from, const Tensor& weight, std::vector<float>& to) {
-    const int64_t outputs = weight.size(1), wide = weight.size(2), blocks = (outputs + kBlock - 1) / kBlock;
-    torch::stable::parallel_for(
-        0, count * blocks, grain(rows / std::max<int64_t>(1, count) * kBlock * wide), [&](int64_t first, int64_t last) {
-          for (int64_t task = first; task < last; ++task) {
-            const int64_t expert = task / blocks, begin = by.ends[expert], in_expert = by.ends[expert + 1] - begin;
-            const GspoProduct args = {from.data() + begin, in_expert,
-                                      weight.const_data_ptr<float>() + expert * outputs * wide, wide,
-                                      to.data() + begin * outputs, outputs};
-            kernels.product(&args, task % blocks * kBlock, std::min(outputs, (task % blocks + 1) * kBlock));
-          }
-        });
+  std::vector<const float*> inputs(rows);
+  for (int64_t row = 0; row < rows; ++row) inputs[row] = values.const_data_ptr<float>() + by.choices[row] / topk * hidden;
+  const std::unique_ptr<float[]> found(new float[rows * hidden]);
+  const auto run = [&](int64_t expert, float* both, float* inner, const float** inners) {
+    const int64_t begin = by.ends[expert], here = by.ends[expert + 1] - begin;
+    const GspoProduct first = {inputs.data() + begin, here, first_layer.const_data_ptr<float>() + expert * 2 * width * hidden,
+                               hidden, both, 2 * width};
+    kernels.product(&first, 0, 2 * width);
+    for (int64_t row = 0; row < here; ++row) {
+      inners[row] = inner + row * width;
+      const float share = shares.const_data_ptr<float>()[by.choices[begin + row]];
+      kernels.gate(both + row * 2 * width, share, inner + row * width, width);
+    }
+    const GspoProduct second = {inners, here, second_layer.const_data_ptr<float>() + expert * hidden * width, width,
+                                found.get() + begin * hidden, hidden};
+    kernels.product(&second, 0, hidden);
   };
-  layer(inputs, first_layer, both);
-  for (int64_t row = 0; row < rows; ++row) {
-    kernels.gate(both.data() + row * 2 * width, shares.const_data_ptr<float>()[by.choices[row]], inner.data() + row * width, width);
-  }
-  layer(inners, second_layer, found);
+  torch::stable::parallel_for(0, count, grain(rows * 3 * width * hidden / count), [&](int64_t first, int64_t last) {
+    int64_t most = 0;
+    for (int64_t expert = first; expert < last; ++expert) most = std::max(most, by.ends[expert + 1] - by.ends[expert]);
+    const std::unique_ptr<float[]> both(new float[most * 2 * width]), inner(new float[most * width]);
+    const std::unique_ptr<const float*[]> inners(new const float*[most]);
+    for (int64_t expert = first; expert < last; ++expert) run(expert, both.get(), inner.get(), inners.get());
+  });
   auto sums = torch::stable::new_zeros(values, {values.size(0), hidden});
   for (int64_t row = 0; row < rows; ++row) {  // a token's in the order of the experts
     float* const sum = sums.mutable_data_ptr<float>() + by.choices[row] / topk * hidden;
-    for (int64_t at = 0; at < hidden; ++at) sum[at] += found[row * hidden + at];
+    for (int64_t at = 0; at < hidden; ++at) sum[at] += found.get()[row * hidden + at];
   }
   return sums;
 }
