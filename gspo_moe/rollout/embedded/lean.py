@@ -121,6 +121,8 @@ class LeanForward:
         return hidden_NH
 
     def _attend(self, layer: Layer, hidden_NH: torch.Tensor) -> torch.Tensor:
+        if not len(hidden_NH):  # on all ranks of a tensor group
+            return hidden_NH
         sizes, tensor = self._model.architecture, self._model.groups.tensor
         heads = sizes.num_attention_heads // sizes.num_key_value_heads + 2
         qkv_NX = self._do.linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
