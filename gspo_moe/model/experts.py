@@ -117,8 +117,12 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """The experts' outputs [N, H], weighted by the gate, and no bias; tokens_per_expert: int64 [E], any device."""
         ends_E = tokens_per_expert.cumsum(0).to(hidden_NH.device, torch.int32, non_blocking=True)
+        return self.run(hidden_NH, ends_E, probs_N), None
+
+    def run(self, hidden_NH: torch.Tensor, ends_E: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
+        """The same; ends_E: where each expert's rows end, int32. Rows behind the last end come back as anything."""
         inner_NF = weighted_swiglu(self.linear_fc1(hidden_NH, ends_E), probs_N)
-        return self.linear_fc2(inner_NF, ends_E), None
+        return self.linear_fc2(inner_NF, ends_E)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

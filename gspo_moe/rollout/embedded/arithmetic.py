@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import decode
-from gspo_moe.model.attention import rotate
 from gspo_moe.model.experts import GroupedExperts
 
 
@@ -115,7 +114,9 @@ class Operators:
         positions_N, cos_PD = around.positions_N, around.cos_PD
         place = positions_N.device
         self._around = around
-        self._factors = (cos_PD[positions_N], around.sin_PD[positions_N])
+        sin_ND = around.sin_PD[positions_N]
+        sin_ND[:, : sin_ND.shape[1] // 2].neg_()
+        self._factors = (cos_PD[positions_N][:, None, None], sin_ND[:, None, None])
         self._rows = torch.arange(len(positions_N), device=place)
         hidden_NP = torch.arange(around.used, device=place) > positions_N[:, None]
         bias_NP = cos_PD.new_zeros(hidden_NP.shape).masked_fill_(hidden_NP, -torch.inf)
@@ -130,15 +131,19 @@ class Operators:
     def attend(
         self, qkv_NGXD: torch.Tensor, norms: HeadNorms, cache: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        query_NHD = self.norm(qkv_NGXD[:, :, :-2], norms.query).flatten(1, 2)
-        key_NGD = self.norm(qkv_NGXD[:, :, -2], norms.key)
-        query_NHD, key_NGD = (rotate(heads, *self._factors) for heads in (query_NHD, key_NGD))
-        for buffer, new_NGD in zip(cache, (key_NGD, qkv_NGXD[:, :, -1]), strict=True):
+        normed = self.norm(qkv_NGXD[:, :, :-2], norms.query), self.norm(qkv_NGXD[:, :, -2:-1], norms.key)
+        heads_NGXD = self._rotated(torch.cat(normed, dim=2))
+        for buffer, new_NGD in zip(cache, (heads_NGXD[:, :, -1], qkv_NGXD[:, :, -1]), strict=True):
             buffer[self._rows, :, self._around.positions_N] = new_NGD
         keys, values = (buffer[: len(qkv_NGXD), :, : self._around.used] for buffer in cache)
         # The query heads of one key head lie beside each other as queries do, so that no key is copied for each.
-        queries_NGXD = query_NHD.unflatten(1, (keys.shape[1], -1))
-        return F.scaled_dot_product_attention(queries_NGXD, keys, values, attn_mask=self._bias_N11P).flatten(1)
+        queries = heads_NGXD[:, :, :-1]
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._bias_N11P).flatten(1)
+
+    def _rotated(self, heads_NGXD: torch.Tensor) -> torch.Tensor:
+        """`model.attention.rotate` of all heads at once."""
+        cos_N11D, signed_sin_N11D = self._factors
+        return heads_NGXD * cos_N11D + heads_NGXD.roll(heads_NGXD.shape[-1] // 2, -1) * signed_sin_N11D
 
     def mix(
         self,
@@ -149,15 +154,18 @@ class Operators:
         start: int,
     ) -> torch.Tensor:
         topk, count = routes_NK.shape[1], experts.linear_fc1.weight.shape[0]
-        local_C = routes_NK.flatten() - start
-        away_C = (local_C < 0) | (local_C >= count)
-        expert_C, order_C = local_C.masked_fill(away_C, count).sort(stable=True)
-        counts_E = (expert_C == torch.arange(count, device=expert_C.device)[:, None]).sum(1)
-        # Rows behind the last expert's, those of experts elsewhere, may come back as anything.
-        rows_CH, _ = experts(hidden_NH[order_C // topk], counts_E, weights_NK.flatten()[order_C])
+        away_C, local_C = None, routes_NK.flatten()
+        if count < experts.config.num_moe_experts:
+            local_C = local_C - start
+            away_C = (local_C < 0) | (local_C >= count)
+            local_C = local_C.masked_fill(away_C, count)
+        expert_C, order_C = local_C.sort(stable=True)
+        ends_E = torch.searchsorted(expert_C, torch.arange(count, device=expert_C.device), right=True, out_int32=True)
+        rows_CH = experts.run(hidden_NH[order_C // topk], ends_E, weights_NK.flatten()[order_C])
         found_CH = torch.empty_like(rows_CH)
         found_CH[order_C] = rows_CH
-        found_CH.masked_fill_(away_C[:, None], 0)
+        if away_C is not None:
+            found_CH.masked_fill_(away_C[:, None], 0)
         return found_CH.view(len(routes_NK), topk, -1).sum(1, dtype=torch.float32)
 
 

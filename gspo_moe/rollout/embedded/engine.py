@@ -12,7 +12,9 @@ Shape letters: N sequences in the batch, V vocabulary, R response tokens at most
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache as once
 from functools import partial
 
 import torch
@@ -37,6 +39,7 @@ from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
 
+logger = logging.getLogger(__name__)
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
 # Tokens decoded between two looks for answers that ended: a GPU would be waited for, a CPU would decode for nothing.
 ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
@@ -192,8 +195,11 @@ class MegatronEngine:
         return Decoder(self._forward(cache), cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
 
     def _forward(self, cache: KVCache) -> Callable[[StepInput], StepOutput]:
-        if lean_obstacle(self._model) is None:
+        obstacle = lean_obstacle(self._model)
+        if obstacle is None:
             return LeanForward(self._model, cache, records=self._recorder is not None)
+        if self._model.groups.rank == 0:
+            _warn_of_whole_forward(obstacle)
         return partial(self._whole_forward, cache)
 
     def _whole_forward(self, cache: KVCache, step: StepInput) -> StepOutput:
@@ -292,3 +298,8 @@ def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.
     """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
     packs = [] if record is None else record.recordings()
     return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
+
+
+@once
+def _warn_of_whole_forward(obstacle: str) -> None:
+    logger.warning("each token is decoded in a whole training forward, which is slower: %s", obstacle)

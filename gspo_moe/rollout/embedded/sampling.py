@@ -59,9 +59,15 @@ def _blocks(below_NV: torch.Tensor) -> torch.Tensor:
 
 def _from_all(blocks_NBC: torch.Tensor, sums_NB: torch.Tensor, uniforms_N: torch.Tensor) -> torch.Tensor:
     """First the block, then the token in it, so that few numbers are added up in float64."""
-    block_N, share_N = _invert_cdf(sums_NB, uniforms_N)
-    chosen_NC = blocks_NBC[torch.arange(len(block_N), device=block_N.device), block_N]
-    return block_N * BLOCK + _invert_cdf(chosen_NC.double(), share_N)[0]
+    cdf_NB = sums_NB.cumsum(dim=1)
+    threshold_N1 = uniforms_N[:, None] * cdf_NB[:, -1:]
+    block_N1 = _first_above(cdf_NB, threshold_N1)
+    own_N1 = sums_NB.gather(1, block_N1)
+    before_N1 = cdf_NB.gather(1, block_N1) - own_N1
+    chosen_NC = blocks_NBC.gather(1, block_N1[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    cdf_NC = chosen_NC.cumsum(dim=1, dtype=torch.float64)
+    share_N1 = ((threshold_N1 - before_N1) / own_N1).clamp(0.0, BELOW_ONE)
+    return (block_N1 * BLOCK + _first_above(cdf_NC, share_N1 * cdf_NC[:, -1:]))[:, 0]
 
 
 def _from_likeliest(
@@ -78,18 +84,12 @@ def _from_likeliest(
         before_NX = probs_NX.cumsum(dim=1) - probs_NX
         probs_NX = probs_NX * (before_NX < top_p * total_N1)
     tokens_NX, order_NX = tokens_NX.sort(dim=1)
-    found_N, _ = _invert_cdf(probs_NX.gather(1, order_NX), uniforms_N)
-    return tokens_NX.gather(1, found_N[:, None])[:, 0]
+    cdf_NX = probs_NX.gather(1, order_NX).cumsum(dim=1)
+    return tokens_NX.gather(1, _first_above(cdf_NX, uniforms_N[:, None] * cdf_NX[:, -1:]))[:, 0]
 
 
-def _invert_cdf(probs_NX: torch.Tensor, uniforms_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first place whose cumulative share exceeds the number, and how far through its share that is, in [0, 1)."""
-    cdf_NX = probs_NX.cumsum(dim=1)
-    threshold_N1 = uniforms_N[:, None] * cdf_NX[:, -1:]
+def _first_above(cdf_NX: torch.Tensor, threshold_N1: torch.Tensor) -> torch.Tensor:
+    """The first place [N, 1] whose sum exceeds the threshold; the last with a share where rounding leaves none."""
     found_N1 = torch.searchsorted(cdf_NX, threshold_N1, right=True)
-    # Rounding may leave none above it: then the last place with a probability. Among NaN there is none either.
-    last_N1 = torch.searchsorted(cdf_NX, cdf_NX[:, -1:].contiguous()).clamp_max(probs_NX.shape[1] - 1)
-    found_N1 = torch.minimum(found_N1, last_N1)
-    own_N1 = probs_NX.gather(1, found_N1)
-    through_N1 = (threshold_N1 - (cdf_NX.gather(1, found_N1) - own_N1)) / own_N1
-    return found_N1[:, 0], through_N1[:, 0].clamp(0.0, BELOW_ONE)
+    last_N1 = torch.searchsorted(cdf_NX, cdf_NX[:, -1:].contiguous())
+    return torch.minimum(found_N1, last_N1).clamp_max(cdf_NX.shape[1] - 1)  # among NaN there is neither

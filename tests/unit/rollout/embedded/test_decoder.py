@@ -60,7 +60,9 @@ class Replays:
         return kept
 
 
-def generated(model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Forward, KVCache], Decoder]) -> list[Rollout]:
+def generated(
+    model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Forward, KVCache], Decoder]
+) -> list[Rollout]:
     monkeypatch.setattr(MegatronEngine, "_decoder", lambda engine, cache: make(engine._forward(cache), cache))
     params = replace(sampling(longest=40), report_routes=True)
     engine = MegatronEngine(model, max_batch=14, prefill_tokens=64)
