@@ -62,9 +62,8 @@ def test_attention_sees_the_row_up_to_the_new_token_and_keeps_it(groups: int, qu
 
 def test_attention_refuses_a_position_beyond_the_cache() -> None:
     cache = (torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+    ones, factors = torch.ones(2), (torch.ones(8, 2), torch.ones(8, 2))
     with pytest.raises(RuntimeError, match="a position is beyond the cache"):
-        ones = torch.ones(2)
-        factors = (torch.ones(8, 2), torch.ones(8, 2))
         decode.attention(torch.zeros(1, 1, 3, 2), (ones, ones), 1e-6, factors, torch.tensor([4]), cache)
 
 

@@ -111,7 +111,7 @@ def test_a_rank_without_tokens_feeds_none() -> None:
         fed.append(len(step.ids_N))
         return StepOutput(None, None)
 
-    none = StepInput(*torch.zeros(2, 0, dtype=torch.int64), used=1, most=3)
+    none = StepInput(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), used=1, most=3)
     for buckets in (False, True):
         Decoder(forward, KVCache(1, 16), torch.device("cpu"), buckets=buckets).step(none)
     assert fed == [0, 0]
