@@ -64,8 +64,9 @@ def train_minibatch(
 ) -> MinibatchResult:
     """Takes one step on a mini-batch. Collective.
 
-    Its packs have old log-probs on the last stage, and whatever else the algorithm needs: recordings with scores for a
-    router shift, estimates for a value function, reference log-probs for a KL penalty.
+    Its packs have old log-probs on the last stage, or none where the weights are still the old policy's, and whatever
+    else the algorithm needs: recordings with scores for a router shift, estimates for a value function, reference
+    log-probs for a KL penalty.
     """
     packs = minibatch.packs
     record = None if recorder is None else recorder.start([one.routes_TLK for one in recordings_of(packs)] or None)
@@ -87,24 +88,24 @@ def _policy_head(
     """The loss of a pack, and its log-probs [T]."""
     one, algorithm = minibatch.packs[index], settings.algorithm
     pack, split = one.pack, one.split
-    assert one.old_log_probs_T is not None
     found = stage.log_probs(split.local(pack.target_ids_T), settings.temperature, entropy=True)
+    kept = split.whole(found.log_probs.detach())
+    old_log_probs_T = kept if one.old_log_probs_T is None else one.old_log_probs_T
     result = policy_loss(
         _fused(algorithm.spec, split.bounds) if split.size == 1 else algorithm.spec,
         found.log_probs,
-        split.local(one.old_log_probs_T),
+        split.local(old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
         Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
         Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
         Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),
-            correction=_local_correction(one, algorithm.mismatch),
+            correction=_local_correction(one, old_log_probs_T, algorithm.mismatch),
             kl=_kl_penalty(one, algorithm),
             entropy=found.entropy,
         ),
     )
-    kept = split.whole(found.log_probs.detach())
     if one.estimates is None:
         return result.loss, (result.sums, kept)
     value = _value_loss(stage.values(), one, algorithm.settings, minibatch.num_tokens)
@@ -132,12 +133,11 @@ def _value_loss(values_C: torch.Tensor, one: TrainingPack, options: ValueOptions
     return found._replace(loss=options.value_coeff * found.loss)
 
 
-def _local_correction(one: TrainingPack, config: MismatchConfig) -> Correction | None:
+def _local_correction(one: TrainingPack, old_log_probs_T: torch.Tensor, config: MismatchConfig) -> Correction | None:
     """The pack's weights on this context rank's tokens; None without a correction."""
     if config.correction == "none":
         return None
-    assert one.old_log_probs_T is not None
-    found, _ = correction_of(one, one.old_log_probs_T, config)
+    found, _ = correction_of(one, old_log_probs_T, config)
     return replace(found, weights=one.split.local(found.weights)) if found.level == "token" else found
 
 
