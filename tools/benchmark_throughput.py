@@ -229,7 +229,9 @@ def needed_flops(
 
 
 def one_pass(groups: Sequence[RolloutGroup]) -> Work:
-    return whole_sequences(len(rollout.token_ids) - 1 for rollout in all_rollouts(groups))
+    rollouts = all_rollouts(groups)
+    responses = sum(sum(rollout.policy_mask[1:]) for rollout in rollouts)
+    return whole_sequences((len(rollout.token_ids) - 1 for rollout in rollouts), logits=responses)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

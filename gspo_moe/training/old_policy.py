@@ -49,7 +49,8 @@ def with_old_policy(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[Tra
         packs = with_each(packs, replay_TLK=[one.routes_TLK for one in recordings_of(packs)])
     if trainer.reference is not None:
         with timers("reference"):
-            found = score(trainer.reference, microbatches(packs), temperature=config.rollout.temperature)
+            temperature = config.rollout.temperature
+            found = score(trainer.reference, microbatches(packs), temperature=temperature, responses_only=True)
         packs = with_each(packs, reference_log_probs_T=found)
     return list(packs)
 
@@ -78,9 +79,9 @@ def _scored(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[TrainingPac
     # R3's ratios compare like with like only where the old policy runs with the engine's routes as well.
     routes, temperature, whole = replay_of(packs), config.rollout.temperature, microbatches(packs)
     if not config.has_value_head:
-        log_probs = score(model, whole, temperature=temperature, record=record, routes=routes)
+        log_probs = score(model, whole, temperature=temperature, record=record, routes=routes, responses_only=True)
         return with_each(packs, old_log_probs_T=log_probs, recording=[] if record is None else record.recordings())
-    found = score_with_values(model, whole, temperature=temperature, record=record, routes=routes)
+    found = score_with_values(model, whole, temperature=temperature, record=record, routes=routes, responses_only=True)
     segments = [(one.pack, one.segments) for one in packs]
     estimates = estimate(segments, [values_T for _, values_T in found], config.algorithm.settings, model.groups)
     raise_everywhere(value_fault(estimates))

@@ -68,7 +68,10 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training forward found of a pack. log_probs_T: on the last stage. recording: where one was made."""
+    """What the training forward found of a pack.
+
+    log_probs_T: on the last stage, 0 off the response. recording: where one was made.
+    """
 
     pack: TrainingPack
     log_probs_T: torch.Tensor | None = None

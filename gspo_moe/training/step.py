@@ -22,7 +22,7 @@ from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run
-from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
@@ -33,8 +33,9 @@ from gspo_moe.training.shift import ShiftOf, router_shift
 
 S = TypeVar("S", bound=Statistics)
 K = TypeVar("K")
-# A pack's number and what the last stage gives of it to its loss and what is kept of it, statistics first.
-Head = Callable[[int, LastStage], tuple[torch.Tensor, tuple[S, K]]]
+# A pack's number, what the last stage gives of it and where its response tokens are here, to its loss and what is kept
+# of it, statistics first.
+Head = Callable[[int, LastStage, torch.Tensor], tuple[torch.Tensor, tuple[S, K]]]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,18 @@ def train_minibatch(
 
 
 def _policy_head(
-    minibatch: Minibatch, settings: PolicySettings, shift_of: ShiftOf | None, index: int, stage: LastStage
+    minibatch: Minibatch,
+    settings: PolicySettings,
+    shift_of: ShiftOf | None,
+    index: int,
+    stage: LastStage,
+    positions_N: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[PolicyStatistics, torch.Tensor]]:
-    """The loss of a pack, and its log-probs [T]."""
+    """The loss of a pack, and its log-probs [T], 0 off the response."""
     one, algorithm = minibatch.packs[index], settings.algorithm
     pack, split = one.pack, one.split
-    found = stage.log_probs(split.local(pack.target_ids_T), settings.temperature, entropy=True)
+    targets_C = split.local(pack.target_ids_T)
+    found = stage.log_probs(targets_C, settings.temperature, entropy=True, positions_N=positions_N)
     kept = split.whole(found.log_probs.detach())
     old_log_probs_T = kept if one.old_log_probs_T is None else one.old_log_probs_T
     result = policy_loss(
@@ -185,10 +192,12 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
+    def head(
+        index: int, stage: LastStage, positions_N: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
         pack, split = packs[index].pack, packs[index].split
         mask_C = split.local(pack.response_mask_T)
-        found = stage.log_probs(split.local(pack.target_ids_T))
+        found = stage.log_probs(split.local(pack.target_ids_T), positions_N=positions_N)
         sums = {
             "tokens": mask_C.double().sum(),
             "log_prob": (found.log_probs.detach().double() * mask_C).sum(),
@@ -209,11 +218,13 @@ def _step(
     data_ranks = model.groups.layout.data
 
     def scaled(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[S, K]]:
-        loss, kept = head(index, stage)
+        loss, kept = head(index, stage, positions[index])
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
     inputs = [microbatch_input(one.pack, one.split) for one in packs]
+    # Before the pass: in the midst of it the host would wait for all of the pack's forward.
+    positions = [response_positions(one.pack, one.split) for one in packs]
     recording = no_recording if record is None else record.scope
     with replay(model.chunks, model.groups, replay_of(packs), recording) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope)
