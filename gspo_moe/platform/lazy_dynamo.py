@@ -39,9 +39,10 @@ def _load(module: ModuleType) -> None:
         object.__setattr__(module, "__class__", ModuleType)
         for name in ASKED:
             delattr(module, name)
-        loader = module.__loader__
-        assert isinstance(loader, _Loader)
-        loader.real.exec_module(module)
+        spec = module.__spec__
+        assert spec is not None and isinstance(spec.loader, _Loader)
+        vars(module)["__path__"] = spec.submodule_search_locations
+        spec.loader.real.exec_module(module)
 
 
 def _disable(fn: Callable[..., Any] | None = None, recursive: bool = True, **how: Any) -> Callable[..., Any]:
@@ -80,6 +81,7 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__class__ = _Dynamo
         vars(module).update(ASKED)
+        del vars(module)["__path__"]  # so that the import of a module below loads this one first
 
 
 class LazyDynamo(importlib.abc.MetaPathFinder):
