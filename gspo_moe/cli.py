@@ -157,10 +157,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
-    with garbage.imports():
+    with garbage.imports():  # which go on while the config is read: an algorithm brings torch
         from gspo_moe.config import loading
 
-    return loading.load_config(path, overrides)
+        return loading.load_config(path, overrides)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -40,7 +40,8 @@ def _load(module: ModuleType) -> None:
         for name in ASKED:
             delattr(module, name)
         spec = module.__spec__
-        assert spec is not None and isinstance(spec.loader, _Loader)
+        assert spec is not None
+        assert isinstance(spec.loader, _Loader)
         vars(module)["__path__"] = spec.submodule_search_locations
         spec.loader.real.exec_module(module)
 
