@@ -20,7 +20,7 @@ FLOORS = (
     {"platform", "config"},
     {"packages", "algorithms"},
     {"section"},
-    {"types", "external", "files", "last_words"},
+    {"types", "external", "files", "garbage", "last_words"},
     {"errors"},
     {"__init__"},
 )

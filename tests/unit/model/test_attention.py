@@ -60,7 +60,7 @@ def varlen_on_cpu(
 
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_attention, "suits_varlen", lambda _: True)
-    monkeypatch.setattr(torch_attention, "varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(torch_attention, "flash_attention", lambda: varlen_on_cpu)
 
 
 def run(params: AttentionParams, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

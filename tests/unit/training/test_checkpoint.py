@@ -182,7 +182,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(
     before = state(*policy)
     learn(*policy, updates=1)
 
-    def interrupted(sharded: Any, folder: str) -> None:
+    def interrupted(sharded: Any, folder: str, strategy: Any) -> None:
         (Path(folder) / "__0_0.distcp").write_bytes(b"half")
         raise OSError("no space left on device")
 
