@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, genera
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.types import RolloutGroup
 from tools.synthetic import open_synthetic_session
-from tools.watching import profile_step, time_calls
+from tools.watching import CpuTimers, profile_step, time_calls
 
 if TYPE_CHECKING:
     from gspo_moe.training.rl import StepResult
@@ -104,10 +105,11 @@ def _options() -> argparse.Namespace:
 class RankFigures:
     """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU.
 
-    update_seconds: of the optimizer, part of the training phase.
+    update_seconds: of the optimizer, part of the training phase. cpu_seconds: of all threads; `update` is a phase there.
     """
 
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
     update_seconds: float
     host_gib: float
     device_gib: float
@@ -122,17 +124,21 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
 
     plan, steps = preflight(config), options.steps
     session = open_session(plan) if options.synthetic is None else open_synthetic_session(plan, options.synthetic)
+    session.timers = timers = CpuTimers()
     trainer = open_trainer(session)
+    cpu_updates = time_calls(trainer.optimizer, "update", device().synchronize, time.process_time)
     updates = time_calls(trainer.optimizer, "update", device().synchronize)
     for _ in range(options.warmup):
         rl_step(trainer)
-    session.timers.take()
-    updates.clear()
+    for found_so_far in (updates, cpu_updates, timers.cpu_seconds):
+        found_so_far.clear()
+    timers.take()
     results = [rl_step(trainer) for _ in range(steps)]
-    taken = session.timers.take()
-    seconds = {phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)}
-    seconds["rest"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
-    mine = RankFigures(seconds, sum(updates) / steps, peak_rss_gib(), device().peak_memory_gib())
+    taken = timers.take()
+    seconds = by_phase({phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)})
+    cpu_seconds = by_phase({phase: timers.cpu_seconds[phase] / steps for phase in ("step", *PHASES)})
+    cpu_seconds["update"] = sum(cpu_updates) / steps
+    mine = RankFigures(seconds, cpu_seconds, sum(updates) / steps, peak_rss_gib(), device().peak_memory_gib())
     ranks: list[Any] = [None] * session.groups.world_size
     dist.all_gather_object(ranks, mine)
     found = report(plan, results, ranks, options.peak_tflops) if session.groups.is_main else None
@@ -145,6 +151,10 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
     session.close()
     shut_down()
     return found
+
+
+def by_phase(seconds: dict[str, float]) -> dict[str, float]:
+    return {**seconds, "rest": seconds["step"] - sum(seconds[phase] for phase in PHASES)}
 
 
 def write(file: Path | None, found: dict[str, Any] | None) -> None:
@@ -174,6 +184,7 @@ def report(
         memory["device"] = spread([rank.device_gib for rank in ranks])
         peak_tflops = peak_tflops or known_peak_tflops(name)
     return {
+        "benchmark": "throughput",
         "device": name,
         "processes": len(ranks),
         "parallel": config.parallel.model_dump(mode="json"),
@@ -188,6 +199,7 @@ def report(
         "rollout_tokens": generated,
         "rollout_tokens_per_second": generated / seconds["rollout"]["max"],
         "seconds": seconds,
+        "cpu_seconds": {phase: sum(rank.cpu_seconds[phase] for rank in ranks) for phase in ranks[0].cpu_seconds},
         "tflop": tflop,
         "tflops_per_process": speed,
         "update_seconds": spread([rank.update_seconds for rank in ranks]),

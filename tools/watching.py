@@ -1,15 +1,18 @@
-"""What a benchmark learns of a running step: a method's seconds, kernel launches, waits for the device."""
+"""What a benchmark learns of a running step: wall and CPU seconds, kernel launches, waits for the device."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from gspo_moe.observability.timers import Timers
 from gspo_moe.platform import device
 
 if TYPE_CHECKING:
@@ -36,7 +39,24 @@ class StepProfile:
     waits: int
 
 
-def time_calls(owner: Any, method: str, synchronize: Callable[[], None]) -> list[float]:
+class CpuTimers(Timers):
+    """Timers that keep the CPU seconds of all threads of this process as well, by phase."""
+
+    def __init__(self) -> None:
+        super().__init__(device().synchronize)
+        self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.process_time()
+        with super().__call__(phase):
+            yield
+        self.cpu_seconds[phase] += time.process_time() - start
+
+
+def time_calls(
+    owner: Any, method: str, synchronize: Callable[[], None], clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Has every call of the method add its seconds to the list that is returned; waits for the device around it."""
     seconds: list[float] = []
     call = getattr(owner, method)
@@ -44,10 +64,10 @@ def time_calls(owner: Any, method: str, synchronize: Callable[[], None]) -> list
     @wraps(call)
     def timed(*args: Any, **kwargs: Any) -> Any:
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         result = call(*args, **kwargs)
         synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         return result
 
     setattr(owner, method, timed)
