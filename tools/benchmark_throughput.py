@@ -105,7 +105,7 @@ def _options() -> argparse.Namespace:
 class RankFigures:
     """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU.
 
-    update_seconds: of the optimizer, part of the training phase. cpu_seconds: of all threads; `update` is a phase there.
+    update_seconds: of the optimizer, part of the training phase. cpu_seconds: of all threads, with `update` as a phase.
     """
 
     seconds: dict[str, float]

@@ -101,20 +101,22 @@ def load_model(config: Config, experts: str | None = None) -> Any:
     return model
 
 
-def trl_config(config: Config, prompt_tokens: int, steps: int, folder: Path, micro_batch: int | None = None) -> Any:
-    """A step of TRL's is one update; `mini_batches` of them share a generation.
+def micro_batch_of(config: Config, prompt_tokens: int, at_most: int | None = None) -> int:
+    """Answers of a micro-batch: `at_most`, else as many as schedule.micro_batch_tokens holds; divides a mini-batch."""
+    rollout = config.rollout
+    in_mini_batch = rollout.prompts_per_step * rollout.samples_per_prompt // config.algorithm.mini_batches
+    most = at_most or config.schedule.micro_batch_tokens // (prompt_tokens + rollout.max_response_tokens)
+    return max(size for size in range(1, max(min(most, in_mini_batch), 1) + 1) if in_mini_batch % size == 0)
 
-    micro_batch: answers at a time; None takes as many as schedule.micro_batch_tokens holds of prompt and answer.
-    """
+
+def trl_config(config: Config, prompt_tokens: int, steps: int, folder: Path, micro_batch: int | None = None) -> Any:
+    """A step of TRL's is one update; `mini_batches` of them share a generation. micro_batch: of `micro_batch_of`."""
     from trl import GRPOConfig
 
     rollout, algorithm, optimizer = config.rollout, config.algorithm, config.optimizer
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt
+    micro_batch = micro_batch_of(config, prompt_tokens, micro_batch)
     in_mini_batch = sequences // algorithm.mini_batches
-    most = micro_batch or config.schedule.micro_batch_tokens // (prompt_tokens + rollout.max_response_tokens)
-    micro_batch = max(
-        size for size in range(1, in_mini_batch + 1) if in_mini_batch % size == 0 and size <= max(most, 1)
-    )
     clip_low, clip_high = algorithm.clips
     return GRPOConfig(
         output_dir=str(folder),

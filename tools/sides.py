@@ -1,0 +1,121 @@
+"""One side of a race: a program in processes of its own, its figures, and the memory that they all take together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gspo_moe.errors import TrainingError
+
+ROOT = Path(__file__).parents[1]
+LOOK_SECONDS = 0.05
+SEARCH_SECONDS = 1.0  # between searches for new processes, which cost more than a look at known ones
+LAST_LINES = 40
+PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / 2**30
+# As launch/torchrun.sh sets them where there is no GPU.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """command: takes `--json FILE` at its end, and writes its figures there."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """figures: what the program wrote. Peaks in GiB: of all its processes together, pages of files (libraries) counted
+    once, and of the largest one.
+    """
+
+    figures: dict[str, Any]
+    together_gib: float
+    largest_gib: float
+
+
+class Memory:
+    """Peaks of a process and its descendants, from /proc; they must be looked at while they live."""
+
+    def __init__(self, pid: int) -> None:
+        self.together_gib = self.largest_gib = 0.0
+        self._root = pid
+        self._known: list[int] = []
+        self._searched = 0.0
+
+    def look(self) -> None:
+        if time.monotonic() - self._searched > SEARCH_SECONDS:
+            self._known, self._searched = self._search(), time.monotonic()
+        pages = [found for pid in self._known if (found := _pages(pid)) is not None]
+        if pages:
+            own, of_files = sum(resident - files for resident, files in pages), max(files for _, files in pages)
+            self.together_gib = max(self.together_gib, (own + of_files) * PAGE_GIB)
+            self.largest_gib = max(self.largest_gib, max(resident for resident, _ in pages) * PAGE_GIB)
+
+    def _search(self) -> list[int]:
+        try:
+            return [self._root, *(child.pid for child in psutil.Process(self._root).children(recursive=True))]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _pages(pid: int) -> tuple[int, int] | None:
+    """Resident pages of a process, and those of files and shared memory among them; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return None
+    return int(fields[1]), int(fields[2])
+
+
+def run_side(side: Side) -> Outcome:
+    """Runs it to its end. Raises TrainingError, with the end of what it said, where it fails or writes no figures."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **side.environment}
+    with tempfile.TemporaryDirectory() as folder:
+        file, said = Path(folder) / "found.json", Path(folder) / "output.txt"
+        with said.open("w") as output:
+            command = [*side.command, "--json", str(file)]
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
+            )
+            memory = Memory(process.pid)
+            try:
+                while process.poll() is None:
+                    memory.look()
+                    time.sleep(LOOK_SECONDS)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if process.returncode or not file.is_file():
+            last = "\n".join(said.read_text(errors="replace").splitlines()[-LAST_LINES:])
+            raise TrainingError(
+                f"{side.name} ended with exit code {process.returncode}; its last lines:\n{last}\n"
+                f"mend that, or run it alone: {' '.join(side.command)}"
+            )
+        return Outcome(json.loads(file.read_text()), memory.together_gib, memory.largest_gib)
+
+
+def python_script(name: str, python: str, arguments: Sequence[str], threads: int, script: str) -> Side:
+    """A script of tools/ in one process of that Python."""
+    environment = {"OMP_NUM_THREADS": str(threads), **ALLOCATOR}
+    return Side(name, (python, str(ROOT / "tools" / script), *arguments), environment)
+
+
+def torchrun_script(name: str, python: str, arguments: Sequence[str], processes: int, script: str) -> Side:
+    """A script of tools/ in that many processes, one thread each, as launch/torchrun.sh starts them."""
+    start = ("bash", str(ROOT / "launch" / "torchrun.sh"), "--nproc-per-node", str(processes), "--")
+    environment = {"OMP_NUM_THREADS": "1", "GSPO_MOE_PYTHON": python}
+    return Side(name, (*start, str(ROOT / "tools" / script), *arguments), environment)
