@@ -42,7 +42,7 @@ from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, genera
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.types import RolloutGroup
 from tools.synthetic import open_synthetic_session
-from tools.watching import CpuTimers, profile_step, time_calls
+from tools.watching import CpuTimers, count_messages, profile_step, time_calls
 
 if TYPE_CHECKING:
     from gspo_moe.training.rl import StepResult
@@ -92,6 +92,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--synthetic", type=int, metavar="N", help="prompts of N random words, random rewards")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a further step's operations there")
+    parser.add_argument("--messages", action="store_true", help="take a further step and count its communication")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_intermixed_args()
     if options.steps < 1 or options.warmup < 0 or (options.peak_tflops is not None and options.peak_tflops <= 0):
@@ -142,6 +143,10 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
     ranks: list[Any] = [None] * session.groups.world_size
     dist.all_gather_object(ranks, mine)
     found = report(plan, results, ranks, options.peak_tflops) if session.groups.is_main else None
+    if options.messages:
+        counted = count_messages(partial(rl_step, trainer))
+        if found is not None:
+            found["communication"] = dataclasses.asdict(counted)
     if options.profile is not None:
         write(options.json, found)  # lest a profiler that fails takes these figures along
         profile, table = profile_step(session, partial(rl_step, trainer))
@@ -211,6 +216,7 @@ def report(
             key: statistics.fmean(result.metrics[key] for result in results if key in result.metrics)
             for key in sorted(set().union(*(result.metrics for result in results)))
         },
+        "communication": None,
         "profile": None,
     }
 
@@ -273,6 +279,10 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"MFU: {found['mfu']:.2%} of {found['peak_tflops']:g} TFLOP/s a process")
     if found["profile"] is not None:
         console.print("in the profiled step: {launches:,} launches, {waits:,} waits".format(**found["profile"]))
+    if found["communication"] is not None:
+        console.print(
+            "first rank, a step: {messages:,} messages, {sent_bytes:,} bytes sent".format(**found["communication"])
+        )
     for place, gib in found["peak_memory_gib"].items():
         console.print(f"peak memory, {place}: {gib['min']:.2f} to {gib['max']:.2f} GiB a process")
 

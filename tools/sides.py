@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,7 @@ from gspo_moe.errors import TrainingError
 
 ROOT = Path(__file__).parents[1]
 LOOK_SECONDS = 0.05
+END_SECONDS = 20.0
 SEARCH_SECONDS = 1.0  # between searches for new processes, which cost more than a look at known ones
 LAST_LINES = 40
 PAGE_GIB = os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -96,9 +96,7 @@ def run_side(side: Side) -> Outcome:
                     memory.look()
                     time.sleep(LOOK_SECONDS)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                _end(process)
         if process.returncode or not file.is_file():
             last = "\n".join(said.read_text(errors="replace").splitlines()[-LAST_LINES:])
             raise TrainingError(
@@ -106,6 +104,21 @@ def run_side(side: Side) -> Outcome:
                 f"mend that, or run it alone: {' '.join(side.command)}"
             )
         return Outcome(json.loads(file.read_text()), memory.together_gib, memory.largest_gib)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a side that runs yet, with all its processes, which may be in sessions of their own."""
+    if process.poll() is not None:
+        return
+    left = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for child in psutil.wait_procs(left, timeout=1)[1]:
+        child.kill()
 
 
 def python_script(name: str, python: str, arguments: Sequence[str], threads: int, script: str) -> Side:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from gspo_moe.observability.timers import Timers
@@ -23,6 +25,15 @@ PROFILED_TOKENS = (
 )
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 GRAPH_LAUNCHES = ("cudaGraphLaunch",)
+# Methods of a process group by the argument that a process sends; torch 2.13 renamed those of equal parts.
+SENDS = dict.fromkeys(("allreduce", "allreduce_coalesced", "broadcast", "reduce", "send"), 0) | dict.fromkeys(
+    (
+        *("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single", "all_gather_single_coalesced"),
+        *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+        *("alltoall", "alltoall_base", "all_to_all_single", "gather", "scatter"),
+    ),
+    1,
+)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -72,6 +83,44 @@ def time_calls(
 
     setattr(owner, method, timed)
     return seconds
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Of one process in a step: calls of collectives and sends in groups of several, and bytes handed to them."""
+
+    messages: int
+    sent_bytes: int
+
+
+def count_messages(step: Callable[[], object]) -> Messages:
+    """Takes the step and counts what this process sends through torch.distributed's process groups."""
+    sizes: list[int] = []
+    calls = {name: getattr(dist.ProcessGroup, name) for name in SENDS if hasattr(dist.ProcessGroup, name)}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if group.size() > 1:
+                sizes.append(_bytes(args[SENDS[name]]))
+            return calls[name](group, *args, **kwargs)
+
+        return call
+
+    try:
+        for name in calls:
+            setattr(dist.ProcessGroup, name, counted(name))
+        step()
+    finally:
+        for name, call in calls.items():
+            setattr(dist.ProcessGroup, name, call)
+    return Messages(len(sizes), sum(sizes))
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor, or of the tensors in lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def profile_step(session: Session, step: Callable[[], object]) -> tuple[StepProfile, str]:
