@@ -2,6 +2,7 @@
 
     bash tools/setup_trl.sh                                      # once: a venv with TRL
     python tools/benchmark_peers.py --trl-python .venv-trl/bin/python [--cases m vocabulary long] [--json FILE]
+    python tools/benchmark_peers.py --trl-python .venv-trl/bin/python --curves        # do rewards grow alike?
 
 Both sides read the same weights, which are written once, and take the same prompts, answers of the same length, batch,
 dtype (fp32), AdamW, learning rate and clips, without a KL term. A case's sides run one after the other, ours and theirs
@@ -23,7 +24,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -38,8 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.cli import USER_ERROR
 from gspo_moe.errors import ConfigError, GspoMoeError
 from tools.peer_cases import CASES, Race, sides, sizes, write_weights
+from tools.peer_curves import MOST_SEEDS, compare_curves
 from tools.peer_figures import Figures, Ratio, figures_of, ratios
-from tools.sides import Outcome, run_side
+from tools.sides import Outcome, processor, run_side
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")  # of megatron-core, where the weights are written
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the side that runs ends too
     try:
-        found = race(options)
+        found = curves(options) if options.curves else race(options)
     except GspoMoeError as error:
         print(f"benchmark_peers: {type(error).__name__}: {error}", file=sys.stderr)
         return USER_ERROR
@@ -66,21 +67,38 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="of ours, and threads of theirs (2)")
     parser.add_argument("--ours", nargs="*", default=[], metavar="section.key=value", help="of ours in processes")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="answers of theirs at a time")
+    parser.add_argument("--curves", action="store_true", help="train both on one task instead, from one cold start")
+    parser.add_argument("--seeds", type=int, default=3, help="of the curves, each side (3)")
+    parser.add_argument("--curve-steps", type=int, default=48, help="of a curve (48)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if not 2 <= options.seeds <= MOST_SEEDS or options.curve_steps < 1:
+        parser.error(f"--seeds must be 2 to {MOST_SEEDS}, and --curve-steps at least 1")
     if min(options.rounds, options.steps) < 1 or options.warmup < 1 or options.processes < 2:
         parser.error("--rounds, --steps and --warmup must be at least 1, and --processes at least 2")
     return options
 
 
-def race(options: argparse.Namespace) -> dict[str, Any]:
-    """What --json writes. Raises ConfigError without a Python of TRL's, TrainingError where a side fails."""
+def trl_python(options: argparse.Namespace) -> str:
+    """Raises ConfigError without a Python of TRL's."""
     if not Path(options.trl_python).is_file():
         raise ConfigError(
             f"--trl-python {options.trl_python} is no file; bash tools/setup_trl.sh makes a venv with TRL"
         )
-    trl_python = os.path.abspath(options.trl_python)  # not resolved: a venv's python is a link out of it
-    plan = Race(trl_python, options.processes, options.warmup, options.steps, tuple(options.ours), options.micro_batch)
+    return os.path.abspath(options.trl_python)  # not resolved: a venv's python is a link out of it
+
+
+def curves(options: argparse.Namespace) -> dict[str, Any]:
+    """What --json writes with --curves. Raises as `race`."""
+    python = trl_python(options)
+    with tempfile.TemporaryDirectory() as folder:
+        return compare_curves(python, options.seeds, options.curve_steps, Path(folder))
+
+
+def race(options: argparse.Namespace) -> dict[str, Any]:
+    """What --json writes. Raises ConfigError without a Python of TRL's, TrainingError where a side fails."""
+    python = trl_python(options)
+    plan = Race(python, options.processes, options.warmup, options.steps, tuple(options.ours), options.micro_batch)
     found: dict[str, Any] = {"benchmark": "peers", "conditions": conditions(options), "cases": {}, "ratios": {}}
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -115,13 +133,6 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "ours": options.ours,
         "micro_batch": options.micro_batch,
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def versions(rounds: dict[str, list[Outcome]]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import tempfile
 import time
@@ -28,11 +29,12 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 @dataclass(frozen=True)
 class Side:
-    """command: takes `--json FILE` at its end, and writes its figures there."""
+    """figures: the option by which the command takes the file for its figures; None for one that leaves none."""
 
     name: str
     command: tuple[str, ...]
     environment: dict[str, str]
+    figures: str | None = "--json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_side(side: Side) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         file, said = Path(folder) / "found.json", Path(folder) / "output.txt"
         with said.open("w") as output:
-            command = [*side.command, "--json", str(file)]
+            command = [*side.command, *([] if side.figures is None else [side.figures, str(file)])]
             process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT
             )
@@ -97,6 +99,8 @@ def run_side(side: Side) -> Outcome:
                     time.sleep(LOOK_SECONDS)
             finally:
                 _end(process)
+        if side.figures is None and not process.returncode:
+            file.write_text("{}")
         if process.returncode or not file.is_file():
             last = "\n".join(said.read_text(errors="replace").splitlines()[-LAST_LINES:])
             raise TrainingError(
@@ -119,6 +123,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
     for child in psutil.wait_procs(left, timeout=1)[1]:
         child.kill()
+
+
+def processor() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def python_script(name: str, python: str, arguments: Sequence[str], threads: int, script: str) -> Side:

@@ -162,7 +162,7 @@ def make_trainer(model: Any, work: Work, arguments: Any) -> tuple[Any, Watch]:
 
     watch = Watch()
 
-    class Watched(GRPOTrainer):  # type: ignore[misc]
+    class Watched(GRPOTrainer):
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             watch.start_of_step()
             with watch("collect"):
@@ -178,7 +178,7 @@ def make_trainer(model: Any, work: Work, arguments: Any) -> tuple[Any, Watch]:
             watch.steps[-1].reward = float(rewards.mean())
             return rewards
 
-    class Updates(TrainerCallback):  # type: ignore[misc]
+    class Updates(TrainerCallback):
         start = (0.0, 0.0)
 
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
