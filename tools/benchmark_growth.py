@@ -3,8 +3,9 @@
     python tools/benchmark_growth.py [--curves sequence batch ...] [--json FILE] [--figure PNG]
 
 Each point is a run of `benchmark_throughput.py` on the model of tools/peers.yaml, smaller, with one size changed. The
-exponent is fitted to the upper points of CPU seconds; it may be at most the exponent of the counted operations (of the
-parameters for the update, 1 for memory, 0 for what a process sends) and 0.2 more. Exit code 1 where one is larger.
+exponent is fitted to the upper points of CPU seconds; it may be at most the size's order (1; 0 for experts, of which a
+token sees as many as before; that of the counted operations where it is larger; the parameters' for the update; 1 for
+memory, 0 for what a process sends) and 0.2 more. Exit code 1 where one is larger.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ COUNTED = {"rollout": "rollout", "old_log_probs": "old_log_probs", "forward_back
 
 @dataclass(frozen=True)
 class Curve:
-    """of: what grows. points: its values, and the overrides at each.
+    """of: what grows. points: its values, and the overrides at each. order: of the seconds of a phase, at most.
 
     processes: the points are numbers of processes, else there is one; what they send is measured then, and no time.
     """
 
     of: str
     points: Mapping[int, tuple[str, ...]]
+    order: float = 1.0
     processes: bool = False
 
 
@@ -33,7 +34,7 @@ CURVES = {
     "sequence": Curve("answer tokens", _sizes("rollout.max_response_tokens", 32, 64, 128, 256, 512)),
     "batch": Curve("answers to a prompt", _sizes("rollout.samples_per_prompt", 4, 8, 16, 32)),
     "vocabulary": Curve("words", _sizes("model.overrides.vocab_size", 4096, 16384, 32768, 65536, 131072)),
-    "experts": Curve("experts", _sizes("model.overrides.num_experts", 8, 16, 32, 64, 128)),
+    "experts": Curve("experts", _sizes("model.overrides.num_experts", 8, 16, 32, 64, 128), order=0.0),
     "layers": Curve("layers", _sizes("model.overrides.num_hidden_layers", 2, 4, 8, 16)),
     "data": Curve("data-parallel processes", {2: (), 4: ()}, processes=True),
     "expert": Curve(
@@ -81,8 +82,8 @@ def fits(
 ) -> list[Fit]:
     """Each figure's exponent beside the expected one.
 
-    Expected of seconds: the exponent of the operations that the model needs, and at least 0; of the update's: that of
-    the parameters; of a process's messages and bytes: none.
+    Expected of seconds: the curve's order, or the exponent of the operations that the model needs, where attention's
+    square makes it larger; of the update's: that of the parameters; of a process's messages and bytes: none.
     """
     found = []
     for figure in points[0]:
@@ -101,4 +102,4 @@ def _expected(curve: Curve, figure: str, sizes: Sequence[int], runs: Sequence[Ma
         return exponent(sizes, [run["parameters"] for run in runs])
     names = list(COUNTED.values()) if phase == "step" else [COUNTED[phase]]
     needed = [sum(sum(run["tflop"][name].values()) for name in names) for run in runs]
-    return max(exponent(sizes, needed), 0.0)
+    return max(exponent(sizes, needed), curve.order)

@@ -49,6 +49,14 @@ def test_seconds_may_grow_as_the_operations_do() -> None:
     assert found["memory_gib"].holds
 
 
+def test_the_order_counts_where_other_work_dilutes_the_operations() -> None:
+    points = [{"old_log_probs_cpu_seconds": 0.5 * size} for size in SIZES]  # of one operation at every size
+    (found,) = fits(Curve("layers", {}), SIZES, [run(size) for size in SIZES], points)
+    assert (found.expected, found.holds) == (1.0, True)
+    (found,) = fits(Curve("experts", {}, order=0.0), SIZES, [run(size) for size in SIZES], points)
+    assert (found.expected, found.holds) == (0.0, False)
+
+
 def test_what_a_process_sends_may_not_grow_with_their_number() -> None:
     curve = Curve("processes", {2: (), 4: ()}, processes=True)
     points = [{"messages": 30.0, "sent_bytes": 1000.0}, {"messages": 30.0, "sent_bytes": 2000.0}]
