@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.types import RolloutGroup
 from tools.synthetic import open_synthetic_session
-from tools.watching import profile_step, time_calls
+from tools.watching import CpuTimers, count_messages, profile_step, time_calls
 
 if TYPE_CHECKING:
     from gspo_moe.training.rl import StepResult
@@ -92,6 +93,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--synthetic", type=int, metavar="N", help="prompts of N random words, random rewards")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a further step's operations there")
+    parser.add_argument("--messages", action="store_true", help="take a further step and count its communication")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_intermixed_args()
     if options.steps < 1 or options.warmup < 0 or (options.peak_tflops is not None and options.peak_tflops <= 0):
@@ -105,10 +107,11 @@ def _options() -> argparse.Namespace:
 class RankFigures:
     """seconds: a step's mean, by phase; `rest` is what no phase covers. Peak memory in GiB; device_gib is 0 on CPU.
 
-    update_seconds: of the optimizer, part of the training phase.
+    update_seconds: of the optimizer, part of the training phase. cpu_seconds: of all threads, with `update` as a phase.
     """
 
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
     update_seconds: float
     host_gib: float
     device_gib: float
@@ -123,20 +126,28 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
 
     plan, steps = preflight(config), options.steps
     session = open_session(plan) if options.synthetic is None else open_synthetic_session(plan, options.synthetic)
+    session.timers = timers = CpuTimers()
     trainer = open_trainer(session)
+    cpu_updates = time_calls(trainer.optimizer, "update", device().synchronize, time.process_time)
     updates = time_calls(trainer.optimizer, "update", device().synchronize)
     for _ in range(options.warmup):
         rl_step(trainer)
-    session.timers.take()
-    updates.clear()
+    for found_so_far in (updates, cpu_updates, timers.cpu_seconds):
+        found_so_far.clear()
+    timers.take()
     results = [rl_step(trainer) for _ in range(steps)]
-    taken = session.timers.take()
-    seconds = {phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)}
-    seconds["rest"] = seconds["step"] - sum(seconds[phase] for phase in PHASES)
-    mine = RankFigures(seconds, sum(updates) / steps, peak_rss_gib(), device().peak_memory_gib())
+    taken = timers.take()
+    seconds = by_phase({phase: taken[f"timing/{phase}_seconds"] / steps for phase in ("step", *PHASES)})
+    cpu_seconds = by_phase({phase: timers.cpu_seconds[phase] / steps for phase in ("step", *PHASES)})
+    cpu_seconds["update"] = sum(cpu_updates) / steps
+    mine = RankFigures(seconds, cpu_seconds, sum(updates) / steps, peak_rss_gib(), device().peak_memory_gib())
     ranks: list[Any] = [None] * session.groups.world_size
     dist.all_gather_object(ranks, mine)
     found = report(plan, results, ranks, options.peak_tflops) if session.groups.is_main else None
+    if options.messages:
+        counted = count_messages(partial(rl_step, trainer))
+        if found is not None:
+            found["communication"] = dataclasses.asdict(counted)
     if options.profile is not None:
         write(options.json, found)  # lest a profiler that fails takes these figures along
         profile, table = profile_step(session, partial(rl_step, trainer))
@@ -146,6 +157,10 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
     session.close()
     shut_down()
     return found
+
+
+def by_phase(seconds: dict[str, float]) -> dict[str, float]:
+    return {**seconds, "rest": seconds["step"] - sum(seconds[phase] for phase in PHASES)}
 
 
 def write(file: Path | None, found: dict[str, Any] | None) -> None:
@@ -175,6 +190,7 @@ def report(
         memory["device"] = spread([rank.device_gib for rank in ranks])
         peak_tflops = peak_tflops or known_peak_tflops(name)
     return {
+        "benchmark": "throughput",
         "device": name,
         "processes": len(ranks),
         "parallel": config.parallel.model_dump(mode="json"),
@@ -189,6 +205,7 @@ def report(
         "rollout_tokens": generated,
         "rollout_tokens_per_second": generated / seconds["rollout"]["max"],
         "seconds": seconds,
+        "cpu_seconds": {phase: sum(rank.cpu_seconds[phase] for rank in ranks) for phase in ranks[0].cpu_seconds},
         "tflop": tflop,
         "tflops_per_process": speed,
         "update_seconds": spread([rank.update_seconds for rank in ranks]),
@@ -200,6 +217,7 @@ def report(
             key: statistics.fmean(result.metrics[key] for result in results if key in result.metrics)
             for key in sorted(set().union(*(result.metrics for result in results)))
         },
+        "communication": None,
         "profile": None,
     }
 
@@ -276,6 +294,10 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"MFU: {found['mfu']:.2%} of {found['peak_tflops']:g} TFLOP/s a process")
     if found["profile"] is not None:
         console.print("in the profiled step: {launches:,} launches, {waits:,} waits".format(**found["profile"]))
+    if found["communication"] is not None:
+        console.print(
+            "first rank, a step: {messages:,} messages, {sent_bytes:,} bytes sent".format(**found["communication"])
+        )
     for place, gib in found["peak_memory_gib"].items():
         console.print(f"peak memory, {place}: {gib['min']:.2f} to {gib['max']:.2f} GiB a process")
 

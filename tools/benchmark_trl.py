@@ -2,10 +2,11 @@
 
     python tools/benchmark_trl.py CONFIG.yaml [section.key=value ...] [--synthetic 256] [--json FILE]
 
-Sizes are the config's: the model, prompts, samples, answers of exactly `rollout.max_response_tokens`, mini-batches,
-clips and learning rate. What is TRL's own: `GRPOTrainer` with importance_sampling_level="sequence", transformers'
-generation, padded batches. Choices in its favour: weights, gradients and AdamW's moments in bf16 (8 bytes a parameter
-against 18), no recomputation, no KL term, no loss of the router's own. One process; needs trl, datasets and accelerate.
+Sizes are the config's: the model (the weights of model.hf, else random ones), its dtype, prompts, samples, answers of
+exactly `rollout.max_response_tokens`, mini-batches, clips and AdamW's settings. TRL's own (`tools/trl_step.py`) are
+`GRPOTrainer` with importance_sampling_level="sequence", transformers' generation and padded batches. Choices in its
+favour: in bf16 no fp32 copy of the weights (8 bytes a parameter against 18), no recomputation, no KL term, no loss of
+the router's own, no end token to forbid. One process; needs trl, datasets and accelerate (`tools/setup_trl.sh`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
 from gspo_moe.config import Config, load_config
-from gspo_moe.platform import device
+from gspo_moe.platform import device, peak_rss_gib
 from tools.synthetic import RandomPrompts
+from tools.trl_step import Spent, Work, load_model, make_trainer, trl_config
 
 END = "<end>"
 
@@ -36,11 +36,15 @@ def main() -> None:
     options = parse_arguments()
     os.environ.update({"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_DISABLED": "true"})
     config = load_config(options.config, options.overrides)
+    model = load_model(config, options.experts)
+    work = synthetic_work(config, options, model.config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, watch = make_trainer(config, options, Path(folder))
+        steps = options.warmup + options.steps
+        arguments = trl_config(config, options.synthetic, steps, Path(folder), options.micro_batch)
+        trainer, watch = make_trainer(model, work, arguments)
         trainer.train()
     watch.end_of_step()
-    found = report(config, watch, options)
+    found = report(watch.steps[options.warmup :], model, arguments.per_device_train_batch_size)
     print(json.dumps(found, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -53,128 +57,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--synthetic", type=int, default=256, metavar="N", help="words of a prompt (256)")
     parser.add_argument("--steps", type=int, default=1, help="steps to measure (1)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those (1)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="answers; what schedule.micro_batch_tokens holds")
+    parser.add_argument("--experts", choices=("eager", "batched_mm", "grouped_mm"), help="transformers' own choice")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_intermixed_args()
 
 
-class Watch:
-    """Seconds and tokens of each step: from one generation to the next, with all mini-batches in between."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.experts: str | None = None  # which of its implementations transformers chose
-        self._start = 0.0
-
-    def start_of_step(self) -> None:
-        self.end_of_step()
-        self.steps.append({"rollout": 0.0, "collect": 0.0, "response_tokens": 0, "tokens": 0})
-        self._start = self._now()
-
-    def end_of_step(self) -> None:
-        if self.steps and "step" not in self.steps[-1]:
-            self.steps[-1]["step"] = self._now() - self._start
-
-    @contextmanager
-    def __call__(self, phase: str) -> Any:
-        start = self._now()
-        yield
-        self.steps[-1][phase] += self._now() - start
-
-    def count(self, response_tokens: int, tokens: int) -> None:
-        self.steps[-1]["response_tokens"] += response_tokens
-        self.steps[-1]["tokens"] += tokens
-
-    def _now(self) -> float:
-        device().synchronize()
-        return time.perf_counter()
-
-
-def make_trainer(config: Config, options: argparse.Namespace, folder: Path) -> tuple[Any, Watch]:
-    """TRL's trainer of the config's policy, and what it tells while it trains."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-    from trl import GRPOTrainer
-
-    watch, architecture = Watch(), config.model.architecture(1024)
-    torch.manual_seed(config.seed)
-    with device().torch_device:
-        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**architecture.to_hf()), dtype=torch.bfloat16)
-    watch.experts = getattr(model.config, "_experts_implementation", None)
-    rows = config.rollout.prompts_per_step * (options.warmup + options.steps)
-    prompts = RandomPrompts(options.synthetic, architecture.vocab_size - 1)
-    table = InMemoryTable.from_pylist([{"prompt": prompts.prompt("train", i).text} for i in range(rows)])
-
-    class Watched(GRPOTrainer):  # type: ignore[misc]
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            watch.start_of_step()
-            with watch("collect"):
-                found = super()._generate_and_score_completions(inputs)
-            response, prompt = (int(found[f"{name}_mask"].sum()) for name in ("completion", "prompt"))
-            watch.count(response, response + prompt)
-            return found
-
-        def _generate(self, *args: Any, **kwargs: Any) -> Any:
-            with watch("rollout"):
-                return super()._generate(*args, **kwargs)
-
-    trainer = Watched(
-        model=model,
-        reward_funcs=random_reward,
-        args=trl_config(config, options, folder),
-        # A fingerprint of its own making fails where datasets lies outside of site-packages, as carried wheels do.
-        train_dataset=Dataset(table, fingerprint="synthetic"),
-        processing_class=make_tokenizer(architecture.vocab_size),
-    )
-    return trainer, watch
-
-
-def trl_config(config: Config, options: argparse.Namespace, folder: Path) -> Any:
-    """A step of TRL's is one update; `mini_batches` of them share a generation."""
-    from trl import GRPOConfig
-
-    rollout, algorithm = config.rollout, config.algorithm
-    sequences = rollout.prompts_per_step * rollout.samples_per_prompt
-    most = max(config.schedule.micro_batch_tokens // (options.synthetic + rollout.max_response_tokens), 1)
-    in_mini_batch = sequences // algorithm.mini_batches
-    micro_batch = max(size for size in range(1, min(most, in_mini_batch) + 1) if in_mini_batch % size == 0)
-    clip_low, clip_high = algorithm.clips
-    return GRPOConfig(
-        output_dir=str(folder),
-        importance_sampling_level="sequence",
-        loss_type="grpo",
-        beta=0.0,
-        router_aux_loss_coef=0.0,
-        epsilon=clip_low,
-        epsilon_high=clip_high,
-        num_generations=rollout.samples_per_prompt,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=in_mini_batch // micro_batch,
-        steps_per_generation=sequences // micro_batch,
-        max_steps=algorithm.mini_batches * (options.warmup + options.steps),
-        max_completion_length=rollout.max_response_tokens,
-        generation_kwargs={"min_new_tokens": rollout.max_response_tokens},
-        temperature=rollout.temperature,
-        learning_rate=config.optimizer.lr,
-        lr_scheduler_type="constant",
-        max_grad_norm=config.optimizer.clip_grad,
-        bf16=True,
-        gradient_checkpointing=False,
-        use_cpu=device().kind == "cpu",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+def synthetic_work(config: Config, options: argparse.Namespace, vocab_size: int) -> Work:
+    """The prompts of `benchmark_throughput.py --synthetic`; nothing that the model can say ends an answer."""
+    prompts = RandomPrompts(options.synthetic, vocab_size)
+    count = config.rollout.prompts_per_step * (options.warmup + options.steps)
+    rows = [{"prompt": prompts.prompt("train", i).text} for i in range(count)]
+    return Work(rows, make_tokenizer(vocab_size), random_reward)
 
 
 def make_tokenizer(vocab_size: int) -> Any:
-    """Words are the token ids written as numbers, as in `synthetic.Numbers`; the last id is the end token."""
+    """Words are the token ids written as numbers, as in `synthetic.Numbers`.
+
+    The end token is one more than the model has: TRL must have one, and to forbid it would cost a pass over the logits.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {str(i): i for i in range(vocab_size - 1)} | {END: vocab_size - 1}
+    vocab = {str(i): i for i in range(vocab_size)} | {END: vocab_size}
     words = Tokenizer(models.WordLevel(vocab, unk_token=END))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END, unk_token=END)
@@ -184,35 +89,47 @@ def random_reward(completions: list[str], **_: Any) -> list[float]:
     return [random.Random(completion).random() for completion in completions]
 
 
-def report(config: Config, watch: Watch, options: argparse.Namespace) -> dict[str, Any]:
+def report(measured: list[Spent], model: Any, micro_batch: int) -> dict[str, Any]:
     """Means over the measured steps, as `benchmark_throughput.py` names them."""
     import transformers
     import trl
 
-    measured = watch.steps[options.warmup :]
-
-    def mean(value: Callable[[dict[str, float]], float]) -> float:
+    def mean(value: Callable[[Spent], float]) -> float:
         return sum(map(value, measured)) / len(measured)
 
+    def seconds(clock: str) -> dict[str, float]:
+        phases = [split(getattr(step, clock)) for step in measured]
+        return {phase: sum(one[phase] for one in phases) / len(phases) for phase in phases[0]}
+
+    on_gpu = device().kind == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if device().kind == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "experts": watch.experts,
-        "layers": config.model.architecture(1024).num_hidden_layers,
+        "experts": getattr(model.config, "_experts_implementation", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "micro_batch": micro_batch,
+        "layers": model.config.num_hidden_layers,
         "steps": len(measured),
-        "seconds": {
-            "step": mean(lambda step: step["step"]),
-            "rollout": mean(lambda step: step["rollout"]),
-            "old_log_probs": mean(lambda step: step["collect"] - step["rollout"]),
-            "training": mean(lambda step: step["step"] - step["collect"]),
-        },
-        "tokens": mean(lambda step: step["tokens"]),
-        "tokens_per_second": mean(lambda step: step["tokens"] / step["step"]),
-        "rollout_tokens": mean(lambda step: step["response_tokens"]),
-        "rollout_tokens_per_second": mean(lambda step: step["response_tokens"] / step["rollout"]),
+        "seconds": seconds("wall"),
+        "cpu_seconds": seconds("cpu"),
+        "tokens": mean(lambda step: step.tokens),
+        "tokens_per_second": mean(lambda step: step.tokens / step.wall["step"]),
+        "rollout_tokens": mean(lambda step: step.response_tokens),
+        "rollout_tokens_per_second": mean(lambda step: step.response_tokens / step.wall["rollout"]),
         "peak_device_gib": device().peak_memory_gib(),
+        "peak_host_gib": peak_rss_gib(),
     }
+
+
+def split(phases: dict[str, float]) -> dict[str, float]:
+    """A step's seconds by phase: `training` is forward_backward, update and rest; rest is what no phase covers."""
+    parts = {phase: phases.get(phase, 0.0) for phase in ("step", "rollout", "reward", "forward_backward", "update")}
+    parts["old_log_probs"] = phases["collect"] - phases["rollout"] - phases["reward"]
+    parts["training"] = phases["step"] - phases["collect"]
+    parts["rest"] = parts["training"] - parts["forward_backward"] - parts["update"]
+    return parts
 
 
 if __name__ == "__main__":

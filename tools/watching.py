@@ -1,15 +1,20 @@
-"""What a benchmark learns of a running step: a method's seconds, kernel launches, waits for the device."""
+"""What a benchmark learns of a running step: wall and CPU seconds, kernel launches, waits for the device."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from gspo_moe.observability.timers import Timers
 from gspo_moe.platform import device
 
 if TYPE_CHECKING:
@@ -20,6 +25,15 @@ PROFILED_TOKENS = (
 )
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 GRAPH_LAUNCHES = ("cudaGraphLaunch",)
+# Methods of a process group by the argument that a process sends; torch 2.13 renamed those of equal parts.
+SENDS = dict.fromkeys(("allreduce", "allreduce_coalesced", "broadcast", "reduce", "send"), 0) | dict.fromkeys(
+    (
+        *("allgather", "allgather_coalesced", "_allgather_base", "all_gather_single", "all_gather_single_coalesced"),
+        *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+        *("alltoall", "alltoall_base", "all_to_all_single", "gather", "scatter"),
+    ),
+    1,
+)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -36,7 +50,24 @@ class StepProfile:
     waits: int
 
 
-def time_calls(owner: Any, method: str, synchronize: Callable[[], None]) -> list[float]:
+class CpuTimers(Timers):
+    """Timers that keep the CPU seconds of all threads of this process as well, by phase."""
+
+    def __init__(self) -> None:
+        super().__init__(device().synchronize)
+        self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.process_time()
+        with super().__call__(phase):
+            yield
+        self.cpu_seconds[phase] += time.process_time() - start
+
+
+def time_calls(
+    owner: Any, method: str, synchronize: Callable[[], None], clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Has every call of the method add its seconds to the list that is returned; waits for the device around it."""
     seconds: list[float] = []
     call = getattr(owner, method)
@@ -44,14 +75,52 @@ def time_calls(owner: Any, method: str, synchronize: Callable[[], None]) -> list
     @wraps(call)
     def timed(*args: Any, **kwargs: Any) -> Any:
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         result = call(*args, **kwargs)
         synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         return result
 
     setattr(owner, method, timed)
     return seconds
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Of one process in a step: calls of collectives and sends in groups of several, and bytes handed to them."""
+
+    messages: int
+    sent_bytes: int
+
+
+def count_messages(step: Callable[[], object]) -> Messages:
+    """Takes the step and counts what this process sends through torch.distributed's process groups."""
+    sizes: list[int] = []
+    calls = {name: getattr(dist.ProcessGroup, name) for name in SENDS if hasattr(dist.ProcessGroup, name)}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if group.size() > 1:
+                sizes.append(_bytes(args[SENDS[name]]))
+            return calls[name](group, *args, **kwargs)
+
+        return call
+
+    try:
+        for name in calls:
+            setattr(dist.ProcessGroup, name, counted(name))
+        step()
+    finally:
+        for name, call in calls.items():
+            setattr(dist.ProcessGroup, name, call)
+    return Messages(len(sizes), sum(sizes))
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor, or of the tensors in lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def profile_step(session: Session, step: Callable[[], object]) -> tuple[StepProfile, str]:
