@@ -1,8 +1,8 @@
 """Has this process keep the memory that it frees, in huge pages, where tensors are on the CPU.
 
-torch takes every CPU tensor from malloc. glibc's gives large blocks back to the kernel when they are freed, and the next
-tensor pays for each 4 KiB of them again: a fault and a page of zeros, some 3 GB/s on a virtual machine, less than a
-matrix product's own speed. Blocks that stay in the heap pay once, and huge pages make that one time a tenth.
+torch takes every CPU tensor from malloc. glibc's gives large blocks back to the kernel when they are freed, and the
+next tensor pays for each 4 KiB of them again: a fault and a page of zeros, at some 1 to 3 GB/s on a virtual machine.
+Blocks that stay in the heap pay once, and huge pages make that one time a tenth.
 
 The peak is what it was, but between two peaks the memory stays with the process. `GSPO_MOE_KEEP_MEMORY=0` leaves malloc
 as it is. malloc(3), mallopt(3), madvise(2).

@@ -1,4 +1,4 @@
-"""Freed memory stays with a process that asked for it, seen from outside: a process of its own counts its page faults."""
+"""Freed memory stays with a process that asked for it: a process of its own counts its page faults."""
 
 from __future__ import annotations
 

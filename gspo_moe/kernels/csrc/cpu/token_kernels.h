@@ -330,6 +330,9 @@ void accumulate(float* total, const void* part, int64_t element_type, int64_t fi
   return add_to<Float16>(total, part, first, last);
 }
 
+#include "layer_kernels.h"
+
 }  // namespace
 
-const GspoCpuKernels GSPO_KERNELS = {GSPO_NAME, token_stats, token_backward, accumulate};
+const GspoCpuKernels GSPO_KERNELS = {
+    GSPO_NAME, token_stats, token_backward, accumulate, rms_norm, rms_norm_backward, rotary};
