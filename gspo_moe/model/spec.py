@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
+from gspo_moe.kernels import has_layer_kernels, rms_norm
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.model.torch_attention import TorchAttention
@@ -39,6 +40,12 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if has_layer_kernels(x, self.weight):
+            assert self.eps is not None
+            return rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class LocalProvider(LocalSpecProvider):

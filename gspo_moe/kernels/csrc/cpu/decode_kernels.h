@@ -104,7 +104,7 @@ void product(const GspoProduct* args, int64_t first, int64_t last) {
   }
 }
 
-void rms_norm(const float* values, const float* weight, float epsilon, float* __restrict__ found, int64_t count) {
+void normalize(const float* values, const float* weight, float epsilon, float* __restrict__ found, int64_t count) {
   const float scale = 1.0f / sqrtf(dot(values, values, count) / (float)count + epsilon);
   for (int64_t at = 0; at < count; ++at) found[at] = values[at] * scale * weight[at];
 }
@@ -131,7 +131,7 @@ void gate(const float* both, float share, float* found, int64_t width) {
 }
 
 // In the half-split convention, in place.
-void rotate(float* __restrict__ head, const float* cosine, const float* sine, int64_t size) {
+void turn(float* __restrict__ head, const float* cosine, const float* sine, int64_t size) {
   float* __restrict__ other = head + size / 2;
   for (int64_t at = 0; at < size / 2; ++at) {
     const float left = head[at], right = other[at];
@@ -202,13 +202,13 @@ void attend(const GspoDecodeAttention* args, int64_t first, int64_t last) {
     const float* const cosine = args->cos_PD + position * size;
     const float* const sine = args->sin_PD + position * size;
     for (int64_t query = 0; query < queries; ++query) {
-      rms_norm(qkv + query * size, args->query_norm_D, args->epsilon, heads + query * size, size);
-      rotate(heads + query * size, cosine, sine, size);
+      normalize(qkv + query * size, args->query_norm_D, args->epsilon, heads + query * size, size);
+      turn(heads + query * size, cosine, sine, size);
     }
     float* const keys = args->keys_BGPD + each * capacity * size;
     float* const values = args->values_BGPD + each * capacity * size;
-    rms_norm(qkv + queries * size, args->key_norm_D, args->epsilon, keys + position * size, size);
-    rotate(keys + position * size, cosine, sine, size);
+    normalize(qkv + queries * size, args->key_norm_D, args->epsilon, keys + position * size, size);
+    turn(keys + position * size, cosine, sine, size);
     memcpy(values + position * size, qkv + (queries + 1) * size, sizeof(float) * size);
     const GspoProduct product_args = {rows, queries, keys, size, scores, capacity};
     product(&product_args, 0, seen);

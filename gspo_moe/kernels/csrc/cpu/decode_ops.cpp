@@ -46,11 +46,11 @@ Tensor norm(const Tensor& values, const Tensor& weight, double epsilon) {
   check(weight, 1, "weight");
   check_sizes(values.size(1) == weight.size(0));
   auto found = torch::stable::new_empty(values, {values.size(0), values.size(1)});
-  const auto rms_norm = cpu().rms_norm;
+  const auto normalize = cpu().normalize;
   const int64_t count = values.size(1);
   for (int64_t row = 0; row < values.size(0); ++row) {
-    rms_norm(values.const_data_ptr<float>() + row * count, weight.const_data_ptr<float>(), (float)epsilon,
-             found.mutable_data_ptr<float>() + row * count, count);
+    normalize(values.const_data_ptr<float>() + row * count, weight.const_data_ptr<float>(), (float)epsilon,
+              found.mutable_data_ptr<float>() + row * count, count);
   }
   return found;
 }

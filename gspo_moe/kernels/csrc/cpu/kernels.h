@@ -30,6 +30,38 @@ struct GspoDecodeAttention {
   float* found_NGQD;
 };
 
+// Rows of `width` adjacent elements, `heads` for each token; strides in elements.
+struct GspoRows {
+  const void* data;
+  int64_t element_type;  // GspoElementType
+  int64_t tokens, heads, width;
+  int64_t token_stride, head_stride;
+};
+
+// out = x * scale * weight with scale = 1 / sqrt(mean x^2 + eps) of each row.
+struct GspoRmsNorm {
+  GspoRows x;
+  const void* weight;
+  float eps;
+  void* out;     // contiguous
+  float* scale;  // of each row
+};
+
+struct GspoRmsNormBackward {
+  GspoRows x, grad;
+  const void* weight;
+  const float* scale;
+  void* grad_x;  // contiguous
+};
+
+// out = x * cos + [-right half, left half] * sin; backward: what takes out's gradient to x's.
+struct GspoRotary {
+  GspoRows x;
+  const void *cos_TD, *sin_TD;  // of x's type, contiguous
+  int64_t backward;
+  void* out;  // contiguous
+};
+
 struct GspoCpuKernels {
   const char* name;
   // Tokens first to last of args; a row's result depends on no other row and not on the range.
@@ -37,9 +69,13 @@ struct GspoCpuKernels {
   void (*token_backward)(const GspoTokenBackward* args, int64_t first, int64_t last);
   // total += part over elements first to last; element_type is part's.
   void (*accumulate)(float* total, const void* part, int64_t element_type, int64_t first, int64_t last);
+  void (*rms_norm)(const GspoRmsNorm* args, int64_t first, int64_t last);
+  // grad_weight: written, of these rows alone.
+  void (*rms_norm_backward)(const GspoRmsNormBackward* args, float* grad_weight, int64_t first, int64_t last);
+  void (*rotary)(const GspoRotary* args, int64_t first, int64_t last);
   // Outputs first to last.
   void (*product)(const GspoProduct* args, int64_t first, int64_t last);
-  void (*rms_norm)(const float* values, const float* weight, float epsilon, float* found, int64_t count);
+  void (*normalize)(const float* values, const float* weight, float epsilon, float* found, int64_t count);
   // found = silu(first half of both) * its second half * share, `width` elements.
   void (*gate)(const float* both, float share, float* found, int64_t width);
   // Key heads of rows first to last: row * G + key head.

@@ -331,9 +331,12 @@ void accumulate(float* total, const void* part, int64_t element_type, int64_t fi
   return add_to<Float16>(total, part, first, last);
 }
 
+#include "layer_kernels.h"
+
 }  // namespace
 
 #include "decode_kernels.h"
 
 const GspoCpuKernels GSPO_KERNELS = {
-    GSPO_NAME, token_stats, token_backward, accumulate, product, rms_norm, gate, attend};
+    GSPO_NAME, token_stats, token_backward, accumulate, rms_norm, rms_norm_backward, rotary,
+    product, normalize, gate, attend};
