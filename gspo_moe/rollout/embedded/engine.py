@@ -31,7 +31,7 @@ from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepO
 from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.samples import SampleUnderWay, in_first_rows
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
-from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
@@ -75,9 +75,12 @@ class MegatronEngine:
         return min(limits) - params.max_response_tokens
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
+        ended: is told of the samples of each batch but the last.
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
@@ -86,11 +89,13 @@ class MegatronEngine:
         model, self._recorder = self._model, None
         if params.report_routes:
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
-        generated = self._generate(requests, params)
+        generated = self._generate(requests, params, ended)
         raise_everywhere(self._fault)
         return generated
 
-    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def _generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None
+    ) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(most(len(batches), self._ranks)):
@@ -98,6 +103,8 @@ class MegatronEngine:
             batch = batches[number] if number < len(batches) else []
             for index, sequence in self._run_batch(batch, params):
                 done[index, sequence.sample_index] = sequence.rollout(self.version)
+                if ended is not None and number < len(batches) - 1:
+                    ended(index, done[index, sequence.sample_index])
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:

@@ -108,6 +108,17 @@ def test_rollouts_depend_neither_on_batching_nor_on_the_other_requests(
     assert responses(alone).items() <= responses(expected).items()
 
 
+@pytest.mark.parametrize(("max_batch", "told"), [(3, 18), (20, 0)])
+def test_samples_of_every_batch_but_the_last_are_told_of_once(model: Model, max_batch: int, told: int) -> None:
+    ended: list[tuple[int, Rollout]] = []
+    engine = MegatronEngine(model, max_batch, prefill_tokens=64)
+    params = replace(sampling(), report_routes=True)
+    found = engine.generate(requests(), params, lambda number, rollout: ended.append((number, rollout)))
+    assert len(ended) == told
+    assert all(found[number][rollout.sample_index] is rollout for number, rollout in ended)
+    assert len({(number, rollout.sample_index) for number, rollout in ended}) == told
+
+
 def test_more_samples_go_on_where_fewer_stopped(model: Model) -> None:
     three, six = (responses(generate(model, requests(samples), sampling())) for samples in (3, 6))
     assert three.items() <= six.items()
