@@ -34,12 +34,13 @@ from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.lean import LeanForward, lean_obstacle
 from gspo_moe.rollout.embedded.samples import Sample, Samples
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
-from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
 
 logger = logging.getLogger(__name__)
+Tell = Callable[[Samples, Sequence[int]], None]
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
 # Tokens decoded between two looks for answers that ended: a GPU would be waited for, a CPU would decode for nothing.
 ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
@@ -82,9 +83,12 @@ class MegatronEngine:
         return min(limits) - params.max_response_tokens
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
+        ended: is told of the samples of each batch but the last.
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
@@ -93,17 +97,22 @@ class MegatronEngine:
         model, self._recorder = self._model, None
         if params.report_routes:
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
-        generated = self._generate(requests, params)
+        generated = self._generate(requests, params, ended)
         raise_everywhere(self._fault)
         return generated
 
-    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def _generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None
+    ) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(most(len(batches), self._ranks)):
             self._stop.check()
             batch = batches[number] if number < len(batches) else []
-            samples, routes = self._run_batch(batch, params)
+            tell = None if ended is None else partial(self._tell, ended)
+            samples, routes = self._run_batch(batch, params, tell)
+            if tell is not None and number < len(batches) - 1:
+                tell(samples, samples.unstopped())
             for one, rollout in zip(samples.all, samples.rollouts(self.version, routes), strict=True):
                 done[one.index, one.sample_index] = rollout
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
@@ -143,8 +152,12 @@ class MegatronEngine:
                 start = stop
         return batches
 
+    def _tell(self, ended: Ended, samples: Samples, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            ended(samples.all[number].index, samples.rollout(number, self.version))
+
     def _run_batch(
-        self, batch: list[tuple[int, Request, range]], params: SamplingParams
+        self, batch: list[tuple[int, Request, range]], params: SamplingParams, tell: Tell | None
     ) -> tuple[Samples, list[torch.Tensor] | None]:
         longest = most(max((len(r.prompt_ids) for _, r, _ in batch), default=1), self._ranks)
         capacity = params.max_response_tokens + longest
@@ -159,10 +172,17 @@ class MegatronEngine:
         )
         owner = self._ints([one.source for one in samples.all])
         cache.select(torch.cat([owner, self._ints([len(batch)])]))
-        self._continue(samples, None if first_logits is None else first_logits[owner], cache, params)
+        self._continue(samples, None if first_logits is None else first_logits[owner], cache, params, tell)
         return samples, self._gather_routes(samples, prompt_routes)
 
-    def _continue(self, samples: Samples, logits: torch.Tensor | None, cache: KVCache, params: SamplingParams) -> None:
+    def _continue(
+        self,
+        samples: Samples,
+        logits: torch.Tensor | None,
+        cache: KVCache,
+        params: SamplingParams,
+        tell: Tell | None,
+    ) -> None:
         """Samples from the logits [N, V] behind the prompts, and goes on until every rank's samples have ended."""
         decoder = self._decoder(cache)
         keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]
@@ -175,7 +195,9 @@ class MegatronEngine:
                 self._append(samples, logits, uniforms_RS[step][samples.numbers_N], params)
             last = step + 1 == params.max_response_tokens
             if last or (step + 1) % self._interval == 0:
-                samples.retire(cache)
+                stopped = samples.retire(cache)
+                if tell is not None:
+                    tell(samples, stopped)
                 fullest = 0 if last else most(samples.active, self._ranks)
             if not fullest:
                 break

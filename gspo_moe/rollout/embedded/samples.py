@@ -10,7 +10,7 @@ most, W tokens since the last look, A MoE layers, L this stage's, K experts a to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,16 +84,19 @@ class Samples:
             self._routes_SRLK = routes_NLK.new_zeros(*self._ids_SR.shape, *routes_NLK.shape[1:])
         self._routes_SRLK[self.numbers_N, self.tokens - 1] = routes_NLK
 
-    def retire(self, cache: KVCache) -> None:
-        """Looks at the tokens since the last look; what has ended leaves, the last rows' samples take the rows."""
+    def retire(self, cache: KVCache) -> list[int]:
+        """Looks at the tokens since the last look; what has ended leaves, the last rows' samples take the rows.
+
+        Returns the numbers of those that left.
+        """
         ends = self._ends()
         staying = [row for row, end in enumerate(ends) if not end]
-        for number, end in zip(self._numbers, ends, strict=True):
-            if end:
-                self._lengths[number], self._stopped[number] = end, True
+        left = [number for number, end in zip(self._numbers, ends, strict=True) if end]
+        for number, end in zip(left, filter(None, ends), strict=True):
+            self._lengths[number], self._stopped[number] = end, True
         self._seen = self.tokens
-        if len(staying) == len(ends):
-            return
+        if not left:
+            return left
         used = self.used - 1
         free = [row for row in range(len(staying)) if ends[row]]
         moving = [row for row in staying if row >= len(staying)]
@@ -104,23 +107,38 @@ class Samples:
         self._numbers = [self._numbers[row] for row in rows]
         kept = torch.tensor(rows, dtype=torch.int64, device=self._place)
         self.numbers_N, self.positions_N = self.numbers_N[kept], self.positions_N[kept]
+        return left
+
+    def unstopped(self) -> list[int]:
+        """Numbers of the samples that nothing but the length limit has ended, or will."""
+        return [number for number, stopped in enumerate(self._stopped) if not stopped]
+
+    def rollout(self, number: int, version: int) -> Rollout:
+        """One sample that has ended, without its routes."""
+        length = self._lengths[number]
+        ids, log_probs = self._ids_SR[number, :length].tolist(), self._log_probs_SR[number, :length].tolist()
+        return self._rollout(number, version, ids, log_probs)
 
     def rollouts(self, version: int, routes: Sequence[torch.Tensor] | None) -> list[Rollout]:
         """All samples, in order; routes: of every token but the last, [T, A, K] each."""
         ids, log_probs = self._ids_SR.tolist(), self._log_probs_SR.tolist()
-        return [
-            Rollout(
-                uid=one.request.uid,
-                sample_index=one.sample_index,
-                token_ids=(*one.request.prompt_ids, *ids[n][:length]),
-                policy_mask=(0,) * one.prompt_length + (1,) * length,
-                log_probs=tuple(log_probs[n][:length]),
-                finish="stop" if self._stopped[n] else "length",
-                versions=((version, length),),
-                routes=None if routes is None else routes[n],
-            )
-            for n, (one, length) in enumerate(zip(self.all, self._lengths, strict=True))
+        found = [
+            self._rollout(number, version, ids[number][:length], log_probs[number][:length])
+            for number, length in enumerate(self._lengths)
         ]
+        return found if routes is None else [replace(one, routes=own) for one, own in zip(found, routes, strict=True)]
+
+    def _rollout(self, number: int, version: int, ids: list[int], log_probs: list[float]) -> Rollout:
+        one = self.all[number]
+        return Rollout(
+            uid=one.request.uid,
+            sample_index=one.sample_index,
+            token_ids=(*one.request.prompt_ids, *ids),
+            policy_mask=(0,) * one.prompt_length + (1,) * len(ids),
+            log_probs=tuple(log_probs),
+            finish="stop" if self._stopped[number] else "length",
+            versions=((version, len(ids)),),
+        )
 
     def fed_routes(self) -> list[torch.Tensor]:
         """Of each sample's response tokens but the last, [length - 1, L, K]; none of them where none was fed."""

@@ -110,6 +110,27 @@ def test_rollouts_depend_neither_on_batching_nor_on_the_other_requests(
     assert responses(alone).items() <= responses(expected).items()
 
 
+@pytest.mark.parametrize("max_batch", [3, 20])
+def test_a_sample_is_told_of_once_it_ends_while_others_go_on(
+    model: Model, max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[tuple[int, int, Rollout]] = []  # behind so many steps
+    steps = watch_steps(monkeypatch)
+    params = replace(sampling(), report_routes=True)
+    found = MegatronEngine(model, max_batch, prefill_tokens=64).generate(
+        requests(), params, lambda number, rollout: ended.append((len(steps), number, rollout))
+    )
+    told = {(number, rollout.sample_index): rollout for _, number, rollout in ended}
+    assert len(told) == len(ended)
+    stopped = {(n, r.sample_index) for n, group in enumerate(found) for r in group if r.finish == "stop"}
+    assert stopped <= told.keys()
+    assert (max_batch == 20) == (stopped == told.keys()), "the length limit ends earlier batches before others begin"
+    for (number, index), rollout in told.items():
+        assert rollout == replace(found[number][index], routes=None)
+    if max_batch == 20:
+        assert [step for step, _, _ in ended] == [len(rollout.response_ids) - 1 for _, _, rollout in ended]
+
+
 def test_more_samples_go_on_where_fewer_stopped(model: Model) -> None:
     three, six = (responses(generate(model, requests(samples), sampling())) for samples in (3, 6))
     assert three.items() <= six.items()
@@ -278,10 +299,10 @@ def test_broken_weights_are_no_rollouts(model: Model) -> None:
 def test_a_signal_ends_a_generation_before_its_next_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, run_batch = list[int](), MegatronEngine._run_batch
 
-    def is_signalled(engine: MegatronEngine, batch: list[Any], params: SamplingParams) -> Any:
+    def is_signalled(engine: MegatronEngine, batch: list[Any], *rest: Any) -> Any:
         ran.append(len(batch))
         signal.raise_signal(signal.SIGUSR1)
-        return run_batch(engine, batch, params)
+        return run_batch(engine, batch, *rest)
 
     monkeypatch.setattr(MegatronEngine, "_run_batch", is_signalled)
     with StopSignals() as stop, pytest.raises(Interrupted, match="ended by SIGUSR1"):
