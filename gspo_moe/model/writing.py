@@ -5,6 +5,7 @@ megatron-core's writer makes three processes for a save, one of which starts Pyt
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -24,8 +26,8 @@ from gspo_moe.model.sharded import Shard, checkpoint_errors, stored, stored_shap
 FORMAT = ("torch_dist", 1)
 
 
-class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):
-    """megatron-core's strategy for `dist_checkpointing.save` with one file a rank. Collective.
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy for `dist_checkpointing.save`, with one file a rank. Collective.
 
     Raises RuntimeError, on every rank, where any of them cannot write.
     """
@@ -34,14 +36,11 @@ class InProcessSave(torch_dist.TorchDistSaveShardedStrategy):
         super().__init__(*FORMAT)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        # One thread: torch loses the errors of others.
-        writer = FileSystemWriter(checkpoint_dir, thread_count=1)
+        mine = [value for value in nested_values(sharded_state_dict) if is_main_replica(value.replica_id)]
+        tensors = [value for value in mine if isinstance(value, ShardedTensor)]
+        objects = [value for value in mine if isinstance(value, ShardedObject)]
         try:
-            torch.distributed.checkpoint.save(
-                torch_dist.mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner
-            )
+            _write(Path(checkpoint_dir), _Planner(tensors, lambda piece: piece.data.detach(), objects))
         except CheckpointException as error:  # which is no Exception
             raise RuntimeError(str(error)) from error
 
@@ -55,27 +54,45 @@ def write_streaming(folder: Path, shards: Iterable[Shard], make: Callable[[Shard
     pieces = [piece for shard in shards for piece in stored(shard)]
     with checkpoint_errors(folder, "written", "free space on its disk, or name another folder"):
         # With nothing copied ahead, the writer holds one tensor of each key at most.
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        torch.distributed.checkpoint.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces, make))
+        _write(folder, _Planner(pieces, make), per_thread_copy_ahead=0)
         if dist.get_rank() == 0:
             torch.save({}, folder / "common.pt")
             save_config(CheckpointingConfig(*FORMAT), str(folder))
     dist.barrier()
 
 
-class _StreamingPlanner(DefaultSavePlanner):
-    def __init__(self, pieces: list[ShardedTensor], make: Callable[[ShardedTensor], torch.Tensor]) -> None:
+def _write(folder: Path, planner: _Planner, **how: Any) -> None:
+    """One file a rank, and one thread: of several torch loses the errors."""
+    writer = FileSystemWriter(folder, thread_count=1, **how)
+    torch.distributed.checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=dist.get_world_size() == 1)
+
+
+class _Planner(DefaultSavePlanner):
+    """Writes pieces of tensors, and objects each as the list of one that megatron-core reads."""
+
+    def __init__(
+        self,
+        pieces: Iterable[ShardedTensor],
+        make: Callable[[ShardedTensor], torch.Tensor],
+        objects: Iterable[ShardedObject] = (),
+    ) -> None:
         super().__init__(flatten_state_dict=False)
         self._pieces = {(piece.key, torch.Size(piece.global_offset)): piece for piece in pieces}
         self._make = make
+        self._objects = {each.unique_key: each.data for each in objects}
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(piece) for piece in self._pieces.values()])
+        objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+        self.plan = SavePlan([*map(_write_item, self._pieces.values()), *objects])
         return self.plan
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        assert write_item.index.offset is not None
-        piece = self._pieces[write_item.index.fqn, write_item.index.offset]
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        index = write_item.index
+        if index.offset is None:
+            data = io.BytesIO()
+            torch.save([self._objects[index.fqn]], data)
+            return data
+        piece = self._pieces[index.fqn, index.offset]
         return self._make(piece).view(stored_shape(piece))
 
 

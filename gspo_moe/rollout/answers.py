@@ -46,6 +46,11 @@ class Answerer:
     max_turns: int | None = None
     stop_strings: StopStrings | None = None
 
+    def start_workers(self) -> None:
+        """Has those of `pool` start, where it will be asked for anything."""
+        if self.groups.model.rank() == 0:
+            self.pool.start()
+
     def generate(
         self, prompts: Sequence[Prompt], samples: int, params: SamplingParams, *, ahead: bool = False
     ) -> list[RolloutGroup]:

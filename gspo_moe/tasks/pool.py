@@ -71,7 +71,7 @@ class Begun:
 
 
 class TaskPool:
-    """Runs rubrics and environments in `config.reward.workers` processes, which start with the first batch.
+    """Runs rubrics and environments in `config.reward.workers` processes, which start with the first batch, or before.
 
     Workers are spawned: forking a process that has torch and gloo threads can deadlock. `make` builds the task in each
     worker and must be importable there; spawning also imports the program's main module, so keep that one light.
@@ -89,6 +89,10 @@ class TaskPool:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def start(self) -> bool:
+        """Starts the workers, which are ready a second later, while the caller does something else; True if they go."""
+        return bool(self._running_pool().active)
 
     def close(self) -> None:
         """Ends the workers, busy or not; a later batch starts new ones."""

@@ -20,8 +20,8 @@ FLOORS = (
     {"platform", "config"},
     {"packages", "algorithms"},
     {"section"},
-    {"types", "external", "files", "garbage", "last_words"},
-    {"errors"},
+    {"types", "external", "files", "last_words"},
+    {"errors", "garbage"},
     {"__init__"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
