@@ -20,6 +20,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
 from gspo_moe.errors import GspoMoeError
@@ -104,12 +105,13 @@ def draw(curves: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(2, 3).flat)
-    for axis, (name, curve) in zip(axes, timed.items(), strict=False):
+    memory = axes[-1]
+    for axis, color, (name, curve) in zip(axes, (*COLORS.values(), "#E69F00"), timed.items(), strict=False):
         _seconds(axis, curve)
         relative = [size / curve["sizes"][0] for size in curve["sizes"]]
-        axes[-1].plot(relative, curve["figures"][MEMORY], "o-", ms=3, lw=1.2, label=name)
-    axes[-1].set(title="peak memory, GiB", xlabel="size over the smallest", xscale="log", yscale="log")
-    axes[-1].legend(fontsize=8, frameon=False)
+        memory.plot(relative, curve["figures"][MEMORY], "o-", color=color, ms=3, lw=1.2, label=name)
+    memory.set(title="peak memory, GiB", xlabel="size over the smallest", xscale="log", ylim=(0, None))
+    _plain(memory, sorted({size // curve["sizes"][0] for curve in timed.values() for size in curve["sizes"]}))
     figure.savefig(target, dpi=110)
     print(target)
 
@@ -124,6 +126,14 @@ def _seconds(axis: Axes, curve: dict[str, Any]) -> None:
         line = [values[-1] * (size / sizes[-1]) ** expected[name] for size in sizes[-3:]]
         axis.plot(sizes[-3:], line, "--", color=color, lw=0.8)
     axis.set(title="CPU seconds a step", xlabel=curve["of"], xscale="log", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    _plain(axis, sizes)
+
+
+def _plain(axis: Axes, sizes: list[int]) -> None:
+    """Ticks at the sizes themselves, as plain numbers."""
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.legend(fontsize=8, frameon=False)
 
 

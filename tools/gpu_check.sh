@@ -17,11 +17,10 @@ prepare() {
     for version in 2_28 2_27 2_24 2_17; do platforms+=" --platform manylinux_${version}_x86_64"; done
     local download="python3 -m pip download --quiet --disable-pip-version-check --only-binary=:all: --python-version 3.12
         --implementation cp $platforms --platform manylinux2014_x86_64 --dest $wheels"
-    # Pins of launch/requirements.txt; the peers' stand here alone.
-    local ours
+    local ours peers
     ours=$(grep -E '^(pebble|psutil|pydantic)==' "$root/launch/requirements.txt")
-    $download $ours && $download --no-deps megatron-core==0.19.2 \
-        trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 liger-kernel==0.8.5 || return 1
+    peers=$(grep -E '^(trl|datasets|dill|multiprocess)==' "$root/tools/requirements_trl.txt")
+    $download $ours && $download --no-deps megatron-core==0.19.2 $peers liger-kernel==0.8.5 || return 1
     git -C "$root" describe --always --dirty --abbrev=40 --match= >"$root/.gpu/commit"
     du -sh "$root/.gpu"
 }

@@ -19,6 +19,7 @@ from gspo_moe.errors import TrainingError
 
 ROOT = Path(__file__).parents[1]
 LOOK_SECONDS = 0.05
+FEWEST_LOOKS = 1.0  # a second
 END_SECONDS = 20.0
 SEARCH_SECONDS = 1.0  # between searches for new processes, which cost more than a look at known ones
 LAST_LINES = 40
@@ -53,8 +54,10 @@ class Memory:
 
     def __init__(self, pid: int) -> None:
         self.together_gib = self.largest_gib = 0.0
+        self._seen = 0
+        self._begun = time.monotonic()
         self._root = pid
-        self._known: list[int] = []
+        self._known = [pid]
         self._searched = 0.0
 
     def look(self) -> None:
@@ -62,15 +65,25 @@ class Memory:
             self._known, self._searched = self._search(), time.monotonic()
         pages = [found for pid in self._known if (found := _pages(pid)) is not None]
         if pages:
+            self._seen += 1
             own, of_files = sum(resident - files for resident, files in pages), max(files for _, files in pages)
             self.together_gib = max(self.together_gib, (own + of_files) * PAGE_GIB)
             self.largest_gib = max(self.largest_gib, max(resident for resident, _ in pages) * PAGE_GIB)
+
+    def fault(self) -> str | None:
+        """None where it was looked at often enough for peaks."""
+        seconds = time.monotonic() - self._begun
+        if self._seen >= seconds * FEWEST_LOOKS:
+            return None
+        return (
+            f"its memory could be looked at only {self._seen} times in {seconds:.0f} s; free the machine and try again"
+        )
 
     def _search(self) -> list[int]:
         try:
             return [self._root, *(child.pid for child in psutil.Process(self._root).children(recursive=True))]
         except psutil.NoSuchProcess:
-            return []
+            return self._known
 
 
 def _pages(pid: int) -> tuple[int, int] | None:
@@ -107,6 +120,8 @@ def run_side(side: Side) -> Outcome:
                 f"{side.name} ended with exit code {process.returncode}; its last lines:\n{last}\n"
                 f"mend that, or run it alone: {' '.join(side.command)}"
             )
+        if memory.fault() is not None:
+            raise TrainingError(f"{side.name}: {memory.fault()}")
         return Outcome(json.loads(file.read_text()), memory.together_gib, memory.largest_gib)
 
 
