@@ -42,10 +42,15 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if has_layer_kernels(x, self.weight):
-            assert self.eps is not None
-            return rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
+        assert self.eps is not None
+        return normalized(x, self.weight, self.eps)
+
+
+def normalized(x_XD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, by our kernel where there is one."""
+    if has_layer_kernels(x_XD, weight_D):
+        return rms_norm(x_XD, weight_D, eps)
+    return F.rms_norm(x_XD, weight_D.shape, weight_D, eps)
 
 
 class LocalProvider(LocalSpecProvider):

@@ -1,10 +1,10 @@
 """What a layer of a decode step computes: by PyTorch anywhere, by compiled kernels on the CPU in float32.
 
-Both take and change the same tensors and differ by rounding alone.
+Both take and change the same tensors and differ by rounding alone; the operators are those of the training forward.
 
 Shape letters: N tokens, one a row of the cache from the first, H hidden, O outputs, G this rank's key heads, X a key
 head's query heads, its key and its value, D head size, B rows of the cache, P its positions, K experts a token, E
-experts here, C choices of experts, by expert.
+experts here, C choices of experts, by expert, Y heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from gspo_moe.kernels import decode
+from gspo_moe.model.attention import rotate
 from gspo_moe.model.experts import GroupedExperts
+from gspo_moe.model.spec import normalized
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,14 @@ class Operators:
         positions_N, cos_PD = around.positions_N, around.cos_PD
         place = positions_N.device
         self._around = around
-        sin_ND = around.sin_PD[positions_N]
-        sin_ND[:, : sin_ND.shape[1] // 2].neg_()
-        self._factors = (cos_PD[positions_N][:, None, None], sin_ND[:, None, None])
+        self._factors = (cos_PD[positions_N], around.sin_PD[positions_N])
         self._rows = torch.arange(len(positions_N), device=place)
         hidden_NP = torch.arange(around.used, device=place) > positions_N[:, None]
         bias_NP = cos_PD.new_zeros(hidden_NP.shape).masked_fill_(hidden_NP, -torch.inf)
         self._bias_N11P = bias_NP[:, None, None]
 
     def norm(self, hidden_NH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_NH, weight_H.shape, weight_H, self.epsilon)
+        return normalized(hidden_NH, weight_H, self.epsilon)
 
     def linear(self, hidden_NH: torch.Tensor, weight_OH: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_NH, weight_OH)
@@ -132,18 +132,14 @@ class Operators:
         self, qkv_NGXD: torch.Tensor, norms: HeadNorms, cache: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         normed = self.norm(qkv_NGXD[:, :, :-2], norms.query), self.norm(qkv_NGXD[:, :, -2:-1], norms.key)
-        heads_NGXD = self._rotated(torch.cat(normed, dim=2))
+        heads_NYD = torch.cat(normed, dim=2).flatten(1, 2)
+        heads_NGXD = rotate(heads_NYD, *self._factors).unflatten(1, (qkv_NGXD.shape[1], -1))
         for buffer, new_NGD in zip(cache, (heads_NGXD[:, :, -1], qkv_NGXD[:, :, -1]), strict=True):
             buffer[self._rows, :, self._around.positions_N] = new_NGD
         keys, values = (buffer[: len(qkv_NGXD), :, : self._around.used] for buffer in cache)
         # The query heads of one key head lie beside each other as queries do, so that no key is copied for each.
         queries = heads_NGXD[:, :, :-1]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._bias_N11P).flatten(1)
-
-    def _rotated(self, heads_NGXD: torch.Tensor) -> torch.Tensor:
-        """`model.attention.rotate` of all heads at once."""
-        cos_N11D, signed_sin_N11D = self._factors
-        return heads_NGXD * cos_N11D + heads_NGXD.roll(heads_NGXD.shape[-1] // 2, -1) * signed_sin_N11D
 
     def mix(
         self,
