@@ -209,6 +209,7 @@ def report(
         "tflop": tflop,
         "tflops_per_process": speed,
         "update_seconds": spread([rank.update_seconds for rank in ranks]),
+        "forward_backward_seconds": without_update,
         "forward_backward_tflops": totals["training"] / without_update / len(ranks),
         "peak_tflops": peak_tflops,
         "mfu": None if peak_tflops is None else speed["step"] / peak_tflops,
@@ -282,7 +283,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"training without the optimizer's {found['update_seconds']['max']:.3f} s: "
-        f"{found['forward_backward_tflops']:.3g} TFLOP/s a process"
+        f"{found['forward_backward_seconds']:.3f} s, {found['forward_backward_tflops']:.3g} TFLOP/s a process"
     )
     console.print(
         f"{found['tokens_per_second']:,.0f} tokens/s trained on, over the step; "
