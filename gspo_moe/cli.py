@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gspo_moe import __version__
+from gspo_moe import __version__, garbage
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.evaluation.command import add_generate
 from gspo_moe.files import no_room, reader_is_gone
@@ -157,9 +157,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
-    from gspo_moe.config import loading
+    with garbage.imports():  # which go on while the config is read: an algorithm brings torch
+        from gspo_moe.config import loading
 
-    return loading.load_config(path, overrides)
+        return loading.load_config(path, overrides)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -168,12 +169,12 @@ def _train(options: argparse.Namespace) -> None:
     if options.check or options.world_size is not None:
         _check(config, options)
         return
-    from gspo_moe.training.preflight import preflight, take_run_folder
+    with garbage.imports():
+        from gspo_moe.parallel.groups import shut_down
+        from gspo_moe.training.loop import train
+        from gspo_moe.training.preflight import preflight, take_run_folder
 
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
-    from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.loop import train
-
     try:
         trained = train(preflight(config))
     except RunError:
@@ -195,8 +196,9 @@ def _check(config: Config, options: argparse.Namespace) -> None:
         raise ConfigError("--world-size is what --check plans for; add --check, or start as many processes")
     if world_size < 1:
         raise ConfigError(f"--world-size {world_size}: give a whole number from 1 up")
-    from gspo_moe.observability.progress import show_header
-    from gspo_moe.training.check import check_run
+    with garbage.imports():
+        from gspo_moe.observability.progress import show_header
+        from gspo_moe.training.check import check_run
 
     show_header(check_run(config, world_size), sys.stdout)
 
@@ -219,7 +221,8 @@ def _show_run(config: Config) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from gspo_moe.training.evaluation import evaluate_alone, evaluation_config
+    with garbage.imports():
+        from gspo_moe.training.evaluation import evaluate_alone, evaluation_config
 
     config = evaluation_config(options.config, options.overrides, options.data)
     for line in evaluate_alone(config, options.output, overwrite=options.overwrite):
@@ -228,8 +231,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     config = load_config(None, ["model.preset=null", f"model.hf={options.model}", *options.overrides])
-    from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.scoring.file import score_file
+    with garbage.imports():
+        from gspo_moe.parallel.groups import shut_down
+        from gspo_moe.scoring.file import score_file
 
     score_file(config, Path(options.data), Path(options.output), with_routes=options.routes)
     shut_down()
@@ -240,8 +244,9 @@ def _convert(options: argparse.Namespace) -> None:
     source = {"preset": "null", "hf": "null", "checkpoint": "null", "overrides": "{}", found: options.source}
     model = [f"model.{key}={value}" for key, value in source.items()]
     config = load_config(options.config, [*model, *options.overrides])
-    from gspo_moe.model.convert import convert
-    from gspo_moe.parallel.groups import shut_down
+    with garbage.imports():
+        from gspo_moe.model.convert import convert
+        from gspo_moe.parallel.groups import shut_down
 
     count = convert(config, Path(options.target))
     shut_down()
@@ -251,9 +256,10 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _bank(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training.bank import make_bank
-    from gspo_moe.training.preflight import preflight
+    with garbage.imports():
+        from gspo_moe.parallel.groups import shut_down
+        from gspo_moe.training.bank import make_bank
+        from gspo_moe.training.preflight import preflight
 
     if config.stage != "rl":
         raise ConfigError(f"stage={config.stage} makes no rollouts to freeze; set stage=rl")
@@ -270,8 +276,9 @@ def _study(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from gspo_moe.report.build import build_report
-    from gspo_moe.report.server import serve
+    with garbage.imports():
+        from gspo_moe.report.build import build_report
+        from gspo_moe.report.server import serve
 
     wanted = (options.output, options.figures, options.csv)
     if not options.watch and not any(wanted):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_moe.errors import GspoMoeError, OutputError
+from gspo_moe.garbage import imports
 
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
@@ -42,7 +43,8 @@ def under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> 
     """Under torchrun, lets an unforeseen error of any rank reach the launcher's last words."""
     if LAUNCHER_ERROR_FILE not in os.environ:
         return run
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with imports():
+        from torch.distributed.elastic.multiprocessing.errors import record
 
     wrapped: Callable[..., GspoMoeError | None] = record(run)
     return wrapped

@@ -40,6 +40,7 @@ from gspo_moe.config import Architecture, Config, load_config
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, generation, whole_sequences
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
+from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.types import RolloutGroup
 from tools.synthetic import open_synthetic_session
 from tools.watching import CpuTimers, count_messages, profile_step, time_calls
@@ -174,7 +175,7 @@ def report(
     config, architecture, on_gpu = plan.config, plan.architecture, device().kind == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads a process"
     groups = [group for result in results for group in result.batch.groups]
-    needed = needed_flops(architecture, groups, scored=config.algorithm.old_log_probs == "trainer")
+    needed = needed_flops(architecture, groups, [group for result in results for group in scored(config, result)])
     tflop = {phase: {k: v / len(results) / 1e12 for k, v in parts.items()} for phase, parts in needed.items()}
     seconds = {phase: spread([rank.seconds[phase] for rank in ranks]) for phase in ranks[0].seconds}
     totals = {phase: sum(parts.values()) for phase, parts in tflop.items()}
@@ -208,6 +209,7 @@ def report(
         "tflop": tflop,
         "tflops_per_process": speed,
         "update_seconds": spread([rank.update_seconds for rank in ranks]),
+        "forward_backward_seconds": without_update,
         "forward_backward_tflops": totals["training"] / without_update / len(ranks),
         "peak_tflops": peak_tflops,
         "mfu": None if peak_tflops is None else speed["step"] / peak_tflops,
@@ -221,20 +223,34 @@ def report(
     }
 
 
-def needed_flops(architecture: Architecture, groups: Sequence[RolloutGroup], scored: bool) -> dict[str, dict[str, int]]:
-    """Operations that RL steps on these groups need, by phase and part; scored: the trainer makes old log-probs."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+def scored(config: Config, result: StepResult) -> Sequence[RolloutGroup]:
+    """The groups whose old log-probs take a forward pass of their own."""
+    from gspo_moe.training.old_policy import first_scored
+
+    groups, mini_batches = result.batch.groups, config.algorithm.mini_batches
+    first = first_scored(config) if config.algorithm.old_log_probs == "trainer" else mini_batches
+    return groups[first * len(groups) // mini_batches :]
+
+
+def needed_flops(
+    architecture: Architecture, groups: Sequence[RolloutGroup], scored: Sequence[RolloutGroup]
+) -> dict[str, dict[str, int]]:
+    """Operations that RL steps on these groups need, by phase and part; scored: those that `scored` names."""
     sampling = [
         generation(len(group.rollouts[0].prompt_ids), [len(rollout.response_ids) for rollout in group.rollouts])
         for group in groups
     ]
-    whole = whole_sequences(len(rollout.token_ids) - 1 for rollout in rollouts)
-    forward = forward_flops(architecture, whole)
     return {
         "rollout": forward_flops(architecture, sum(sampling, Work())),
-        "old_log_probs": {part: scored * flops for part, flops in forward.items()},
-        "training": {part: TRAINING_PASSES * flops for part, flops in forward.items()},
+        "old_log_probs": forward_flops(architecture, one_pass(scored)),
+        "training": {part: TRAINING_PASSES * n for part, n in forward_flops(architecture, one_pass(groups)).items()},
     }
+
+
+def one_pass(groups: Sequence[RolloutGroup]) -> Work:
+    rollouts = all_rollouts(groups)
+    responses = sum(sum(rollout.policy_mask[1:]) for rollout in rollouts)
+    return whole_sequences((len(rollout.token_ids) - 1 for rollout in rollouts), logits=responses)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -267,7 +283,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"training without the optimizer's {found['update_seconds']['max']:.3f} s: "
-        f"{found['forward_backward_tflops']:.3g} TFLOP/s a process"
+        f"{found['forward_backward_seconds']:.3f} s, {found['forward_backward_tflops']:.3g} TFLOP/s a process"
     )
     console.print(
         f"{found['tokens_per_second']:,.0f} tokens/s trained on, over the step; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gspo_moe.data.rendering import Renderer
-from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.pool import Item, Over, TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import Reward
 from gspo_moe.types import Conversation, Prompt
@@ -57,6 +57,9 @@ class RandomPrompts:
 
 class RandomRewards(TaskPool):
     """`RandomPrompts.reward` without worker processes."""
+
+    def begin(self, prompts: Sequence[Prompt]) -> Over:
+        return lambda index, turns: None
 
     def rewards(self, items: Sequence[Item]) -> list[Reward]:
         task = RandomPrompts(1, 1)

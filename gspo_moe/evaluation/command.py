@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.garbage import imports
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
@@ -33,8 +34,9 @@ def add_generate(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from gspo_moe.evaluation.generate import generate, shown
-    from gspo_moe.parallel.groups import shut_down
+    with imports():
+        from gspo_moe.evaluation.generate import generate, shown
+        from gspo_moe.parallel.groups import shut_down
 
     if options.samples < 1:
         raise ConfigError(f"--samples {options.samples} gives no answer; set it to 1 or more")

@@ -47,7 +47,7 @@ def evaluate(
 ) -> list[RolloutGroup]:
     """Every rank's answers to held-out prompts, with the same randomness at every call. Collective."""
     params = sampling(config, stop_ids)
-    share = answerer.reward(answerer.generate(prompts, config.evaluation.samples, params))
+    share = answerer.reward(answerer.generate(prompts, config.evaluation.samples, params, ahead=True))
     return [group for part in gather_objects(share, answerer.groups.data_context) for group in part]
 
 

@@ -55,7 +55,7 @@ def wanted_columns(weight_VH: torch.Tensor, num_tokens: int) -> int:
 class BlockLogits:
     """The logits [T, B] of one block after the other: the kept ones in their own memory, the others in one buffer.
 
-    oneDNN's results come in new memory, which is the block where it is not kept.
+    oneDNN's results come in new memory, so that a kept block is not its: a copy takes longer than it gains.
     """
 
     def __init__(self, hidden_TH: torch.Tensor, weight_VH: torch.Tensor, kept: torch.Tensor, block: int) -> None:
@@ -81,7 +81,6 @@ class BlockLogits:
 
     def compute(self, columns: slice) -> torch.Tensor:
         factors = self._hidden_TH, self._weight_VH[columns].T
-        if not self._onednn:
-            return torch.mm(*factors, out=self.place(columns))
-        found = onednn_mm(*factors)
-        return self.place(columns).copy_(found) if self.kept(columns) else found
+        if self._onednn and not self.kept(columns):
+            return onednn_mm(*factors)
+        return torch.mm(*factors, out=self.place(columns))

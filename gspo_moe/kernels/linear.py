@@ -58,6 +58,11 @@ def _gathered(hidden: torch.Tensor, group: str, sequence_parallel: bool) -> torc
     return whole
 
 
+def _rows(whole: torch.Tensor, positions: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The targets' hidden states [T, H]."""
+    return whole[:count] if positions is None else whole.index_select(0, positions)
+
+
 @custom_op("gspo_moe::linear_token_log_probs", mutates_args=())
 def _linear_token_log_probs(
     hidden: torch.Tensor,
@@ -72,10 +77,11 @@ def _linear_token_log_probs(
     kept: int,
     into_main_grad: bool,
     entropy: bool,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     whole = _gathered(hidden, group, sequence_parallel)
     kept_logits = whole.new_empty(kept * len(targets))
-    logits = BlockLogits(whole[: len(targets)], weight, kept_logits, block)
+    logits = BlockLogits(_rows(whole, positions, len(targets)), weight, kept_logits, block)
     parts = whole.new_empty((len(logits.blocks), len(targets), 4 if entropy else 3), dtype=wide(whole.dtype))
     for part, columns in zip(parts, logits.blocks, strict=True):
         start, words = logits.words(columns, vocab_start, vocab)
@@ -97,6 +103,7 @@ def _(
     kept: int,
     into_main_grad: bool,
     entropy: bool,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     figures = hidden.new_empty(targets.shape[0], dtype=wide(hidden.dtype))
     spread = figures.new_empty(targets.shape[0] if entropy else 0)
@@ -108,6 +115,7 @@ def _linear_token_backward_(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    positions: torch.Tensor | None,
     log_z: torch.Tensor,
     grad_log_probs: torch.Tensor,
     kept_logits: torch.Tensor,
@@ -123,8 +131,8 @@ def _linear_token_backward_(
     """Gradients of hidden states, reduced over the group, and of the weight, which is empty where main_grad took it."""
     whole = _gathered(hidden, group, sequence_parallel)
     num_tokens = len(targets)
-    hidden_TH = whole[:num_tokens]
-    grad_hidden = torch.zeros_like(whole, dtype=wide(whole.dtype))
+    hidden_TH = _rows(whole, positions, num_tokens)
+    grad_hidden = torch.zeros_like(whole if positions is None else hidden_TH, dtype=wide(whole.dtype))
     grad_weight = weight.new_empty((len(weight) if needs_weight and main_grad is None else 0, weight.shape[1]))
     logits = BlockLogits(hidden_TH, weight, kept_logits, block)
     narrow = grad_hidden.dtype != whole.dtype and not whole.is_cuda
@@ -139,7 +147,10 @@ def _linear_token_backward_(
         elif needs_weight:
             torch.mm(gradient_TB.T, hidden_TH, out=grad_weight[columns])
         del gradient_TB  # or the next block would be made beside it
-    return _reduced(grad_hidden.to(whole.dtype), group, sequence_parallel), grad_weight
+    grad_hidden = grad_hidden.to(whole.dtype)
+    if positions is not None:
+        grad_hidden = torch.zeros_like(whole).index_copy_(0, positions, grad_hidden)
+    return _reduced(grad_hidden, group, sequence_parallel), grad_weight
 
 
 @_linear_token_backward_.register_fake
@@ -147,6 +158,7 @@ def _(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
+    positions: torch.Tensor | None,
     log_z: torch.Tensor,
     grad_log_probs: torch.Tensor,
     kept_logits: torch.Tensor,
@@ -177,18 +189,18 @@ def _reduced(grad_hidden: torch.Tensor, group: str, sequence_parallel: bool) -> 
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, targets, *ctx.numbers, ctx.block, _, into_main_grad, _ = inputs
+    hidden, weight, targets, *ctx.numbers, ctx.block, _, into_main_grad, _, positions = inputs
     _, log_z, entropy, first_choice, kept = output
     ctx.mark_non_differentiable(log_z, entropy, first_choice, kept)
     ctx.set_materialize_grads(False)  # or backward would be handed zeros as large as the kept logits
-    ctx.save_for_backward(hidden, weight, targets, log_z, kept)
+    ctx.save_for_backward(hidden, weight, targets, positions, log_z, kept)
     ctx.parameter = weight if into_main_grad else None
 
 
 def _backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     refuse_second_order()
     try:
-        hidden, weight, targets, log_z, kept = ctx.saved_tensors
+        hidden, weight, targets, positions, log_z, kept = ctx.saved_tensors
     except RuntimeError as error:
         raise KernelError(
             "hidden states or weight were changed before the backward of linear_token_log_probs, or it ran twice, and "
@@ -199,10 +211,10 @@ def _backward(ctx: Any, grad_T: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     main_grad = None if ctx.parameter is None else ctx.parameter.main_grad
     needs_weight = ctx.needs_input_grad[1]
     grad_hidden, grad_weight = _linear_token_backward_(
-        hidden, weight, targets, log_z, grad_T, kept, main_grad, *ctx.numbers, ctx.block, needs_weight
+        hidden, weight, targets, positions, log_z, grad_T, kept, main_grad, *ctx.numbers, ctx.block, needs_weight
     )
     taken = main_grad is not None or not needs_weight
-    return grad_hidden, None if taken else grad_weight, *[None] * 10
+    return grad_hidden, None if taken else grad_weight, *[None] * 11
 
 
 _linear_token_log_probs.register_autograd(_backward, setup_context=_remember)
@@ -215,6 +227,7 @@ def linear_token_log_probs(
     *,
     temperature: float = 1.0,
     shard: VocabShard = VocabShard(),
+    positions: torch.Tensor | None = None,
     entropy: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     into_main_grad: bool = False,
@@ -226,7 +239,8 @@ def linear_token_log_probs(
 
     hidden: [P, H], the same on every rank of the shard's group, or, if `sequence_parallel`, this rank's equal part of
     the rows. weight: [V, H] of the same dtype, this rank's rows of the output layer. targets: int64 [T], of the first T
-    of all tokens; those behind are padding, with gradient 0. temperature: as in `token_log_probs`.
+    of all tokens, or of the T different ones that `positions` names (int64 [T]); the others get gradient 0.
+    temperature: as in `token_log_probs`.
     entropy: asks for the entropy too, from the same pass; it has no gradient.
     The gradient of `hidden` is summed over blocks in float32, and over the group; that of `weight` is one product a
     row, given back in the weight's dtype or, with `into_main_grad`, added to `weight.main_grad`, autograd then seeing
@@ -235,6 +249,11 @@ def linear_token_log_probs(
     """
     vocab = len(weight) if shard.vocab is None else shard.vocab
     _check(hidden, weight, targets, shard, vocab)
+    if positions is not None and (positions.dtype != torch.int64 or positions.shape != targets.shape):
+        raise KernelError(
+            f"positions must be int64 {list(targets.shape)}, one a target, got {positions.dtype} "
+            f"{list(positions.shape)}"
+        )
     if into_main_grad and not hasattr(weight, "main_grad"):
         raise KernelError("weight has no main_grad; wrap the model in megatron-core's DistributedDataParallel first")
     check(weight.new_empty((len(targets), 0)), targets, temperature)
@@ -259,6 +278,7 @@ def linear_token_log_probs(
         kept if differentiates else 0,
         into_main_grad,
         entropy,
+        positions,
     )
     return TokenLogProbs(log_probs_T, entropy_T if entropy else None, first_choice_T)
 

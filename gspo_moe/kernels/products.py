@@ -1,7 +1,8 @@
 """Matrix products of the output layer, each on the CPU by the faster of the libraries that torch comes with.
 
-For float32 torch.mm takes MKL, which on AMD's processors is up to a tenth slower than oneDNN, torch's library for
-16-bit products. `torch.ops.mkldnn._linear_pointwise` is how torch.compile calls oneDNN.
+For float32 torch.mm takes MKL, which on AMD's processors with AVX-512 is up to a tenth slower than oneDNN, torch's
+library for 16-bit products; on those with AVX2 it is faster. `torch.ops.mkldnn._linear_pointwise` is how torch.compile
+calls oneDNN.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import torch
 from gspo_moe.kernels.ops import accumulate_
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FASTER = torch.backends.cpu.get_cpu_capability() == "AVX512"  # than MKL
 LARGE = 2**30  # multiplications: below, preparing oneDNN for a new shape costs more than it gains
 ROWS = 1024  # of a sum at a time, since oneDNN's results are in memory of their own
 
 
 def suits_onednn(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether `onednn_mm` takes less time than torch.mm; a transposed left factor it would copy."""
-    large = left.numel() * right.shape[1] >= LARGE
-    return ONEDNN and large and left.dtype == torch.float32 and left.device.type == "cpu" and left.is_contiguous()
+    large = ONEDNN and FASTER and left.numel() * right.shape[1] >= LARGE
+    return large and left.dtype == torch.float32 and left.device.type == "cpu" and left.is_contiguous()
 
 
 def onednn_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

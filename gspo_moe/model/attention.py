@@ -31,6 +31,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 from gspo_moe.config.architecture import Architecture
+from gspo_moe.kernels import has_layer_kernels, rotary
 from gspo_moe.model.cache import CacheSlots
 from gspo_moe.model.rope import rotary_factors
 from gspo_moe.parallel.context import ContextSplit
@@ -207,6 +208,8 @@ def _rotary_factors(
 
 def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
     """Rotary embedding in the half-split convention of Qwen3 (RoFormer, arXiv 2104.09864, eq. 34)."""
+    if has_layer_kernels(x_THD, cos_TD, sin_TD):
+        return rotary(x_THD, cos_TD, sin_TD)
     left, right = x_THD.chunk(2, dim=-1)
     turned = torch.cat([-right, left], dim=-1)
     return x_THD * cos_TD[:, None].to(x_THD.dtype) + turned * sin_TD[:, None].to(x_THD.dtype)

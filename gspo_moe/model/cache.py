@@ -35,6 +35,10 @@ class KVCache:
         values[rows_T, :, positions_T] = value_TGD
         return keys, values
 
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, which a prefill has written to."""
+        return self._layers[number]
+
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows, in that order, in new memory; a row may be named more than once to copy it."""
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}

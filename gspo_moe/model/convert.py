@@ -45,9 +45,9 @@ from gspo_moe.model.sharded import (
     stored_tensors,
     weight_shards,
     with_data,
-    write_streaming,
 )
 from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_tensors, value_problems
+from gspo_moe.model.writing import write_streaming
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_moe.model.swiglu import weighted_swiglu
 from gspo_moe.platform import device
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,9 +117,12 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """The experts' outputs [N, H], weighted by the gate, and no bias; tokens_per_expert: int64 [E], any device."""
         ends_E = tokens_per_expert.cumsum(0).to(hidden_NH.device, torch.int32, non_blocking=True)
-        gate_NF, up_NF = self.linear_fc1(hidden_NH, ends_E).chunk(2, dim=-1)
-        inner_NF = (F.silu(gate_NF) * up_NF * probs_N[:, None]).to(hidden_NH.dtype)
-        return self.linear_fc2(inner_NF, ends_E), None
+        return self.run(hidden_NH, ends_E, probs_N), None
+
+    def run(self, hidden_NH: torch.Tensor, ends_E: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
+        """The same; ends_E: where each expert's rows end, int32. Rows behind the last end come back as anything."""
+        inner_NF = weighted_swiglu(self.linear_fc1(hidden_NH, ends_E), probs_N)
+        return self.linear_fc2(inner_NF, ends_E)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

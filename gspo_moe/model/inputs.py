@@ -69,6 +69,11 @@ def microbatch_input(microbatch: Microbatch, split: ContextSplit) -> ModelInput:
     return ModelInput(microbatch.input_ids_T, microbatch.position_ids_T, microbatch.cu_seqlens, split=split)
 
 
+def response_positions(microbatch: Microbatch, split: ContextSplit) -> torch.Tensor:
+    """Where this rank's response tokens are among its tokens, int64; waits for the device."""
+    return split.local(microbatch.response_mask_T).nonzero()[:, 0]
+
+
 def pad_inputs(model: Model, inputs: Sequence[ModelInput]) -> list[PaddedInput]:
     """Pads each pack as this layout needs it. Collective over data and context ranks with the allgather dispatcher."""
     lengths = [max(1, *(item.split.counts if item.split else [item.num_tokens])) for item in inputs]

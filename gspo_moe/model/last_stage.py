@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
 from gspo_moe.kernels import TokenLogProbs, VocabShard, linear_token_log_probs, token_log_probs
@@ -27,11 +28,33 @@ class LastStage:
     hidden_PH: torch.Tensor
     num_tokens: int
 
-    def log_probs(self, targets_T: torch.Tensor, temperature: float = 1.0, *, entropy: bool = False) -> TokenLogProbs:
+    def log_probs(
+        self,
+        targets_T: torch.Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+        positions_N: torch.Tensor | None = None,
+    ) -> TokenLogProbs:
         """Log-probs [T] (nats, fp32) of the targets at `temperature`, over the `vocab` of the model.
 
         entropy: asks for the entropy [T] (nats) of each whole distribution, from the same pass; it has no gradient.
+        positions_N: int64, ascending, the only tokens that figures are needed of; those of the others are 0.
         """
+        if positions_N is None:
+            return self._log_probs(targets_T, None, temperature, entropy)
+        found = self._log_probs(targets_T[positions_N], positions_N, temperature, entropy)
+
+        def spread(values_N: torch.Tensor) -> torch.Tensor:
+            return values_N.new_zeros(targets_T.shape).index_copy(0, positions_N, values_N)
+
+        spread_entropy = None if found.entropy is None else spread(found.entropy)
+        return TokenLogProbs(spread(found.log_probs), spread_entropy, spread(found.first_choice))
+
+    def _log_probs(
+        self, targets_N: torch.Tensor, positions_N: torch.Tensor | None, temperature: float, entropy: bool
+    ) -> TokenLogProbs:
+        """Figures [N] of the targets of the tokens at these positions, None for all."""
         model, weight_VH = self.model, self._weight
         start, vocab = self._words
         shard = VocabShard(start, vocab, model.groups.tensor, model.config.sequence_parallel)
@@ -39,16 +62,17 @@ class LastStage:
             return linear_token_log_probs(
                 self._hidden_PH,
                 weight_VH,
-                targets_T,
+                targets_N,
                 temperature=temperature,
                 shard=shard,
+                positions=positions_N,
                 entropy=entropy,
                 memory_budget=model.log_prob_memory,
                 into_main_grad=hasattr(weight_VH, "main_grad"),
             )
         found = token_log_probs(
-            self.logits(),
-            targets_T,
+            self.logits(positions_N),
+            targets_N,
             temperature=temperature,
             vocab_start=start,
             vocab=vocab,
@@ -84,11 +108,7 @@ class LastStage:
 
     @property
     def _weight(self) -> torch.Tensor:
-        """The output layer's rows on this rank, [V, H]."""
-        gpt = self.model.gpt_chunks[-1]
-        shared = gpt.share_embeddings_and_output_weights
-        weight_VH: torch.Tensor = gpt.shared_embedding_or_output_weight() if shared else gpt.output_layer.weight
-        return weight_VH
+        return output_weight(self.model.gpt_chunks[-1])
 
     @property
     def _words(self) -> tuple[int, int]:
@@ -101,3 +121,10 @@ class LastStage:
     def _hidden_PH(self) -> torch.Tensor:
         # megatron-core's wrapper for bf16 hands the last stage's output on in fp32.
         return self.hidden_PH.to(self._weight.dtype)
+
+
+def output_weight(gpt: GPTModel) -> torch.Tensor:
+    """The output layer's rows on this rank of the last stage, [V, H]."""
+    shared = gpt.share_embeddings_and_output_weights
+    weight_VH: torch.Tensor = gpt.shared_embedding_or_output_weight() if shared else gpt.output_layer.weight
+    return weight_VH

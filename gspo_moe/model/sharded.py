@@ -7,21 +7,15 @@ parameter of this rank is. The vocabulary's padding differs between layouts and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import CheckpointError, GspoMoeError
@@ -100,7 +94,7 @@ def _by_itself(piece: ShardedTensor) -> ShardedTensor:
 
     As a part of a regular grid, megatron-core takes every place of the grid for some rank's and finds none in one.
     """
-    shape = _stored_shape(piece)
+    shape = stored_shape(piece)
     return replace(piece, data=piece.data.view(shape), local_shape=shape, prepend_axis_num=0, axis_fragmentations=None)
 
 
@@ -146,54 +140,19 @@ def raise_together(where: object, what: str, problems: list[str], kind: type[Gsp
 @contextlib.contextmanager
 def checkpoint_errors(path: Path, doing: str, fix: str) -> Iterator[None]:
     """Turns whatever reading or writing a checkpoint raises into a CheckpointError that says what to do."""
-    # Damaged files raise almost anything, torch's CheckpointException, which is no Exception, among it.
     try:
         yield
-    except (Exception, CheckpointException) as error:
+    except BaseException as error:
+        # Here, not above: it takes a second to import, and a new run reads no checkpoint.
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        # Damaged files raise almost anything, torch's CheckpointException, which is no Exception, among it.
+        if not isinstance(error, Exception | CheckpointException):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
         raise CheckpointError(f"{path} cannot be {doing} ({reason}); {fix}") from error
 
 
-def write_streaming(folder: Path, shards: Iterable[Shard], make: Callable[[ShardedTensor], torch.Tensor]) -> None:
-    """Writes a checkpoint that megatron-core reads, asking for a piece's values only when it is their turn. Collective.
-
-    shards: this process's, of which no other process has one; their data may be on the meta device.
-    make: gives the values of a stored piece. Raises CheckpointError where the folder cannot be written.
-    """
-    pieces = [piece for shard in shards for piece in stored(shard)]
-    with checkpoint_errors(folder, "written", "free space on its disk, or name another folder"):
-        # With nothing copied ahead, the writer holds one tensor of each key at most.
-        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-        torch.distributed.checkpoint.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces, make))
-        if dist.get_rank() == 0:
-            torch.save({}, folder / "common.pt")
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    dist.barrier()
-
-
-class _StreamingPlanner(DefaultSavePlanner):
-    def __init__(self, pieces: list[ShardedTensor], make: Callable[[ShardedTensor], torch.Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._pieces = {(piece.key, torch.Size(piece.global_offset)): piece for piece in pieces}
-        self._make = make
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(piece) for piece in self._pieces.values()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        assert write_item.index.offset is not None
-        piece = self._pieces[write_item.index.fqn, write_item.index.offset]
-        return self._make(piece).view(_stored_shape(piece))
-
-
-def _stored_shape(piece: ShardedTensor) -> tuple[int, ...]:
+def stored_shape(piece: ShardedTensor) -> tuple[int, ...]:
+    """Of a piece with the axes that it is stacked along."""
     return (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-
-
-def _write_item(piece: ShardedTensor) -> WriteItem:
-    offset = torch.Size(piece.global_offset)
-    chunk = ChunkStorageMetadata(offset, torch.Size(_stored_shape(piece)))
-    properties = TensorProperties(dtype=piece.dtype)
-    data = TensorWriteData(chunk, properties, torch.Size(piece.global_shape))
-    return WriteItem(MetadataIndex(piece.key, offset), WriteItemType.SHARD, tensor_data=data)

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
+from gspo_moe.kernels import has_layer_kernels, rms_norm
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.model.torch_attention import TorchAttention
@@ -39,6 +40,17 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.eps is not None
+        return normalized(x, self.weight, self.eps)
+
+
+def normalized(x_XD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, by our kernel where there is one."""
+    if has_layer_kernels(x_XD, weight_D):
+        return rms_norm(x_XD, weight_D, eps)
+    return F.rms_norm(x_XD, weight_D.shape, weight_D, eps)
 
 
 class LocalProvider(LocalSpecProvider):

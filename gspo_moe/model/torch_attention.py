@@ -9,18 +9,28 @@ Shape letters: T tokens of a pack, Q queries and K keys of a stretch, H query he
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from gspo_moe.model.attention import AttentionParams, ContextParams, CoreAttention, PackedParams
 
 # Queries at once where a mask is needed, which so takes this many rows and not a stretch's length.
 MASKED_QUERIES = 512
-# torch 2.11 hands any number of key heads on to the kernel, which takes a divisor of the query heads'; later ones ask.
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+@cache
+def flash_attention() -> Callable[..., Any]:
+    """torch's `varlen_attn` for any number of key heads that divides the query heads'."""
+    # Not above: it brings torch.compile's machinery, a second that a CPU run does without.
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 hands such heads on to the kernel, which takes them; later ones ask.
+    asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if asks else varlen_attn
 
 
 class TorchAttention(CoreAttention, torch.nn.Module):
@@ -29,6 +39,8 @@ class TorchAttention(CoreAttention, torch.nn.Module):
     def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
         super().__init__()
         self.layer_number = layer_number
+        if torch.cuda.is_available():
+            flash_attention()  # so that no import falls into the capture of a graph
 
     def within_sequences(
         self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, params: PackedParams
@@ -58,7 +70,7 @@ def varlen(
     query_THD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor, params: AttentionParams
 ) -> torch.Tensor:
     """Attention [T, H * D] within the bounds of `params`, causal from the ends of queries and keys."""
-    out: Any = varlen_attn(
+    out: Any = flash_attention()(
         query_THD,
         key_KGD,
         value_KGD,
@@ -67,7 +79,6 @@ def varlen(
         params.max_seqlen_q,
         params.max_seqlen_kv,
         window_size=(-1, 0),
-        **_GROUPED,
     )
     attended_TX: torch.Tensor = out.flatten(1)
     return attended_TX
@@ -80,7 +91,11 @@ def on_grid(
     # Causal attention never looks right, so the empty slots behind short sequences are never seen.
     grid = (len(params.cu_seqlens_q) - 1, params.max_seqlen_q)
 
+    full = len(query_THD) == grid[0] * grid[1]  # all sequences are as long: the pack is the grid
+
     def spread(x: torch.Tensor) -> torch.Tensor:
+        if full:
+            return x.unflatten(0, grid).transpose(1, 2)
         flat = x.new_zeros(grid[0] * grid[1], *x.shape[1:]).index_copy(0, params.grid_slot_T, x)
         return flat.view(*grid, *x.shape[1:]).transpose(1, 2)
 
@@ -91,7 +106,8 @@ def on_grid(
         is_causal=True,
         enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
     )
-    return out.transpose(1, 2).reshape(grid[0] * grid[1], -1)[params.grid_slot_T]
+    out_TX = out.transpose(1, 2).reshape(grid[0] * grid[1], -1)
+    return out_TX if full else out_TX[params.grid_slot_T]
 
 
 def causal_from_the_end(query_QHD: torch.Tensor, key_KGD: torch.Tensor, value_KGD: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from gspo_moe.config.checks import WANDB_MISSING, wandb_mode
 from gspo_moe.config.schema import WandbConfig
 from gspo_moe.errors import ConfigError
@@ -36,6 +34,8 @@ class MetricsWriter:
         wandb: WandbConfig | None = None,
         config_dump: dict[str, Any] | None = None,
     ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, not above: one rank of a run needs it
+
         folder = Path(run_dir)
         self._lines = JsonLines(folder / "metrics.jsonl", resume_step)
         self._tensorboard = SummaryWriter(

@@ -25,6 +25,7 @@ class Groups:
     data: ranks that hold the same weights' shard and see other sequences (context parallelism not counted in).
     data_context: ranks that hold the same weights' shard and see other tokens.
     model: ranks that together hold one copy of the weights (tensor x pipeline).
+    experts: ranks that together hold one copy of a stage's experts (expert x expert tensor).
     tensor, pipeline, expert, context: as in megatron-core.
     """
 
@@ -34,6 +35,7 @@ class Groups:
     data: dist.ProcessGroup
     data_context: dist.ProcessGroup
     model: dist.ProcessGroup
+    experts: dist.ProcessGroup
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     expert: dist.ProcessGroup
@@ -90,6 +92,7 @@ def initialize(layout: Layout, seed: int, timeout_minutes: float = 10.0) -> Grou
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model=parallel_state.get_model_parallel_group(),
+        experts=parallel_state.get_expert_tensor_and_model_parallel_group(),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         expert=parallel_state.get_expert_model_parallel_group(),

@@ -20,7 +20,7 @@ computed anew do not count: these are the model FLOPs of MFU in PaLM, arXiv 2204
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gspo_moe.config.architecture import Architecture
 
@@ -43,9 +43,13 @@ class Work:
         return Work(self.tokens + other.tokens, self.pairs + other.pairs, self.logits + other.logits)
 
 
-def whole_sequences(lengths: Iterable[int]) -> Work:
-    """One pass over sequences of these lengths that needs logits everywhere: scoring, and the forward of training."""
-    return sum((Work(length, _causal_pairs(length), length) for length in lengths), Work())
+def whole_sequences(lengths: Iterable[int], logits: int | None = None) -> Work:
+    """One pass over sequences of these lengths: scoring, and the forward of training.
+
+    logits: positions that need them, such as those of the responses; None for all.
+    """
+    work = sum((Work(length, _causal_pairs(length), length) for length in lengths), Work())
+    return work if logits is None else replace(work, logits=logits)
 
 
 def generation(prompt_length: int, response_lengths: Sequence[int]) -> Work:

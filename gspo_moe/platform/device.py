@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from gspo_moe.platform.allocator import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class Device:
@@ -36,6 +38,7 @@ class Device:
 def device() -> Device:
     """The GPU of this process's LOCAL_RANK where there is one, else the CPU."""
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return Device("cpu", torch.device("cpu"), "gloo")
     # Read at the first matrix product; without it those raise under torch.use_deterministic_algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

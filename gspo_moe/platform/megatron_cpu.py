@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from gspo_moe.errors import ConfigError
+from gspo_moe.platform.deferred import deferring_builtins
+from gspo_moe.platform.lazy_dynamo import LazyDynamo
 from gspo_moe.platform.torch_overlay import torch_overlay
 
 PACKAGE = "megatron.core"
@@ -98,6 +100,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return None if code is None else _constants_for_cpu(code)
 
     def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__builtins__"] = deferring_builtins(module.__name__, self.torch_overlay)
         super().exec_module(module)
         if vars(module).get("torch") is torch:
             vars(module)["torch"] = self.torch_overlay
@@ -187,6 +190,6 @@ def prepare_megatron() -> bool:
             "megatron.core was imported before gspo_moe, without which it does not run on a CPU; put `import "
             "gspo_moe.model` above its first import"
         )
-    sys.meta_path.insert(0, _Finder(torch_overlay()))
+    sys.meta_path[:0] = [_Finder(torch_overlay()), LazyDynamo()]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     return True

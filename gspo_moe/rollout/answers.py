@@ -13,7 +13,7 @@ from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.conversation import Exchange, Talk, opened
-from gspo_moe.rollout.engine import Request, RolloutEngine, SamplingParams
+from gspo_moe.rollout.engine import Ended, Request, RolloutEngine, SamplingParams
 from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.types import Prompt, Rollout, RolloutGroup, Turn
@@ -46,15 +46,35 @@ class Answerer:
     max_turns: int | None = None
     stop_strings: StopStrings | None = None
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, params: SamplingParams) -> list[RolloutGroup]:
-        """This rank's share of the prompts, each answered `samples` times, without rewards. Collective."""
+    def start_workers(self) -> None:
+        """Has those of `pool` start, where it will be asked for anything."""
+        if self.groups.model.rank() == 0:
+            self.pool.start()
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples: int, params: SamplingParams, *, ahead: bool = False
+    ) -> list[RolloutGroup]:
+        """This rank's share of the prompts, each answered `samples` times, without rewards. Collective.
+
+        ahead: has rewards of answers that end before others begun at once; the next call is `reward` of the result.
+        """
         params = replace(params, stop_strings=self.stop_strings)
         share = share_of(prompts, self.groups.data_context)
         if self.max_turns is None:
             requests = self._requests([(prompt, None) for prompt in share], samples)
-            answered = zip(share, self._sampled(requests, params), strict=True)
+            begins = ahead and self.groups.model.rank() == 0
+            ended = self._begin_rewards(share, samples, params) if begins else None
+            answered = zip(share, self._sampled(requests, params, ended), strict=True)
             return [RolloutGroup(prompt, tuple(rollouts)) for prompt, rollouts in answered]
         return self._conversations(share, samples, params, self.max_turns)
+
+    def _begin_rewards(self, share: Sequence[Prompt], samples: int, params: SamplingParams) -> Ended:
+        over = self.pool.begin([prompt for prompt in share for _ in range(samples)])
+
+        def ended(number: int, rollout: Rollout) -> None:
+            over(number * samples + rollout.sample_index, self._with_text(rollout, params).turns)
+
+        return ended
 
     def _conversations(
         self, share: Sequence[Prompt], samples: int, params: SamplingParams, max_turns: int
@@ -102,8 +122,10 @@ class Answerer:
         raise_everywhere(fault)
         return requests
 
-    def _sampled(self, requests: list[Request], params: SamplingParams) -> list[list[Rollout]]:
-        answered = self.engine.generate(requests, params)
+    def _sampled(
+        self, requests: list[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
+        answered = self.engine.generate(requests, params, ended)
         return [[self._with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
 
     def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:

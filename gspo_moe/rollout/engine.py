@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,11 +39,19 @@ class SamplingParams:
     stop_strings: StopStrings | None = None
 
 
+Ended = Callable[[int, Rollout], None]  # told of a request, by its number, and a sample of it
+
+
 class RolloutEngine(Protocol):
     """Samples, and says of each token which policy version sampled it."""
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
-        """For each request its samples, in order. Collective: every rank calls it, each with its own requests."""
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
+        """For each request its samples, in order. Collective: every rank calls it, each with its own requests.
+
+        ended: may be told of samples that end while others go on.
+        """
         ...
 
     def room(self, params: SamplingParams) -> int:

@@ -46,7 +46,8 @@ class EngineSource:
 
     def _answers(self, prompts: list[Prompt], step: int) -> list[RolloutGroup]:
         with self._timers("rollout"):
-            share = self._answerer.generate(prompts, self._config.rollout.samples_per_prompt, self._sampling(step))
+            samples, params = self._config.rollout.samples_per_prompt, self._sampling(step)
+            share = self._answerer.generate(prompts, samples, params, ahead=True)
         with self._timers("reward"):
             return self._answerer.reward(share)
 

@@ -3,6 +3,8 @@
 Items travel in groups, so that talking to the workers costs little. A group has one item's time limit; when it runs
 over, or takes its worker down, its items are done again one by one, each with the whole limit to itself. A rubric of
 the batch form gets a group in one call, and whole prompts in a group; where it raises, its items come one by one too.
+Which items make a group depends on their prompts alone, so that a group can start once its last item is there, while
+answers to others are still being sampled.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import groupby
 from pathlib import Path
@@ -42,8 +44,34 @@ Result = TypeVar("Result", Reward, Step)
 Job = Callable[[Task, Prompt, Conversation], Result | str]  # which a worker imports by name; a text is an error
 
 
+Over = Callable[[int, Conversation], None]  # takes a conversation, by the number of its prompt, once it has ended
+Started = Future | BrokenProcessPool  # a group of items that workers were given, or could not be given
+
+
+class Begun:
+    """A batch of conversations that end one after the other, see `TaskPool.begin`.
+
+    prompts: of all of them. started: the groups, by number, that are with the workers.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], groups: Sequence[list[int]], start: Callable[[list[Item]], Started]
+    ) -> None:
+        self.prompts, self.started = list(prompts), dict[int, Started]()
+        self._groups, self._start = groups, start
+        self._group_of = {index: number for number, group in enumerate(groups) for index in group}
+        self._items: dict[int, Item] = {}
+
+    def add(self, index: int, turns: Conversation) -> None:
+        """The conversation with prompt `index` is over; with the last one of its group that group starts."""
+        self._items[index] = self.prompts[index], turns
+        number = self._group_of[index]
+        if all(each in self._items for each in self._groups[number]):
+            self.started[number] = self._start([self._items[each] for each in self._groups[number]])
+
+
 class TaskPool:
-    """Runs rubrics and environments in `config.reward.workers` processes, which start with the first batch.
+    """Runs rubrics and environments in `config.reward.workers` processes, which start with the first batch, or before.
 
     Workers are spawned: forking a process that has torch and gloo threads can deadlock. `make` builds the task in each
     worker and must be importable there; spawning also imports the program's main module, so keep that one light.
@@ -54,6 +82,7 @@ class TaskPool:
         self._reward, self._batched = config.reward, batched
         self._task = (make, pickle.dumps(config), seed)
         self._pool: ProcessPool | None = None
+        self._begun: Begun | None = None
 
     def __enter__(self) -> TaskPool:
         return self
@@ -61,24 +90,46 @@ class TaskPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def start(self) -> bool:
+        """Starts the workers, which are ready a second later, while the caller does something else; True if they go."""
+        return bool(self._running_pool().active)
+
     def close(self) -> None:
         """Ends the workers, busy or not; a later batch starts new ones."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
             self._pool = None
+        if self._begun is not None:
+            self._begun.started.clear()
 
     def failed(self, error: str, timed_out: bool) -> Reward:
         """The reward of a conversation that got none of its own."""
         return Reward(self._reward.failure_reward, error=error, timed_out=timed_out)
 
+    def begin(self, prompts: Sequence[Prompt]) -> Over:
+        """Expects a conversation with each of these prompts, of all of which, in order, the next `rewards` is.
+
+        Those that the result is told of may get theirs at once, in groups that are the same as without it.
+        """
+
+        def start(items: list[Item]) -> Started:
+            return self._schedule(self._running_pool(), give_reward, items)
+
+        self._begun = Begun(prompts, self._grouped(prompts), start)
+        return self._begun.add
+
     def rewards(self, items: Sequence[Item]) -> list[Reward]:
         """The rubric's reward of each conversation; `failure_reward` where it gave none."""
+        begun = self._begun
+        assert begun is None or begun.prompts == [prompt for prompt, _ in items], "another batch was begun"
+        outcomes = self._outcomes(give_reward, items, {} if begun is None else begun.started)
+        self._begun = None
         return [
             self.failed(self._error(item, found, "reward"), isinstance(found, TimeoutError))
             if not isinstance(found, Reward)
             else found
-            for item, found in zip(items, self._outcomes(give_reward, items), strict=True)
+            for item, found in zip(items, outcomes, strict=True)
         ]
 
     def steps(self, items: Sequence[Item]) -> list[Step]:
@@ -87,7 +138,7 @@ class TaskPool:
             Step(None, error=self._error(item, found, "step"), timed_out=isinstance(found, TimeoutError))
             if not isinstance(found, Step)
             else found
-            for item, found in zip(items, self._outcomes(take_step, items), strict=True)
+            for item, found in zip(items, self._outcomes(take_step, items, {}), strict=True)
         ]
 
     def _error(self, item: Item, found: str | BaseException, what: str) -> str:
@@ -96,13 +147,15 @@ class TaskPool:
             text = f"no {what} within task.reward.timeout_seconds={self._reward.timeout_seconds:g}"
         return f"{item[0].uid}: {text}"
 
-    def _outcomes(self, job: Job[Result], items: Sequence[Item]) -> list[Result | str | BaseException]:
-        """Of each item the job's result, or why there is none."""
+    def _outcomes(
+        self, job: Job[Result], items: Sequence[Item], started: Mapping[int, Started]
+    ) -> list[Result | str | BaseException]:
+        """Of each item the job's result, or why there is none; started: groups that are with the workers already."""
         outcomes: dict[int, Result | str | BaseException] = {}
-        pending = self._grouped(items)
+        pending = self._grouped([prompt for prompt, _ in items])
         for round_number in range(MAX_ROUNDS):
             retry: list[list[int]] = []
-            for group, result in zip(pending, self._run(job, items, pending), strict=True):
+            for group, result in zip(pending, self._run(job, items, pending, started), strict=True):
                 pool_broke = isinstance(result, BrokenProcessPool) and round_number < MAX_ROUNDS - 1
                 if isinstance(result, list):
                     outcomes.update(zip(group, result, strict=True))
@@ -110,13 +163,13 @@ class TaskPool:
                     retry.extend([index] for index in group)
                 else:
                     outcomes[group[0]] = result
-            pending = retry
+            pending, started = retry, {}
         return [outcomes[index] for index in range(len(items))]
 
-    def _grouped(self, items: Sequence[Item]) -> list[list[int]]:
-        size = min(MAX_GROUP, max(1, math.ceil(len(items) / (GROUPS_PER_WORKER * self._reward.workers))))
+    def _grouped(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        size = min(MAX_GROUP, max(1, math.ceil(len(prompts) / (GROUPS_PER_WORKER * self._reward.workers))))
         groups: list[list[int]] = []
-        for _, same in groupby(range(len(items)), key=lambda index: items[index][0].uid if self._batched else index):
+        for _, same in groupby(range(len(prompts)), key=lambda index: prompts[index].uid if self._batched else index):
             whole = list(same)
             if groups and len(groups[-1]) + len(whole) <= size:
                 groups[-1] += whole
@@ -125,24 +178,29 @@ class TaskPool:
         return groups
 
     def _run(
-        self, job: Job[Result], items: Sequence[Item], groups: list[list[int]]
+        self, job: Job[Result], items: Sequence[Item], groups: list[list[int]], started: Mapping[int, Started]
     ) -> list[list[Result | str] | BaseException]:
         """For each group its outcomes, or what ended it."""
         if not groups:
             return []
-        limit = self._reward.timeout_seconds
-        pool = self._running_pool()
-        try:
-            futures = [
-                pool.schedule(_work, args=(self._task, job, [items[index] for index in group]), timeout=limit)
-                for group in groups
-            ]
-        except RuntimeError as error:  # the pool broke while it was being filled
-            return [BrokenProcessPool(str(error))] * len(groups)
-        while wait(futures, timeout=POLL_SECONDS).not_done and pool.active:
+        pool = self._running_pool()  # before `started` is read, which a broken pool's end empties
+        given = [
+            started[number] if number in started else self._schedule(pool, job, [items[index] for index in group])
+            for number, group in enumerate(groups)
+        ]
+        while wait([one for one in given if isinstance(one, Future)], POLL_SECONDS).not_done and pool.active:
             pass
         lost = BrokenProcessPool("the pool broke before this item was handed to a worker")
-        return [(future.exception() or future.result()) if future.done() else lost for future in futures]
+        return [
+            one if not isinstance(one, Future) else (one.exception() or one.result()) if one.done() else lost
+            for one in given
+        ]
+
+    def _schedule(self, pool: ProcessPool, job: Job[Result], items: list[Item]) -> Started:
+        try:
+            return pool.schedule(_work, args=(self._task, job, items), timeout=self._reward.timeout_seconds)
+        except RuntimeError as error:  # the pool broke while it was being filled
+            return BrokenProcessPool(str(error))
 
     def _running_pool(self) -> ProcessPool:
         if self._pool is not None and not self._pool.active:  # a worker that is killed while idle breaks the pool

@@ -30,10 +30,10 @@ def attribution_figures(model: Model, config: Config, packs: Sequence[TrainingPa
     temperature, groups = config.rollout.temperature, model.groups
     count = -(-config.routing.attribution_sequences // groups.layout.data)
     few, old, routes = _sample(packs, count, seed + groups.data_rank)
-    own = score(model, few, temperature=temperature)
+    own = score(model, few, temperature=temperature, responses_only=True)
 
     def split(depth: int | None) -> np.ndarray:
-        held = score(model, few, temperature=temperature, routes=routes, depth=depth)
+        held = score(model, few, temperature=temperature, routes=routes, depth=depth, responses_only=True)
         sums = None
         if groups.is_last_stage:
             each = zip(few, held, old, own, strict=True)

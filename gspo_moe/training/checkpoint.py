@@ -25,6 +25,7 @@ from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import CheckpointError
 from gspo_moe.files import replace_folder
+from gspo_moe.garbage import uncollected
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import write_config
 from gspo_moe.model.sharded import checkpoint_errors, weight_shards
@@ -70,6 +71,9 @@ def save_checkpoint(
     tokenizer: whose end tokens its config.json names.
     Nothing but what `config/checkpoints.py` names is counted or removed.
     """
+    # Here, not above: torch's writer takes a second to import, which is not to delay a run's first step.
+    from gspo_moe.model.writing import InProcessSave
+
     target = folder / checkpoint_name(progress.step)
     partial = target.with_name(target.name + ".partial")
     if model.groups.is_main:
@@ -83,7 +87,8 @@ def save_checkpoint(
     state["layout"] = asdict(model.groups.layout)
     state["dtype"] = str(model.config.params_dtype)
     try:
-        dist_checkpointing.save(state, str(partial))
+        with uncollected():
+            dist_checkpointing.save(state, str(partial), InProcessSave())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
         raise
@@ -115,7 +120,7 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
     state = _state(model, optimizer, loading=True)
     if not same_layout:
         del state["rng"]
-    with checkpoint_errors(path, "loaded", _FIX):
+    with checkpoint_errors(path, "loaded", _FIX), uncollected():
         found = dist_checkpointing.load(state, str(path))
     for number, parameter in enumerate(weight_shards(model)):
         parameter.copy_(found["weights"][str(number)])

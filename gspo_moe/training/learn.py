@@ -14,7 +14,7 @@ from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.figures import Figures
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.batch import Batch, share_packs
-from gspo_moe.training.old_policy import with_old_policy
+from gspo_moe.training.old_policy import first_scored, with_old_policy, with_own_forward
 from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
 from gspo_moe.training.routing import Probe, routing_figures
 from gspo_moe.training.session import Trainer
@@ -26,28 +26,30 @@ S = TypeVar("S", bound=Statistics)
 def learn(trainer: Trainer, batch: Batch) -> Figures:
     """Takes the steps on a batch's `algorithm.mini_batches`; figures over all ranks. Collective."""
     shared = share_packs(trainer, batch)
-    packs = with_old_policy(trainer, shared.packs)
-    minibatches = replace(shared, packs=packs).minibatches()
+    minibatches = replace(shared, packs=with_old_policy(trainer, shared.packs)).minibatches()
     figures, results = Figures(), list[MinibatchResult]()
     with trainer.session.timers("training"):
         for number, minibatch in enumerate(minibatches):
             with _probed(trainer, batch, figures, first=number == 0):
                 if number == len(minibatches) - 1:
                     _attribute(trainer, minibatch, figures)
-                results.append(_train(trainer, minibatch))
+                results.append(_train(trainer, minibatch, number))
     figures.metrics |= _policy_metrics(results)
     if trainer.recorder is not None:
         equal_weights = batch.versions == {trainer.progress.policy_version}
         trained = [result.packs for result in results]
         figures.add(routing_figures(trainer.session.model, trainer.recorder.layers, trained, equal_weights))
-    figures.metrics |= _mismatch_metrics(trainer, packs, results[0])
+    figures.metrics |= _mismatch_metrics(trainer, results)
     return figures
 
 
-def _train(trainer: Trainer, minibatch: Minibatch) -> MinibatchResult:
+def _train(trainer: Trainer, minibatch: Minibatch, number: int) -> MinibatchResult:
     session, config = trainer.session, trainer.session.config
     settings = PolicySettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
-    return train_minibatch(session.model, trainer.optimizer, minibatch, settings, trainer.recorder)
+    result = train_minibatch(session.model, trainer.optimizer, minibatch, settings, trainer.recorder)
+    if config.algorithm.old_log_probs == "rollout" or number >= first_scored(config):
+        return result
+    return replace(result, packs=with_own_forward(result.packs))
 
 
 @contextlib.contextmanager
@@ -101,15 +103,15 @@ def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
     }
 
 
-def _mismatch_metrics(trainer: Trainer, packs: Sequence[TrainingPack], first: MinibatchResult) -> dict[str, float]:
+def _mismatch_metrics(trainer: Trainer, results: Sequence[MinibatchResult]) -> dict[str, float]:
     """Rollout engine against trainer at equal weights, SPEC section 3, and the weights that training puts against it.
 
     Without the trainer's old log-probs only the first mini-batch's own forward has seen the rollout's weights.
     """
     algorithm = trainer.session.config.algorithm
-    pairs = [(one, one.old_log_probs_T) for one in packs]
+    pairs = [(one.pack, one.pack.old_log_probs_T) for result in results for one in result.packs]
     if algorithm.old_log_probs == "rollout":
-        pairs = [(one.pack, one.log_probs_T) for one in first.packs]
+        pairs = [(one.pack, one.log_probs_T) for one in results[0].packs]
     here = [(one, log_probs_T) for one, log_probs_T in pairs if log_probs_T is not None]
     found = [mismatch(log_probs_T, one.pack.rollout_log_probs_T, one.segments) for one, log_probs_T in here]
     metrics = _over_ranks(trainer, found)

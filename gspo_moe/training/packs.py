@@ -32,7 +32,8 @@ class TrainingPack:
     segments: its sequences. local_segments: those of this context rank's tokens.
     old_log_probs_T, estimates (of a value function): of the old policy; reference_log_probs_T: of a KL penalty's
         reference, None without one. All three are None off the last stage.
-    recording: routes of the old policy's pass, with scores; None where it was not recorded.
+    recording: routes of the old policy's pass, with scores; None where it was not recorded. As old_log_probs_T None
+        before the training forward where that is the old policy's pass (`old_policy.first_scored`).
     replay_TLK: routes to be replayed, None without replay.
     """
 
@@ -67,7 +68,10 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the training forward found of a pack. log_probs_T: on the last stage. recording: where one was made."""
+    """What the training forward found of a pack.
+
+    log_probs_T: on the last stage, 0 off the response. recording: where one was made.
+    """
 
     pack: TrainingPack
     log_probs_T: torch.Tensor | None = None

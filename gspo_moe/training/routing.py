@@ -121,5 +121,5 @@ class Probe:
 
     def _routes(self, reference: Sequence[torch.Tensor] | None) -> list[Recording]:
         record = self._recorder.start(reference)
-        score(self._model, self._packs, record=record)
+        score(self._model, self._packs, record=record, responses_only=True)
         return record.recordings()

@@ -122,18 +122,21 @@ def open_session(plan: Plan) -> Session:
     load_initial_weights(config, model)
     stop, rollout = StopSignals(), config.rollout
     engine = MegatronEngine(model, rollout.max_batch, config.schedule.micro_batch_tokens, stop, rollout.cuda_graph)
+    answerer = Answerer(
+        engine,
+        plan.renderer,
+        TaskPool(config.task, config.seed, batched=is_batched(plan.task.rubric)),
+        groups,
+        max_turns=None if plan.task.single_turn else rollout.max_turns,
+        stop_strings=make_stop_strings(plan.tokenizer, rollout.stop),
+    )
+    if config.evaluation.prompts or (config.stage == "rl" and rollout.bank is None):
+        answerer.start_workers()
     return Session(
         plan=plan,
         groups=groups,
         model=model,
-        answerer=Answerer(
-            engine,
-            plan.renderer,
-            TaskPool(config.task, config.seed, batched=is_batched(plan.task.rubric)),
-            groups,
-            max_turns=None if plan.task.single_turn else rollout.max_turns,
-            stop_strings=make_stop_strings(plan.tokenizer, rollout.stop),
-        ),
+        answerer=answerer,
         sink=engine,
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
         timers=Timers(device().synchronize),

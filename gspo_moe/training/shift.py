@@ -32,7 +32,7 @@ def router_shift(model: Model, recorder: RouteRecorder, packs: Sequence[Training
     if is_one_stage(model):
         return lambda index: comparison.router_shift(old[index], training.recorded(index), layers)
     ahead = recorder.start([one.routes_TLK for one in old])
-    score(model, [each.pack for each in packs], record=ahead, routes=replay_of(packs))
+    score(model, [each.pack for each in packs], record=ahead, routes=replay_of(packs), responses_only=True)
     shifts = [comparison.router_shift(*pair, layers) for pair in zip(old, ahead.recordings(), strict=True)]
     return shifts.__getitem__
 

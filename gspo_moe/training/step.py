@@ -22,7 +22,7 @@ from gspo_moe.config.algorithm import AlgorithmConfig, MismatchConfig
 from gspo_moe.kernels import sequence_reduce
 from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording, run
-from gspo_moe.model.inputs import microbatch_input
+from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
@@ -33,8 +33,9 @@ from gspo_moe.training.shift import ShiftOf, router_shift
 
 S = TypeVar("S", bound=Statistics)
 K = TypeVar("K")
-# A pack's number and what the last stage gives of it to its loss and what is kept of it, statistics first.
-Head = Callable[[int, LastStage], tuple[torch.Tensor, tuple[S, K]]]
+# A pack's number, what the last stage gives of it and where its response tokens are here, to its loss and what is kept
+# of it, statistics first.
+Head = Callable[[int, LastStage, torch.Tensor], tuple[torch.Tensor, tuple[S, K]]]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def train_minibatch(
 ) -> MinibatchResult:
     """Takes one step on a mini-batch. Collective.
 
-    Its packs have old log-probs on the last stage, and whatever else the algorithm needs: recordings with scores for a
-    router shift, estimates for a value function, reference log-probs for a KL penalty.
+    Its packs have old log-probs on the last stage, or none where the weights are still the old policy's, and whatever
+    else the algorithm needs: recordings with scores for a router shift, estimates for a value function, reference
+    log-probs for a KL penalty.
     """
     packs = minibatch.packs
     record = None if recorder is None else recorder.start([one.routes_TLK for one in recordings_of(packs)] or None)
@@ -82,29 +84,35 @@ def train_minibatch(
 
 
 def _policy_head(
-    minibatch: Minibatch, settings: PolicySettings, shift_of: ShiftOf | None, index: int, stage: LastStage
+    minibatch: Minibatch,
+    settings: PolicySettings,
+    shift_of: ShiftOf | None,
+    index: int,
+    stage: LastStage,
+    positions_N: torch.Tensor,
 ) -> tuple[torch.Tensor, tuple[PolicyStatistics, torch.Tensor]]:
-    """The loss of a pack, and its log-probs [T]."""
+    """The loss of a pack, and its log-probs [T], 0 off the response."""
     one, algorithm = minibatch.packs[index], settings.algorithm
     pack, split = one.pack, one.split
-    assert one.old_log_probs_T is not None
-    found = stage.log_probs(split.local(pack.target_ids_T), settings.temperature, entropy=True)
+    targets_C = split.local(pack.target_ids_T)
+    found = stage.log_probs(targets_C, settings.temperature, entropy=True, positions_N=positions_N)
+    kept = split.whole(found.log_probs.detach())
+    old_log_probs_T = kept if one.old_log_probs_T is None else one.old_log_probs_T
     result = policy_loss(
         _fused(algorithm.spec, split.bounds) if split.size == 1 else algorithm.spec,
         found.log_probs,
-        split.local(one.old_log_probs_T),
+        split.local(old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
         Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
         Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
         Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),
-            correction=_local_correction(one, algorithm.mismatch),
+            correction=_local_correction(one, old_log_probs_T, algorithm.mismatch),
             kl=_kl_penalty(one, algorithm),
             entropy=found.entropy,
         ),
     )
-    kept = split.whole(found.log_probs.detach())
     if one.estimates is None:
         return result.loss, (result.sums, kept)
     value = _value_loss(stage.values(), one, algorithm.settings, minibatch.num_tokens)
@@ -132,12 +140,11 @@ def _value_loss(values_C: torch.Tensor, one: TrainingPack, options: ValueOptions
     return found._replace(loss=options.value_coeff * found.loss)
 
 
-def _local_correction(one: TrainingPack, config: MismatchConfig) -> Correction | None:
+def _local_correction(one: TrainingPack, old_log_probs_T: torch.Tensor, config: MismatchConfig) -> Correction | None:
     """The pack's weights on this context rank's tokens; None without a correction."""
     if config.correction == "none":
         return None
-    assert one.old_log_probs_T is not None
-    found, _ = correction_of(one, one.old_log_probs_T, config)
+    found, _ = correction_of(one, old_log_probs_T, config)
     return replace(found, weights=one.split.local(found.weights)) if found.level == "token" else found
 
 
@@ -185,10 +192,12 @@ def train_supervised(
 ) -> tuple[SupervisedStatistics, UpdateResult]:
     """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
 
-    def head(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
+    def head(
+        index: int, stage: LastStage, positions_N: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
         pack, split = packs[index].pack, packs[index].split
         mask_C = split.local(pack.response_mask_T)
-        found = stage.log_probs(split.local(pack.target_ids_T))
+        found = stage.log_probs(split.local(pack.target_ids_T), positions_N=positions_N)
         sums = {
             "tokens": mask_C.double().sum(),
             "log_prob": (found.log_probs.detach().double() * mask_C).sum(),
@@ -209,11 +218,13 @@ def _step(
     data_ranks = model.groups.layout.data
 
     def scaled(index: int, stage: LastStage) -> tuple[torch.Tensor, tuple[S, K]]:
-        loss, kept = head(index, stage)
+        loss, kept = head(index, stage, positions[index])
         return loss * data_ranks, kept
 
     optimizer.zero_grad()
     inputs = [microbatch_input(one.pack, one.split) for one in packs]
+    # Before the pass: in the midst of it the host would wait for all of the pack's forward.
+    positions = [response_positions(one.pack, one.split) for one in packs]
     recording = no_recording if record is None else record.scope
     with replay(model.chunks, model.groups, replay_of(packs), recording) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope)

@@ -79,8 +79,10 @@ def check_ranks() -> None:
     assert exact_hidden.grad is not None
     assert exact_weight.grad is not None
     rows = slice(rank * len(hidden) // ranks, (rank + 1) * len(hidden) // ranks)
-    for sequence_parallel, budget in ((False, 2**20), (True, 1000), (True, 2**20)):
-        part = (hidden[rows] if sequence_parallel else hidden).float().requires_grad_()
+    cases = (False, 2**20, 0), (True, 1000, 0), (True, 2**20, 0), (False, 2**20, 2), (True, 1000, 2)
+    for sequence_parallel, budget, shift in cases:  # shift: of the tokens, by that many that have no target
+        whole, whole_grad = hidden.roll(shift, 0), exact_hidden.grad.roll(shift, 0)
+        part = (whole[rows] if sequence_parallel else whole).float().requires_grad_()
         rows_of_weight = weight[mine].float().requires_grad_()
         found, collectives = counted(
             linear_token_log_probs,
@@ -89,6 +91,7 @@ def check_ranks() -> None:
             targets,
             temperature=0.7,
             shard=VocabShard(start, words, group, sequence_parallel),
+            positions=torch.arange(TOKENS) + shift if shift else None,
             entropy=True,
             memory_budget=budget,
         )
@@ -99,7 +102,7 @@ def check_ranks() -> None:
         torch.testing.assert_close(found.entropy.double(), entropy, atol=1e-5, rtol=1e-6)
         assert part.grad is not None
         assert rows_of_weight.grad is not None
-        own = exact_hidden.grad[rows] if sequence_parallel else exact_hidden.grad
+        own = whole_grad[rows] if sequence_parallel else whole_grad
         torch.testing.assert_close(part.grad.double(), own, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(rows_of_weight.grad.double(), exact_weight.grad[mine], atol=1e-4, rtol=1e-5)
     dist.destroy_process_group()

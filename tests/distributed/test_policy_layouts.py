@@ -145,7 +145,7 @@ def observe(
     after = by_sample(score(model, mine), mine)
     foreign = [torch.cat([foreign_routes(index, samples) for index in one.sample_indices]) for one in mine]
     foreign = [routes_TAK[:, list(recorder.layers.indices)] for routes_TAK in foreign]
-    held = score(model, mine, routes=foreign)
+    held = score(model, mine, routes=foreign, responses_only=True)
     replayed = train_minibatch(
         model, optimizer, mine, held, AlgorithmConfig(name="grpo"), len(samples), 1.0, None, replayed=foreign
     )

@@ -253,7 +253,7 @@ def _join_the_project(generator: torch.Generator) -> None:
         stretches = zip(query_THD.split(queries), key_TGD.split(keys), value_TGD.split(keys), strict=True)
         return torch.cat([torch_attention.causal_from_the_end(*each) for each in stretches]).view(query_THD.shape)
 
-    _replace(torch_attention, "varlen_attn", varlen)
+    _replace(torch_attention, "flash_attention", lambda: varlen)
     from gspo_moe.rollout.embedded import graphs
 
     _replace(graphs, "GraphPool", _Graphs)

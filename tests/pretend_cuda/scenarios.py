@@ -21,7 +21,7 @@ from tests.gpu.rl_step import step_save_and_load
 from tests.gpu.test_golden import check_an_empty_pack, check_golden
 from tests.policy import score_and_record
 from tests.pretend_cuda.tensor import CudaTensor
-from tests.pretend_cuda.waits import counted
+from tests.pretend_cuda.waits import counted, launches
 from tests.qwen3 import Tensors, layout
 from tests.steps import train_minibatch
 
@@ -58,21 +58,21 @@ def _model() -> tuple[Model, Any]:
 
 
 def decode_step() -> Waits:
-    """One more token for each sequence of a batch: what 5 tokens wait for more than 4 do."""
+    """Sixteen more tokens for each sequence of a batch: what 25 tokens wait for, and launch, more than 9 do."""
     model, _ = _model()
     requests = [Request(str(number), ids, samples=2) for number, ids in enumerate(PROMPTS)]
 
-    def generate(tokens: int) -> Waits:
-        # The budget of the whole cache as of 5 tokens, so that only the steps differ.
+    def generate(tokens: int) -> tuple[Waits, int]:
         params = SamplingParams(1.0, 1.0, 0, tokens, stop_ids=frozenset(), seed="")
+        before = launches.total()
         with counted() as found:
             MegatronEngine(model, max_batch=8, prefill_tokens=64).generate(requests, params)
-        return found
+        return found, launches.total() - before
 
-    generate(4)
-    four, five = generate(4), generate(5)
+    generate(9)
+    (few, launched), (many, launched_more) = generate(9), generate(25)
     shut_down()
-    return five - four
+    return many - few + Waits({("launch", "16 tokens:0:decode_step"): launched_more - launched})
 
 
 def training_step() -> Waits:

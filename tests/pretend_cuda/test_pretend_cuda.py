@@ -1,8 +1,8 @@
 """Unpatched megatron-core on a pretended GPU: nothing mixes devices, the numbers are the recorded ones, waits are few.
 
-bounds.json holds how often each function may make the host wait for the device, in one token step of a batch and in one
-mini-batch's training step, both of two layers. Where a wait was removed or is wanted,
-`python -m tests.pretend_cuda.run --write` measures it anew.
+bounds.json holds how often each function may make the host wait for the device, in sixteen token steps of a batch and
+in one mini-batch's training step, both of two layers, and how many operations those token steps may launch. Where a
+wait was removed or is wanted, `python -m tests.pretend_cuda.run --write` measures it anew.
 """
 
 import json

@@ -15,6 +15,7 @@ SKIPPED = ("/torch/", "/tests/pretend_cuda/", "/contextlib.py", "/functools.py",
 DEPTH = 6
 
 counts: Counter[tuple[str, str]] = Counter()
+launches: Counter[str] = Counter()  # of operations that change or make numbers, by name
 
 
 def wait(kind: str) -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     {"packages", "algorithms"},
     {"section"},
     {"types", "external", "files", "last_words"},
-    {"errors"},
+    {"errors", "garbage"},
     {"__init__"},
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

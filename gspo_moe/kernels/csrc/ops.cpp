@@ -176,6 +176,85 @@ void accumulate_(Tensor total, const Tensor& part) {
   });
 }
 
+// x: [tokens, heads, width], the elements of a row adjacent.
+GspoRows rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1), "rows must be [T, H, D] with adjacent elements");
+  return {x.data_ptr(), element_type(x), x.size(0), x.size(1), x.size(2), x.stride(0), x.stride(1)};
+}
+
+void check_like(const Tensor& tensor, const Tensor& x, int64_t size, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && tensor.numel() == size && tensor.scalar_type() == x.scalar_type(), name,
+      " must be contiguous, of x's dtype and fit its shape");
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  GspoRmsNorm args = {};
+  args.x = rows_of(x);
+  check_like(weight, x, args.x.width, "weight");
+  const int64_t rows = args.x.tokens * args.x.heads;
+  auto out = torch::stable::new_empty(x, {args.x.tokens, args.x.heads, args.x.width});
+  auto scale = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  args.weight = weight.data_ptr();
+  args.eps = static_cast<float>(eps);
+  args.out = out.mutable_data_ptr();
+  args.scale = scale.mutable_data_ptr<float>();
+  const auto run_rows = cpu().rms_norm;
+  torch::stable::parallel_for(0, rows, grain(args.x.width), [&](int64_t first, int64_t last) {
+    run_rows(&args, first, last);
+  });
+  return {out, scale};
+}
+
+// Rows whose share of the weight's gradient is summed in one go, whatever the number of threads.
+constexpr int64_t kNormBlock = 512;
+
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& scale) {
+  GspoRmsNormBackward args = {};
+  args.x = rows_of(x);
+  args.grad = rows_of(grad);
+  const int64_t rows = args.x.tokens * args.x.heads, blocks = (rows + kNormBlock - 1) / kNormBlock;
+  STD_TORCH_CHECK(
+      args.grad.tokens == args.x.tokens && args.grad.heads == args.x.heads && args.grad.width == args.x.width &&
+          args.grad.element_type == args.x.element_type,
+      "grad must be of x's shape and dtype");
+  check_like(weight, x, args.x.width, "weight");
+  check_vector(scale, ScalarType::Float, rows, "scale");
+  auto grad_x = torch::stable::new_empty(x, {args.x.tokens, args.x.heads, args.x.width});
+  auto grad_weight = torch::stable::new_empty(x, {blocks, args.x.width}, ScalarType::Float);
+  args.weight = weight.data_ptr();
+  args.scale = scale.const_data_ptr<float>();
+  args.grad_x = grad_x.mutable_data_ptr();
+  float* const sums = grad_weight.mutable_data_ptr<float>();
+  const auto run_rows = cpu().rms_norm_backward;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t start = block * kNormBlock, end = start + kNormBlock;
+      run_rows(&args, sums + block * args.x.width, start, end < rows ? end : rows);
+    }
+  });
+  return {grad_x, grad_weight};
+}
+
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool backward) {
+  GspoRotary args = {};
+  args.x = rows_of(x);
+  STD_TORCH_CHECK(args.x.width % 2 == 0, "rows must have an even number of elements");
+  check_like(cos, x, args.x.tokens * args.x.width, "cos");
+  check_like(sin, x, args.x.tokens * args.x.width, "sin");
+  auto out = torch::stable::new_empty(x, {args.x.tokens, args.x.heads, args.x.width});
+  args.cos_TD = cos.data_ptr();
+  args.sin_TD = sin.data_ptr();
+  args.backward = backward;
+  args.out = out.mutable_data_ptr();
+  const auto run_rows = cpu().rotary;
+  torch::stable::parallel_for(0, args.x.tokens * args.x.heads, grain(args.x.width), [&](int64_t first, int64_t last) {
+    run_rows(&args, first, last);
+  });
+  return out;
+}
+
 GspoSequenceReduce sequences(const Tensor& log_probs, const Tensor& old_log_probs, const Tensor& mask, const Tensor& cu_seqlens) {
   const int64_t num_tokens = log_probs.size(0);
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens must be [N + 1]");
@@ -243,6 +322,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sequence_reduce(
 STABLE_TORCH_LIBRARY_IMPL(gspo_moe, CPU, library) {
   GSPO_IMPLEMENT(library)
   library.impl("accumulate_", TORCH_BOX(&accumulate_));
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  library.impl("rotary", TORCH_BOX(&rotary));
 }
 
 #if defined(GSPO_MOE_WITH_CUDA)

@@ -15,11 +15,24 @@ from dataclasses import dataclass
 import torch
 
 from gspo_moe.model.cache import KVCache
-from gspo_moe.model.inputs import ModelInput
 from gspo_moe.rollout.embedded.graphs import GraphPool
 
 SHORTEST = 64  # positions; fewer are not worth a bucket, and kernels like the mask's rows aligned
 POSITIONS_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """New tokens of the cache's first rows, and the positions that they take there, int64 [N].
+
+    used: how many of the cache's positions to look at, more than any token's.
+    most: N of the rank with the most, over those whose experts or weights this one shares.
+    """
+
+    ids_N: torch.Tensor
+    positions_N: torch.Tensor
+    used: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Decoder:
 
     def __init__(
         self,
-        forward: Callable[[ModelInput], StepOutput],
+        forward: Callable[[StepInput], StepOutput],
         cache: KVCache,
         place: torch.device,
         buckets: bool = False,
@@ -65,37 +78,23 @@ class Decoder:
         self._graphs = graphs
         # What graphs read: the places stay, their contents are the step's.
         self._ids_and_positions = torch.zeros(2, cache.rows, dtype=torch.int64, device=place)
-        self._rows = torch.arange(cache.rows + 1, device=place)
 
-    def step(self, token_ids: list[int], positions: list[int]) -> StepOutput:
+    def step(self, new: StepInput) -> StepOutput:
         """Feeds row n its token n at its position. The output stays as it is until the next step.
 
-        Collective, as `forward` is; a rank without tokens gives empty lists.
+        Collective, as `forward` is; a rank may have no tokens.
         """
-        count, used = len(token_ids), max(positions, default=0) + 1
-        size = count
-        if self._buckets and count:
-            size = bucket(count, self._cache.rows - 1)
-            used = bucket(used, self._cache.capacity, SHORTEST)
-        empty = [0] * (size - count)
-        pinned = self._ids_and_positions.is_cuda  # or the copy would wait for the device
-        fed = torch.tensor([token_ids + empty, positions + empty], dtype=torch.int64, pin_memory=pinned)
-        self._ids_and_positions[:, :size].copy_(fed, non_blocking=True)
-        if self._graphs is None or not size:
-            return self._run(size, used).first(count)
-        output: StepOutput = self._graphs.run((size, used), lambda: self._run(size, used))
+        count = len(new.ids_N)
+        if not self._buckets or not count:
+            return self._forward(new)
+        size = bucket(count, self._cache.rows - 1)
+        used = bucket(new.used, self._cache.capacity, SHORTEST)
+        ids_N, positions_N = self._ids_and_positions[:, :size]
+        for place_N, values_N in ((ids_N, new.ids_N), (positions_N, new.positions_N)):
+            place_N[:count].copy_(values_N)
+            place_N[count:].zero_()
+        padded = StepInput(ids_N, positions_N, used, max(new.most, size))
+        if self._graphs is None:
+            return self._forward(padded).first(count)
+        output: StepOutput = self._graphs.run((size, used), lambda: self._forward(padded))
         return output.first(count)
-
-    def _run(self, size: int, used: int) -> StepOutput:
-        ids, positions = self._ids_and_positions[:, :size]
-        return self._forward(
-            ModelInput(
-                ids,
-                positions,
-                self._rows[: size + 1],
-                cache=self._cache,
-                rows_T=self._rows[:size],
-                used=used,
-                rows_in_order=True,
-            )
-        )

@@ -1,19 +1,21 @@
 """The embedded rollout engine: samples from the training weights themselves, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
-each unfinished sequence (`rollout.embedded.decoder`). Finished sequences leave the batch at once, and the last rows'
-sequences take their places, so that the unfinished ones have the first rows of the cache. Invariants: experts span
-data-parallel ranks, so every rank runs the same number of forward passes (a rank with nothing left feeds an empty
-pack), also behind a fault of one of them, which all raise at the end; a sample depends on its request's uid, its index
-and the seed alone.
+each unfinished sample (`rollout.embedded.decoder`), through `rollout.embedded.lean` where it can. Finished samples
+leave the batch, and the last rows' samples take their places, so that the unfinished ones have the first rows of the
+cache. Invariants: experts span data-parallel ranks, so every rank runs the same number of steps (a rank with nothing
+left feeds no token), also behind a fault of one of them, which all raise at the end; a sample depends on its request's
+uid, its index and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache as once
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,16 +29,21 @@ from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
-from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepOutput
+from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
 from gspo_moe.rollout.embedded.graphs import make_graphs
-from gspo_moe.rollout.embedded.samples import SampleUnderWay, in_first_rows
+from gspo_moe.rollout.embedded.lean import LeanForward, lean_obstacle
+from gspo_moe.rollout.embedded.samples import Sample, Samples
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
-from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
 
+logger = logging.getLogger(__name__)
+Tell = Callable[[Samples, Sequence[int]], None]
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
+# Tokens decoded between two looks for answers that ended: a GPU would be waited for, a CPU would decode for nothing.
+ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
 
 
 class MegatronEngine:
@@ -61,6 +68,7 @@ class MegatronEngine:
         self._prefill_tokens = prefill_tokens
         self._cuda_graph = cuda_graph
         self._device = device().torch_device
+        self._interval = ENDS_INTERVAL[self._device.type]
         self._recorder: RouteRecorder | None = None
         self.version = 0
 
@@ -75,9 +83,12 @@ class MegatronEngine:
         return min(limits) - params.max_response_tokens
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
+        ended: is told of the samples of each batch but the last.
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
@@ -86,18 +97,24 @@ class MegatronEngine:
         model, self._recorder = self._model, None
         if params.report_routes:
             self._recorder = RouteRecorder(model.chunks, model.architecture, model.groups)
-        generated = self._generate(requests, params)
+        generated = self._generate(requests, params, ended)
         raise_everywhere(self._fault)
         return generated
 
-    def _generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def _generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None
+    ) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
         batches = self._batches(requests)
         for number in range(most(len(batches), self._ranks)):
             self._stop.check()
             batch = batches[number] if number < len(batches) else []
-            for index, sequence in self._run_batch(batch, params):
-                done[index, sequence.sample_index] = sequence.rollout(self.version)
+            tell = None if ended is None else partial(self._tell, ended)
+            samples, routes = self._run_batch(batch, params, tell)
+            if tell is not None and number < len(batches) - 1:
+                tell(samples, samples.unstopped())
+            for one, rollout in zip(samples.all, samples.rollouts(self.version, routes), strict=True):
+                done[one.index, one.sample_index] = rollout
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:
@@ -135,70 +152,107 @@ class MegatronEngine:
                 start = stop
         return batches
 
+    def _tell(self, ended: Ended, samples: Samples, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            ended(samples.all[number].index, samples.rollout(number, self.version))
+
     def _run_batch(
-        self, batch: list[tuple[int, Request, range]], params: SamplingParams
-    ) -> list[tuple[int, SampleUnderWay]]:
+        self, batch: list[tuple[int, Request, range]], params: SamplingParams, tell: Tell | None
+    ) -> tuple[Samples, list[torch.Tensor] | None]:
         longest = most(max((len(r.prompt_ids) for _, r, _ in batch), default=1), self._ranks)
         capacity = params.max_response_tokens + longest
         cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
         record = self._start_recording()
         first_logits = self._prefill([request for _, request, _ in batch], cache, record)
         prompt_routes = _cut_routes(record, [len(request.prompt_ids) for _, request, _ in batch])
-        owner = [row for row, (_, _, samples) in enumerate(batch) for _ in samples]
-        sequences: list[tuple[int, SampleUnderWay]] = []
-        for row, source in enumerate(owner):
-            index, request, samples = batch[source]
-            sequences.append((index, SampleUnderWay(request, samples[row - owner.index(source)], row, row)))
-            sequences[-1][1].routes += prompt_routes[source : source + 1]
-        cache.select(torch.tensor([*owner, len(batch)], device=self._device))
-        logits = None if first_logits is None else first_logits[torch.tensor(owner, dtype=torch.long)]
-        self._continue([sequence for _, sequence in sequences], logits, cache, params)
-        self._gather_routes([sequence for _, sequence in sequences])
-        return sequences
+        samples = Samples(
+            [Sample(i, source, request, k) for source, (i, request, ks) in enumerate(batch) for k in ks],
+            params,
+            self._device,
+        )
+        owner = self._ints([one.source for one in samples.all])
+        cache.select(torch.cat([owner, self._ints([len(batch)])]))
+        self._continue(samples, None if first_logits is None else first_logits[owner], cache, params, tell)
+        return samples, self._gather_routes(samples, prompt_routes)
 
     def _continue(
-        self, active: list[SampleUnderWay], logits: torch.Tensor | None, cache: KVCache, params: SamplingParams
+        self,
+        samples: Samples,
+        logits: torch.Tensor | None,
+        cache: KVCache,
+        params: SamplingParams,
+        tell: Tell | None,
     ) -> None:
-        """Samples from the logits [N, V] behind the prompts, and goes on until every rank's sequences have ended."""
+        """Samples from the logits [N, V] behind the prompts, and goes on until every rank's samples have ended."""
         decoder = self._decoder(cache)
-        keys = [f"{params.seed}/{s.request.uid}/{s.sample_index}" for s in active]
-        uniforms_NR = uniforms(keys, params.max_response_tokens)
+        keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]
+        uniforms_RS = uniforms(keys, params.max_response_tokens).T.contiguous().to(self._device)
+        fullest = most(samples.active, self._ranks)
         for step in range(params.max_response_tokens):
             if step and step % CHECK_TOKENS == 0:
                 self._stop.check()
-            self._append(active, logits, uniforms_NR[[s.number for s in active], step], params)
-            active = in_first_rows(cache, [sequence for sequence in active if not sequence.finished])
-            if step + 1 == params.max_response_tokens or not most(len(active), self._ranks):
+            if samples.active:
+                self._append(samples, logits, uniforms_RS[step][samples.numbers_N], params)
+            last = step + 1 == params.max_response_tokens
+            if last or (step + 1) % self._interval == 0:
+                stopped = samples.retire(cache)
+                if tell is not None:
+                    tell(samples, stopped)
+                fullest = 0 if last else most(samples.active, self._ranks)
+            if not fullest:
                 break
-            output = decoder.step([s.response_ids[-1] for s in active], [s.next_position for s in active])
+            fed = StepInput(samples.newest_N, samples.positions_N, samples.used, fullest)
+            output = decoder.step(fed)
             logits = output.logits_NV
-            if output.routes_NLK is not None:
-                for sequence, routes in zip(active, output.routes_NLK.clone().split(1), strict=False):
-                    sequence.routes.append(routes)
+            if output.routes_NLK is not None and samples.active:
+                samples.keep_routes(output.routes_NLK)
+        if samples.broken:
+            self._fault = RolloutError(
+                "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
+                "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
+            )
 
     def _decoder(self, cache: KVCache) -> Decoder:
         graphs = make_graphs(self._model, self._cuda_graph)
-        return Decoder(self._forward, cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
+        return Decoder(self._forward(cache), cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
 
-    def _forward(self, item: ModelInput) -> StepOutput:
-        """One decode step."""
+    def _forward(self, cache: KVCache) -> Callable[[StepInput], StepOutput]:
+        obstacle = lean_obstacle(self._model)
+        if obstacle is None:
+            return LeanForward(self._model, cache, records=self._recorder is not None)
+        if self._model.groups.rank == 0:
+            _warn_of_whole_forward(obstacle)
+        return partial(self._whole_forward, cache)
+
+    def _whole_forward(self, cache: KVCache, step: StepInput) -> StepOutput:
+        """A decode step as every other pass runs."""
+        count = len(step.ids_N)
+        rows = torch.arange(count + 1, device=self._device)
+        item = ModelInput(
+            step.ids_N,
+            step.positions_N,
+            rows,
+            cache=cache,
+            rows_T=rows[:-1],
+            used=step.used,
+            rows_in_order=True,
+        )
         record = self._start_recording()
-        logits = self._logits([item], [item.cu_seqlens[:-1]], record)
+        logits = self._logits([item], [rows[:-1]], record)
         routes = None if record is None else record.recorded(0).routes_TLK
         return StepOutput(None if logits is None else logits[0], routes)
 
     def _start_recording(self) -> RoutePass | None:
         return None if self._recorder is None else self._recorder.start()
 
-    def _gather_routes(self, sequences: Sequence[SampleUnderWay]) -> None:
-        """Leaves each sequence one tensor [tokens - 1, A, K] on the CPU."""
-        if self._recorder is None or not sequences:
-            return
-        lengths = [sum(map(len, sequence.routes)) for sequence in sequences]
-        pieces = torch.cat([piece for sequence in sequences for piece in sequence.routes])
-        routes = gather_layers(pieces, self._recorder.layers).cpu()
-        for sequence, whole in zip(sequences, routes.split(lengths), strict=True):
-            sequence.routes = [whole.clone()]
+    def _gather_routes(self, samples: Samples, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Each sample's routes of all layers [tokens - 1, A, K] on the CPU; prompts: of this stage, by request."""
+        if self._recorder is None or not samples.all:
+            return None
+        fed = samples.fed_routes() or [prompts[0][:0]] * len(samples.all)
+        pieces = [torch.cat([prompts[one.source], routes]) for one, routes in zip(samples.all, fed, strict=True)]
+        routes = gather_layers(torch.cat(pieces), self._recorder.layers).cpu()
+        return [whole.clone() for whole in routes.split([len(piece) for piece in pieces])]
 
     def _prefill(self, requests: list[Request], cache: KVCache, record: RoutePass | None) -> torch.Tensor | None:
         """Fills each request's row; logits [N, V] behind each prompt on the last stage."""
@@ -249,39 +303,25 @@ class MegatronEngine:
         return torch.cat(parts, dim=1)
 
     def _append(
-        self,
-        active: list[SampleUnderWay],
-        logits: torch.Tensor | None,
-        uniforms_N: torch.Tensor,
-        params: SamplingParams,
+        self, samples: Samples, logits: torch.Tensor | None, uniforms_N: torch.Tensor, params: SamplingParams
     ) -> None:
-        """Samples one token for each sequence on the last stage, tells the other stages, and marks what is finished."""
-        if not active:
-            return
-        picked = torch.empty(2, len(active), dtype=torch.float64, device=self._device)
+        """Samples one token for each active sample on the last stage, and tells the other stages."""
+        picked = torch.empty(2, samples.active, dtype=torch.float64, device=self._device)
         if logits is not None:
             tokens_N, log_probs_N = sample(logits, uniforms_N, params.temperature, params.top_p, params.top_k)
             picked = torch.stack([tokens_N.double(), log_probs_N.double()])
         groups = self._model.groups
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
-        tokens, log_probs = picked.tolist()
-        broken = not all(map(math.isfinite, log_probs))
-        if broken:
-            self._fault = RolloutError(
-                "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
-                "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
-            )
-        for sequence, token, log_prob in zip(active, tokens, log_probs, strict=True):
-            sequence.response_ids.append(int(token))
-            sequence.log_probs.append(log_prob)
-            sequence.finished = broken or int(token) in params.stop_ids
-        if params.stop_strings is not None:
-            for sequence in active:
-                sequence.finished = sequence.finished or params.stop_strings.ended(sequence.response_ids)
+        samples.append(picked[0].long(), picked[1].float())
 
 
 def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:
     """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
     packs = [] if record is None else record.recordings()
     return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
+
+
+@once
+def _warn_of_whole_forward(obstacle: str) -> None:
+    logger.warning("each token is decoded in a whole training forward, which is slower: %s", obstacle)

@@ -61,9 +61,7 @@ def graph_obstacle(model: Model) -> str | None:
         return f"parallel.pipeline is {layout.pipeline}, and stages wait for each other"
     for name in ("tensor", "expert", "expert_tensor"):
         if getattr(layout, name) > 1:
-            return f"parallel.{name} is {getattr(layout, name)}, and its ranks exchange what the host has to know of"
-    if model.config.moe_token_dispatcher_type != "alltoall":
-        return "parallel.dispatcher makes every rank's packs equally long, which the host has to know"
+            return f"parallel.{name} is {getattr(layout, name)}, and exchange between its ranks is not captured"
     if not all(_counts_stay_on_device(layer.mlp.experts) for layer in model.gpt_chunks[0].decoder.layers):
         return (
             "the experts take the numbers of their tokens from the host, which is so but for model.dtype=bf16 and "

@@ -1,60 +1,172 @@
-"""Samples under way and the rows of the cache that they have.
+"""Samples under way: what has been sampled of a batch, on the device, and which row of the cache is whose.
 
-Shape letters: A MoE layers, K experts a token.
+Nothing here is done for each sample at each token: new tokens are written in one go, and the host learns where answers
+ended from one list, whenever it asks.
+
+Shape letters: S samples of the batch, N those not finished, one a row of the cache from the first, R response tokens at
+most, W tokens since the last look, A MoE layers, L this stage's, K experts a token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from gspo_moe.model.cache import KVCache
-from gspo_moe.rollout.engine import Request
+from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.types import Rollout
 
 
-@dataclass
-class SampleUnderWay:
-    """One sample under way, the batch's `number`th; `routes`: the experts of every token fed so far.
+@dataclass(frozen=True)
+class Sample:
+    """One answer to a request, which is the `source`th of the batch, and the batch's `index`th request overall."""
 
-    row: its row of the cache.
-    """
-
+    index: int
+    source: int
     request: Request
     sample_index: int
-    number: int
-    row: int
-    response_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finished: bool = False
-    routes: list[torch.Tensor] = field(default_factory=list)
 
     @property
-    def next_position(self) -> int:
-        """Of its newest token, which is not fed yet."""
-        return len(self.request.prompt_ids) + len(self.response_ids) - 1
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
 
-    def rollout(self, version: int) -> Rollout:
+
+class Samples:
+    """The batch's answers; `tokens` of them so far are the same number for all that are not finished.
+
+    broken: whether a log-prob was not finite, which ends its sample.
+    """
+
+    def __init__(self, samples: Sequence[Sample], params: SamplingParams, place: torch.device) -> None:
+        count, most = len(samples), params.max_response_tokens
+        self.all = tuple(samples)
+        self.tokens = 0
+        self.broken = False
+        self._params = params
+        self._place = place
+        self._stop_ids = torch.tensor(sorted(params.stop_ids), dtype=torch.int64, device=place)
+        self._ids_SR = torch.zeros(count, most, dtype=torch.int64, device=place)
+        self._log_probs_SR = torch.zeros(count, most, dtype=torch.float32, device=place)
+        self._routes_SRLK: torch.Tensor | None = None
+        self._lengths = [most] * count
+        self._stopped = [False] * count
+        self._seen = 0
+        self._numbers = list(range(count))
+        self.numbers_N = torch.arange(count, device=place)
+        self.positions_N = torch.tensor([one.prompt_length - 1 for one in samples], device=place)
+
+    @property
+    def active(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def used(self) -> int:
+        """Positions of the cache that the newest tokens, once fed, take at most."""
+        return max((self.all[number].prompt_length for number in self._numbers), default=0) + self.tokens
+
+    @property
+    def newest_N(self) -> torch.Tensor:
+        """Of each active sample, int64; `positions_N` are theirs."""
+        return self._ids_SR[self.numbers_N, self.tokens - 1]
+
+    def append(self, ids_N: torch.Tensor, log_probs_N: torch.Tensor) -> None:
+        """One more token of each active sample."""
+        self._ids_SR[self.numbers_N, self.tokens] = ids_N
+        self._log_probs_SR[self.numbers_N, self.tokens] = log_probs_N
+        self.positions_N += 1
+        self.tokens += 1
+
+    def keep_routes(self, routes_NLK: torch.Tensor) -> None:
+        """Of the newest tokens, once they were fed."""
+        if self._routes_SRLK is None:
+            self._routes_SRLK = routes_NLK.new_zeros(*self._ids_SR.shape, *routes_NLK.shape[1:])
+        self._routes_SRLK[self.numbers_N, self.tokens - 1] = routes_NLK
+
+    def retire(self, cache: KVCache) -> list[int]:
+        """Looks at the tokens since the last look; what has ended leaves, the last rows' samples take the rows.
+
+        Returns the numbers of those that left.
+        """
+        ends = self._ends()
+        staying = [row for row, end in enumerate(ends) if not end]
+        left = [number for number, end in zip(self._numbers, ends, strict=True) if end]
+        for number, end in zip(left, filter(None, ends), strict=True):
+            self._lengths[number], self._stopped[number] = end, True
+        self._seen = self.tokens
+        if not left:
+            return left
+        used = self.used - 1
+        free = [row for row in range(len(staying)) if ends[row]]
+        moving = [row for row in staying if row >= len(staying)]
+        if moving:
+            cache.copy(moving, free, used)
+        moved = dict(zip(free, moving, strict=True))
+        rows = [moved.get(row, row) for row in range(len(staying))]
+        self._numbers = [self._numbers[row] for row in rows]
+        kept = torch.tensor(rows, dtype=torch.int64, device=self._place)
+        self.numbers_N, self.positions_N = self.numbers_N[kept], self.positions_N[kept]
+        return left
+
+    def unstopped(self) -> list[int]:
+        """Numbers of the samples that nothing but the length limit has ended, or will."""
+        return [number for number, stopped in enumerate(self._stopped) if not stopped]
+
+    def rollout(self, number: int, version: int) -> Rollout:
+        """One sample that has ended, without its routes."""
+        length = self._lengths[number]
+        ids, log_probs = self._ids_SR[number, :length].tolist(), self._log_probs_SR[number, :length].tolist()
+        return self._rollout(number, version, ids, log_probs)
+
+    def rollouts(self, version: int, routes: Sequence[torch.Tensor] | None) -> list[Rollout]:
+        """All samples, in order; routes: of every token but the last, [T, A, K] each."""
+        ids, log_probs = self._ids_SR.tolist(), self._log_probs_SR.tolist()
+        found = [
+            self._rollout(number, version, ids[number][:length], log_probs[number][:length])
+            for number, length in enumerate(self._lengths)
+        ]
+        return found if routes is None else [replace(one, routes=own) for one, own in zip(found, routes, strict=True)]
+
+    def _rollout(self, number: int, version: int, ids: list[int], log_probs: list[float]) -> Rollout:
+        one = self.all[number]
         return Rollout(
-            uid=self.request.uid,
-            sample_index=self.sample_index,
-            token_ids=(*self.request.prompt_ids, *self.response_ids),
-            policy_mask=(0,) * len(self.request.prompt_ids) + (1,) * len(self.response_ids),
-            log_probs=tuple(self.log_probs),
-            finish="stop" if self.finished else "length",
-            versions=((version, len(self.response_ids)),),
-            routes=self.routes[0] if self.routes else None,
+            uid=one.request.uid,
+            sample_index=one.sample_index,
+            token_ids=(*one.request.prompt_ids, *ids),
+            policy_mask=(0,) * one.prompt_length + (1,) * len(ids),
+            log_probs=tuple(log_probs),
+            finish="stop" if self._stopped[number] else "length",
+            versions=((version, len(ids)),),
         )
 
+    def fed_routes(self) -> list[torch.Tensor]:
+        """Of each sample's response tokens but the last, [length - 1, L, K]; none of them where none was fed."""
+        if self._routes_SRLK is None:
+            return []
+        return [self._routes_SRLK[n, : length - 1] for n, length in enumerate(self._lengths)]
 
-def in_first_rows(cache: KVCache, active: list[SampleUnderWay]) -> list[SampleUnderWay]:
-    """The sequences by row, after those of the last rows have taken the rows that finished ones left."""
-    free = set(range(len(active))) - {sequence.row for sequence in active}
-    moving = [sequence for sequence in active if sequence.row >= len(active)]
-    if moving:
-        used = max(sequence.next_position for sequence in moving)
-        cache.copy([sequence.row for sequence in moving], sorted(free), used)
-        for sequence, row in zip(moving, sorted(free), strict=True):
-            sequence.row = row
-    return sorted(active, key=lambda sequence: sequence.row)
+    def _ends(self) -> list[int]:
+        """How long each active sample that has ended since the last look is, 0 of one that has not."""
+        if not self._numbers:
+            return []
+        new = slice(self._seen, self.tokens)
+        ids_NW, log_probs_NW = self._ids_SR[self.numbers_N, new], self._log_probs_SR[self.numbers_N, new]
+        broken_NW = ~log_probs_NW.isfinite()
+        stop_NW = torch.isin(ids_NW, self._stop_ids) | broken_NW
+        ends_N = torch.where(stop_NW.any(1), stop_NW.int().argmax(1) + self._seen + 1, 0)
+        found: list[list[int]] = torch.stack([ends_N, broken_NW.any(1).long()]).tolist()
+        ends, broken = found
+        self.broken = self.broken or any(broken)
+        if self._params.stop_strings is not None:
+            ends = [self._earlier(number, end) for number, end in zip(self._numbers, ends, strict=True)]
+        return ends
+
+    def _earlier(self, number: int, end: int) -> int:
+        """Where the sample ends if a stop string ends it before `end` (0: nothing has)."""
+        assert self._params.stop_strings is not None
+        ids: list[int] = self._ids_SR[number, : end or self.tokens].tolist()
+        for length in range(self._seen + 1, len(ids) + 1):
+            if self._params.stop_strings.ended(ids[:length]):
+                return length
+        return end

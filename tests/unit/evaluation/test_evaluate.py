@@ -57,7 +57,7 @@ def test_evaluation_has_its_own_sampling() -> None:
 def test_every_evaluation_of_a_run_draws_the_same_numbers_untruncated(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def generate(prompts: Any, samples: int, params: Any) -> str:
+    def generate(prompts: Any, samples: int, params: Any, *, ahead: bool) -> str:
         asked.append((samples, params))
         return "share"
 

@@ -126,6 +126,22 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert not linear_token_log_probs(hidden.detach(), weight.detach(), targets).log_probs.requires_grad
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [[1, 2, 7, 18, ROWS - 1], []])
+def test_tokens_at_positions_are_rows_of_their_own(positions: list[int], dtype: torch.dtype, budget: int) -> None:
+    hidden, weight, targets, weights = drawn(dtype)
+    chosen = torch.tensor(positions, dtype=torch.int64)
+    targets, weights = targets[: len(chosen)], weights[: len(chosen)]
+    gradients = []
+    for rows, at in ((hidden[chosen], None), (hidden, chosen)):
+        found = linear_token_log_probs(rows, weight, targets, positions=at, memory_budget=budget, entropy=True)
+        of_hidden, of_weight = torch.autograd.grad((found.log_probs * weights).sum(), (hidden, weight))
+        assert found.entropy is not None
+        gradients.append((found.log_probs, found.entropy, found.first_choice, of_hidden, of_weight))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_no_token_is_no_log_prob_and_no_gradient() -> None:
     hidden, weight, targets, _ = drawn(torch.float32)
     found = linear_token_log_probs(hidden, weight, targets[:0])
@@ -144,6 +160,7 @@ def test_wrong_arguments_say_what_fits() -> None:
         ((hidden[:5], weight, targets), {}, r"\[19\] targets do not fit 5 rows"),
         ((hidden, weight, targets), {"shard": VocabShard(vocab=132)}, "vocab=132"),
         ((hidden, weight, targets), {"into_main_grad": True}, "no main_grad"),
+        ((hidden, weight, targets), {"positions": targets[:5]}, r"positions must be int64 \[19\]"),
     ):
         with pytest.raises(KernelError, match=message):
             linear_token_log_probs(*arguments, **options)
@@ -151,10 +168,11 @@ def test_wrong_arguments_say_what_fits() -> None:
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("kept", [0, 50, COLUMNS])
-def test_the_op_keeps_torchs_rules(kept: int, entropy: bool) -> None:
+@pytest.mark.parametrize("positions", [None, torch.arange(TOKENS).flip(0)])
+def test_the_op_keeps_torchs_rules(positions: torch.Tensor | None, kept: int, entropy: bool) -> None:
     hidden, weight, targets, _ = drawn(torch.float32)
     block = COLUMNS if kept == COLUMNS else 25
-    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, block, kept, False, entropy)
+    arguments = (hidden, weight, targets, 1.3, 0, WORDS, "", False, block, kept, False, entropy, positions)
     opcheck(
         _linear_token_log_probs, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

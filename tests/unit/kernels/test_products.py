@@ -12,6 +12,11 @@ TOKENS, HIDDEN, WORDS = 19, 16, 131
 onednn = pytest.mark.skipif(not products.ONEDNN, reason="this torch comes without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "FASTER", True)
+
+
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
 

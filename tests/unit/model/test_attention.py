@@ -60,23 +60,26 @@ def varlen_on_cpu(
 
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_attention, "suits_varlen", lambda _: True)
-    monkeypatch.setattr(torch_attention, "varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(torch_attention, "flash_attention", lambda: varlen_on_cpu)
 
 
 def run(params: AttentionParams, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return TorchAttention(None, layer_number=1)(query, key, value, None, packed_seq_params=params)
 
 
+@pytest.mark.parametrize("lengths", [(7, 1, 11), (5, 5, 5)])
 @pytest.mark.parametrize("kernel", ["grid", "varlen"])
-def test_each_sequence_of_a_pack_sees_itself(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sequence_of_a_pack_sees_itself(
+    kernel: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if kernel == "varlen":
         flash(monkeypatch)
-    bounds = torch.tensor([0, 7, 8, 19])
-    positions = torch.cat([torch.arange(7), torch.arange(1), torch.arange(11)])
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(length) for length in lengths])
     params = packed_params(positions, bounds, SIZES, torch.float32)
-    query, key, value = tensors(19, 19, 19)
+    query, key, value = tensors(*[sum(lengths)] * 3)
     turned = [rotate(x, params.cos_TD, params.sin_TD) for x in (query, key)]
-    pieces = [x.split([7, 1, 11]) for x in (*turned, value)]
+    pieces = [x.split(lengths) for x in (*turned, value)]
     expected = torch.cat([attended(*piece) for piece in zip(*pieces, strict=True)])
     torch.testing.assert_close(run(params, query, key, value).double(), expected, atol=2e-6, rtol=0)
 

@@ -1,19 +1,23 @@
 """How prompts are shared out, decoded and rewarded; engine and rewards stand in."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gspo_moe.config.task import RewardConfig, TaskConfig
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.answers import Answerer, all_rollouts
-from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.rollout.stop_strings import StopStrings
-from gspo_moe.tasks.pool import Item
-from gspo_moe.types import Message, Prompt, Reward, Rollout
+from gspo_moe.tasks.pool import Item, TaskPool
+from gspo_moe.tasks.protocol import Task
+from gspo_moe.types import Conversation, Message, Prompt, Reward, Rollout
 from tests.policy import sampling
 from tests.qwen3 import layout
 from tests.rollouts import rollout
@@ -39,7 +43,9 @@ class Letters:
 class Echo:
     """Answers each prompt with itself and, in samples of even number, the stop token."""
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Rollout]]:
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
         return [[self._rollout(request, k) for k in range(request.samples)] for request in requests]
 
     def room(self, params: SamplingParams) -> int:
@@ -48,6 +54,40 @@ class Echo:
     def _rollout(self, request: Request, k: int) -> Rollout:
         response = request.prompt_ids + (() if k % 2 else (STOP,))
         return rollout(request.uid, k, request.prompt_ids, response, finished=k % 2 == 0, version=4)
+
+
+class EchoByBatches(Echo):
+    """Tells of the answers to the first two prompts, and goes on once somebody has rewarded them."""
+
+    def __init__(self, rewarded: Callable[[], bool]) -> None:
+        self._rewarded = rewarded
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None = None
+    ) -> list[list[Rollout]]:
+        found = super().generate(requests, params)
+        if ended is not None:
+            for number in (1, 0):
+                for one in found[number]:
+                    ended(number, one)
+            deadline = time.monotonic() + 120
+            while not self._rewarded():
+                assert time.monotonic() < deadline, "no reward while others are sampled"
+                time.sleep(0.01)
+        return found
+
+
+class Marks:
+    """Rewards an answer with its length, and leaves a file of its name in the folder that its prompt names."""
+
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
+        (Path(prompt.reference["folder"]) / turns[-1].text).touch()
+        return float(len(turns[-1].text))
+
+
+def make_marks(config: TaskConfig, seed: int) -> Task:
+    prompts: Any = None
+    return Task("marks", prompts=prompts, rubric=Marks())
 
 
 class Lengths:
@@ -141,3 +181,19 @@ def test_rewards_come_in_the_order_of_the_rollouts_with_their_failures() -> None
     assert [reward.error for reward in rewards] == ["abc broke", "abc broke", "abcd broke", "abcd broke"]
     assert [reward.timed_out for reward in rewards] == [False, False, True, True]
     assert [replace(one, reward=None) for one in all_rollouts(found)] == all_rollouts(share)
+
+
+def test_rewards_begin_before_the_last_answer_has_ended(tmp_path: Path) -> None:
+    prompts = [replace(prompt, reference={"folder": str(tmp_path)}) for prompt in PROMPTS]
+    seen: list[set[str]] = []
+
+    def rewarded() -> bool:
+        seen.append({path.name for path in tmp_path.iterdir()})
+        return seen[-1] >= {"a", "ab"}
+
+    with TaskPool(TaskConfig(reward=RewardConfig(workers=1)), seed=1, make=make_marks) as pool:
+        asked = replace(answerer(), engine=EchoByBatches(rewarded), pool=pool)
+        share = asked.generate(prompts, 4, sampling(stop_ids=frozenset({STOP})), ahead=True)
+        found = asked.reward(share)
+    assert seen[-1] == {"a", "ab"}
+    assert [group.rewards for group in found] == [(float(n + 1),) * 4 for n in range(7)]

@@ -75,6 +75,9 @@ class Trouble:
             raise ValueError("no such luck")
         if answer == "torch":
             return float("torch" in sys.modules)
+        if answer.startswith("/"):
+            Path(answer).touch()
+            return 1.0
         return TROUBLE[answer] if answer in TROUBLE else float(answer)
 
     def reset(self, prompt: Prompt) -> str:
@@ -202,6 +205,50 @@ def test_hangs_and_crashes_spare_the_rest_of_their_group(pool: TaskPool) -> None
         -1.0, {}, f"train/2: no reward within task.reward.timeout_seconds={LIMIT:g}", timed_out=True
     )
     assert [number for number, reward in enumerate(rewards) if reward.timed_out] == [2]
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, f"nobody made {file}"
+        time.sleep(0.01)
+
+
+def test_a_group_starts_with_its_last_conversation(pool: TaskPool, tmp_path: Path) -> None:
+    marks = [str(tmp_path / str(number)) for number in range(16)]  # in groups of two for each of two workers
+    items = answers(*marks)
+    over = pool.begin([prompt for prompt, _ in items])
+    for number in (5, 0, 4):
+        over(number, items[number][1])
+    wait_for(tmp_path / "5")
+    wait_for(tmp_path / "4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+    (tmp_path / "4").unlink()  # and nobody makes it again
+    assert totals(pool.rewards(items)) == [1.0] * 16
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [n for n in range(16) if n != 4]
+
+
+def test_conversations_told_of_early_have_the_rewards_of_those_told_of_late(pool: TaskPool) -> None:
+    texts = [str(number) for number in range(24)]
+    texts[2], texts[8], texts[9], texts[15] = "hang", "crash", "none", "raise"
+    items = answers(*texts)
+    expected = pool.rewards(items)
+    over = pool.begin([prompt for prompt, _ in items])
+    for number in range(20):
+        over(number, items[number][1])
+    found = pool.rewards(items)
+    assert totals(found) == totals(expected)
+    assert [one.timed_out for one in found] == [one.timed_out for one in expected]
+    assert failures(found) == failures(expected) == [2, 8, 9, 15]
+
+
+def test_rewards_that_were_begun_are_given_again_after_the_workers_end(pool: TaskPool) -> None:
+    items = answers(*map(str, range(16)))
+    over = pool.begin([prompt for prompt, _ in items])
+    for number in range(8):
+        over(number, items[number][1])
+    pool.close()
+    assert totals(pool.rewards(items)) == [float(number) for number in range(16)]
 
 
 def test_a_crash_says_how_the_worker_ended(pool: TaskPool) -> None:

@@ -1,5 +1,9 @@
 """Checkpoints of one process; several are in tests/distributed/test_policy_layouts.py."""
 
+import errno
+import io
+import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,11 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
+from gspo_moe.files import no_room
 from gspo_moe.model.build import Model
 from gspo_moe.model.sharded import weight_shards
 from gspo_moe.model.weights import RandomSource, load_weights
@@ -182,7 +190,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(
     before = state(*policy)
     learn(*policy, updates=1)
 
-    def interrupted(sharded: Any, folder: str) -> None:
+    def interrupted(sharded: Any, folder: str, strategy: Any) -> None:
         (Path(folder) / "__0_0.distcp").write_bytes(b"half")
         raise OSError("no space left on device")
 
@@ -258,3 +266,55 @@ def test_a_checkpoint_of_another_program_is_refused(policy: tuple[Model, Optimiz
     dist_checkpointing.save({"iteration": 7}, str(tmp_path))
     with pytest.raises(CheckpointError, match="was not written by gspo_moe; give another logging"):
         load_checkpoint(tmp_path, *policy)
+
+
+def test_a_save_starts_no_process_and_leaves_one_file_a_rank(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a save started a process")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refused)
+    monkeypatch.setattr(os, "fork", refused)
+    saved = save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    assert {path.name for path in saved.glob("*.distcp")} == {"__0_0.distcp"}
+
+
+def test_what_is_stored_is_what_megatrons_own_writer_stores(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, shapes, pieces and dtypes as its metadata gives them, and the bytes of every object and tensor."""
+    ours = save_checkpoint(tmp_path / "ours", *policy, DONE, keep=1)
+    whole = dist_checkpointing.save
+    monkeypatch.setattr(dist_checkpointing, "save", lambda state, folder, strategy: whole(state, folder))
+    theirs = save_checkpoint(tmp_path / "theirs", *policy, DONE, keep=1)
+    one, other = (FileSystemReader(path).read_metadata().state_dict_metadata for path in (ours, theirs))
+    assert one == other
+    found, expected = (tensors_and_objects(path) for path in (ours, theirs))
+    assert found.keys() == expected.keys() == one.keys()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def tensors_and_objects(path: Path) -> dict[str, Any]:
+    """Everything that a checkpoint stores, by torch's own reader."""
+    state: dict[str, Any] = {}
+    for key, stored in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            state[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        else:
+            state[key] = io.BytesIO()
+    checkpoint.load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    return {key: list(value.getvalue()) if isinstance(value, io.BytesIO) else value for key, value in state.items()}
+
+
+def test_a_writer_that_fails_is_an_exception_with_its_cause(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.filesystem, "_write_item", full)
+    with pytest.raises(RuntimeError) as caught:
+        save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    assert no_room(caught.value) is not None
+    assert list(tmp_path.iterdir()) == []

@@ -189,11 +189,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_whole_checkpoint(
             raise full
         written(lines, record)
 
-    def save(state: Any, folder: str) -> None:
+    def save(state: Any, folder: str, strategy: Any) -> None:
         if "step_00000002" in folder:
             (Path(folder) / "torn").write_bytes(b"1")
             raise RuntimeError(f"Worker failure: {full}")
-        whole(state, folder)
+        whole(state, folder, strategy)
 
     if broken == "metrics":
         monkeypatch.setattr(JsonLines, "append", append)

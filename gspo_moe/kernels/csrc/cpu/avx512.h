@@ -16,3 +16,13 @@
 #define GSPO_ROUNDED(power) ((Floats)_mm512_roundscale_ps((__m512)(power), _MM_FROUND_TO_NEAREST_INT))
 #define GSPO_REST(power) ((Floats)_mm512_reduce_ps((__m512)(power), _MM_FROUND_TO_NEAREST_INT))
 #define GSPO_SCALED(value, integer) ((Floats)_mm512_scalef_ps((__m512)(value), (__m512)(integer)))
+
+#include "avx_sums.h"
+#define GSPO_SUMS_OF_4(parts, sums) gspo_sums_of_4_of_16((const __m512*)(parts), sums)
+static inline __attribute__((always_inline)) void gspo_sums_of_4_of_16(const __m512* parts, float* sums) {
+  __m256 halves[4];
+  for (int each = 0; each < 4; ++each) {
+    halves[each] = _mm256_add_ps(_mm512_castps512_ps256(parts[each]), _mm512_extractf32x8_ps(parts[each], 1));
+  }
+  gspo_sums_of_4(halves, sums);
+}

@@ -4,6 +4,64 @@
 
 #include "../cuda/api.h"
 
+// found[m, n] = sum over k of rows[m][k] * weight[n, k], float32.
+struct GspoProduct {
+  const float* const* rows_M;  // K adjacent elements each
+  int64_t num_rows;            // M
+  const float* weight_NK;
+  int64_t inputs;              // K
+  float* found_MN;
+  int64_t found_stride;        // elements from a row to the next
+};
+
+// One new token a row of a cache, float32: norms of queries and keys, rotation, its key and value into the cache, and
+// attention to the row up to itself. G key heads, Q query heads of each, D their size, P positions.
+struct GspoDecodeAttention {
+  const float* qkv_NGXD;       // X = Q + 2: queries, key, value
+  int64_t groups, queries, size, capacity;
+  const float* query_norm_D;
+  const float* key_norm_D;
+  float epsilon;
+  const float* cos_PD;
+  const float* sin_PD;
+  const int64_t* positions_N;  // from 0 to P - 1
+  float* keys_BGPD;            // B >= N rows
+  float* values_BGPD;
+  float* found_NGQD;
+};
+
+// Rows of `width` adjacent elements, `heads` for each token; strides in elements.
+struct GspoRows {
+  const void* data;
+  int64_t element_type;  // GspoElementType
+  int64_t tokens, heads, width;
+  int64_t token_stride, head_stride;
+};
+
+// out = x * scale * weight with scale = 1 / sqrt(mean x^2 + eps) of each row.
+struct GspoRmsNorm {
+  GspoRows x;
+  const void* weight;
+  float eps;
+  void* out;     // contiguous
+  float* scale;  // of each row
+};
+
+struct GspoRmsNormBackward {
+  GspoRows x, grad;
+  const void* weight;
+  const float* scale;
+  void* grad_x;  // contiguous
+};
+
+// out = x * cos + [-right half, left half] * sin; backward: what takes out's gradient to x's.
+struct GspoRotary {
+  GspoRows x;
+  const void *cos_TD, *sin_TD;  // of x's type, contiguous
+  int64_t backward;
+  void* out;  // contiguous
+};
+
 struct GspoCpuKernels {
   const char* name;
   // Tokens first to last of args; a row's result depends on no other row and not on the range.
@@ -11,6 +69,17 @@ struct GspoCpuKernels {
   void (*token_backward)(const GspoTokenBackward* args, int64_t first, int64_t last);
   // total += part over elements first to last; element_type is part's.
   void (*accumulate)(float* total, const void* part, int64_t element_type, int64_t first, int64_t last);
+  void (*rms_norm)(const GspoRmsNorm* args, int64_t first, int64_t last);
+  // grad_weight: written, of these rows alone.
+  void (*rms_norm_backward)(const GspoRmsNormBackward* args, float* grad_weight, int64_t first, int64_t last);
+  void (*rotary)(const GspoRotary* args, int64_t first, int64_t last);
+  // Outputs first to last.
+  void (*product)(const GspoProduct* args, int64_t first, int64_t last);
+  void (*normalize)(const float* values, const float* weight, float epsilon, float* found, int64_t count);
+  // found = silu(first half of both) * its second half * share, `width` elements.
+  void (*gate)(const float* both, float share, float* found, int64_t width);
+  // Key heads of rows first to last: row * G + key head.
+  void (*attend)(const GspoDecodeAttention* args, int64_t first, int64_t last);
 };
 
 extern const GspoCpuKernels gspo_cpu_generic;

@@ -13,6 +13,8 @@
 #define GSPO_LARGER(a, b) ((Floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define GSPO_WIDEN(halves) ((Words)_mm256_cvtepu16_epi32((__m128i)(halves)))
 #define GSPO_NARROW(words) __builtin_convertvector(words, Halves)
+#include "avx_sums.h"
+#define GSPO_SUMS_OF_4(parts, sums) gspo_sums_of_4((const __m256*)(parts), sums)
 #include "token_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -4,6 +4,7 @@
 // maximum so far (online softmax, arXiv 1805.02867). Within a block sums are float32 by lane, across blocks float64.
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -330,6 +331,12 @@ void accumulate(float* total, const void* part, int64_t element_type, int64_t fi
   return add_to<Float16>(total, part, first, last);
 }
 
+#include "layer_kernels.h"
+
 }  // namespace
 
-const GspoCpuKernels GSPO_KERNELS = {GSPO_NAME, token_stats, token_backward, accumulate};
+#include "decode_kernels.h"
+
+const GspoCpuKernels GSPO_KERNELS = {
+    GSPO_NAME, token_stats, token_backward, accumulate, rms_norm, rms_norm_backward, rotary,
+    product, normalize, gate, attend};

@@ -9,13 +9,14 @@ import torch
 
 from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
-from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.weights import RandomSource
-from gspo_moe.rollout.embedded.decoder import Decoder, StepOutput, bucket
+from gspo_moe.rollout.embedded.decoder import Decoder, StepInput, StepOutput, bucket
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.types import Rollout
 from tests.policy import SIZES, requests, sampling
 from tests.qwen3 import built, layout
+
+Forward = Callable[[StepInput], StepOutput]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,10 @@ class Replays:
         return kept
 
 
-def generated(model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Any, KVCache], Decoder]) -> list[Rollout]:
-    monkeypatch.setattr(MegatronEngine, "_decoder", lambda engine, cache: make(engine._forward, cache))
+def generated(
+    model: Model, monkeypatch: pytest.MonkeyPatch, make: Callable[[Forward, KVCache], Decoder]
+) -> list[Rollout]:
+    monkeypatch.setattr(MegatronEngine, "_decoder", lambda engine, cache: make(engine._forward(cache), cache))
     params = replace(sampling(longest=40), report_routes=True)
     engine = MegatronEngine(model, max_batch=14, prefill_tokens=64)
     return [rollout for group in engine.generate(requests(), params) for rollout in group]
@@ -75,17 +78,14 @@ def test_generation_in_buckets_equals_generation_without(
     fed: dict[tuple[int, int], set[int]] = {}
     pools: list[Replays] = []
 
-    def make(forward: Callable[[ModelInput], StepOutput], cache: KVCache) -> Decoder:
+    def make(forward: Forward, cache: KVCache) -> Decoder:
         pools.append(Replays())
         fed.clear()
 
-        def watched(item: ModelInput) -> StepOutput:
-            assert item.used is not None
-            assert item.rows_T is not None
-            tensors = (item.input_ids_T, item.position_ids_T, item.cu_seqlens, item.rows_T)
-            places = fed.setdefault((item.num_tokens, item.used), set())
-            places.add(hash(tuple(tensor.data_ptr() for tensor in tensors)))
-            return forward(item)
+        def watched(step: StepInput) -> StepOutput:
+            places = fed.setdefault((len(step.ids_N), step.used), set())
+            places.add(hash((step.ids_N.data_ptr(), step.positions_N.data_ptr())))
+            return forward(step)
 
         pool: Any = pools[-1] if replays else None
         return Decoder(watched, cache, here, buckets=True, graphs=pool)
@@ -107,10 +107,11 @@ def test_generation_in_buckets_equals_generation_without(
 def test_a_rank_without_tokens_feeds_none() -> None:
     fed: list[int] = []
 
-    def forward(item: ModelInput) -> StepOutput:
-        fed.append(item.num_tokens)
+    def forward(step: StepInput) -> StepOutput:
+        fed.append(len(step.ids_N))
         return StepOutput(None, None)
 
+    none = StepInput(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), used=1, most=3)
     for buckets in (False, True):
-        Decoder(forward, KVCache(1, 16), torch.device("cpu"), buckets=buckets).step([], [])
+        Decoder(forward, KVCache(1, 16), torch.device("cpu"), buckets=buckets).step(none)
     assert fed == [0, 0]

@@ -1,7 +1,7 @@
 """The engine in one process; other layouts are in tests/distributed/test_policy_layouts.py."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 
 from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.model.build import Model
+from gspo_moe.model.cache import KVCache
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.rollout.embedded import engine
+from gspo_moe.rollout.embedded.decoder import StepInput, StepOutput
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.stop_strings import StopStrings
@@ -108,6 +110,27 @@ def test_rollouts_depend_neither_on_batching_nor_on_the_other_requests(
     assert responses(alone).items() <= responses(expected).items()
 
 
+@pytest.mark.parametrize("max_batch", [3, 20])
+def test_a_sample_is_told_of_once_it_ends_while_others_go_on(
+    model: Model, max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[tuple[int, int, Rollout]] = []  # behind so many steps
+    steps = watch_steps(monkeypatch)
+    params = replace(sampling(), report_routes=True)
+    found = MegatronEngine(model, max_batch, prefill_tokens=64).generate(
+        requests(), params, lambda number, rollout: ended.append((len(steps), number, rollout))
+    )
+    told = {(number, rollout.sample_index): rollout for _, number, rollout in ended}
+    assert len(told) == len(ended)
+    stopped = {(n, r.sample_index) for n, group in enumerate(found) for r in group if r.finish == "stop"}
+    assert stopped <= told.keys()
+    assert (max_batch == 20) == (stopped == told.keys()), "the length limit ends earlier batches before others begin"
+    for (number, index), rollout in told.items():
+        assert rollout == replace(found[number][index], routes=None)
+    if max_batch == 20:
+        assert [step for step, _, _ in ended] == [len(rollout.response_ids) - 1 for _, _, rollout in ended]
+
+
 def test_more_samples_go_on_where_fewer_stopped(model: Model) -> None:
     three, six = (responses(generate(model, requests(samples), sampling())) for samples in (3, 6))
     assert three.items() <= six.items()
@@ -162,6 +185,24 @@ def test_one_token_is_a_whole_response(model: Model) -> None:
         assert {rollout.finish for rollout in rollouts} == {"stop" if params.stop_ids else "length"}
 
 
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[StepInput]:
+    """The decode steps from now on."""
+    steps: list[StepInput] = []
+    forward_over = MegatronEngine._forward
+
+    def watched(engine: MegatronEngine, cache: KVCache) -> Callable[[StepInput], StepOutput]:
+        forward = forward_over(engine, cache)
+
+        def watching(step: StepInput) -> StepOutput:
+            steps.append(replace(step, positions_N=step.positions_N.clone()))
+            return forward(step)
+
+        return watching
+
+    monkeypatch.setattr(MegatronEngine, "_forward", watched)
+    return steps
+
+
 @pytest.mark.parametrize("max_batch", [4, 64])
 def test_every_token_is_fed_once_and_finished_sequences_leave(
     model: Model, max_batch: int, monkeypatch: pytest.MonkeyPatch
@@ -174,28 +215,46 @@ def test_every_token_is_fed_once_and_finished_sequences_leave(
 
     forward = engine.run
     monkeypatch.setattr(engine, "run", counting)
+    steps = watch_steps(monkeypatch)
     rollouts = flat(generate(model, requests(), sampling(), max_batch, prefill_tokens=8))
-    prompts = sum(len(prompt) for prompt in PROMPTS)
     assert len({len(rollout.response_ids) for rollout in rollouts}) > 3
+    assert sum(fed) == sum(map(len, PROMPTS))
     # A response's last token is never fed: nothing follows it.
-    assert sum(fed) == prompts + sum(len(rollout.response_ids) - 1 for rollout in rollouts)
+    assert sum(len(step.ids_N) for step in steps) == sum(len(rollout.response_ids) - 1 for rollout in rollouts)
 
 
-def test_unfinished_sequences_have_the_first_rows_of_the_cache(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    fed: list[Any] = []
-    forward = engine.run
-
-    def watching(model: Model, inputs: Sequence[Any], *rest: Any, **more: Any) -> Any:
-        fed.extend(item for item in inputs if item.used is not None)
-        return forward(model, inputs, *rest, **more)
-
-    monkeypatch.setattr(engine, "run", watching)
+def test_each_step_feeds_the_newest_tokens_of_the_unfinished_at_their_positions(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = watch_steps(monkeypatch)
     rollouts = flat(generate(model, requests(), sampling()))
-    assert len({item.num_tokens for item in fed}) > 3
-    for step, item in enumerate(fed):
-        assert item.num_tokens == sum(len(rollout.response_ids) > step + 1 for rollout in rollouts)
-        assert item.rows_in_order
-        assert item.rows_T.tolist() == list(range(item.num_tokens))
+    assert len({len(step.ids_N) for step in steps}) > 3
+    for number, step in enumerate(steps):
+        going_on = [one for one in rollouts if len(one.response_ids) > number + 1]
+        expected = sorted((one.response_ids[number], len(one.prompt_ids) + number) for one in going_on)
+        assert sorted(zip(step.ids_N.tolist(), step.positions_N.tolist(), strict=True)) == expected
+        assert step.used >= max(position for _, position in expected) + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"stop_ids": frozenset()}])
+def test_looking_for_ends_now_and_then_changes_no_rollout(
+    model: Model, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = replace(sampling(**options), report_routes=True)
+    expected = flat(generate(model, requests(), params))
+    steps = watch_steps(monkeypatch)
+    monkeypatch.setitem(engine.ENDS_INTERVAL, "cpu", 5)
+    found = flat(generate(model, requests(), params))
+    lengths = [len(step.ids_N) for step in steps]
+    assert len(set(lengths[:4])) == len(set(lengths[4:9])) == 1
+    assert [replace(one, log_probs=(), routes=None) for one in found] == [
+        replace(one, log_probs=(), routes=None) for one in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=2e-5)
+        assert one.routes is not None
+        assert other.routes is not None
+        assert torch.equal(one.routes.sort(dim=-1).values, other.routes.sort(dim=-1).values)
 
 
 def test_no_requests_give_no_rollouts(model: Model) -> None:
@@ -240,10 +299,10 @@ def test_broken_weights_are_no_rollouts(model: Model) -> None:
 def test_a_signal_ends_a_generation_before_its_next_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, run_batch = list[int](), MegatronEngine._run_batch
 
-    def is_signalled(engine: MegatronEngine, batch: list[Any], params: SamplingParams) -> Any:
+    def is_signalled(engine: MegatronEngine, batch: list[Any], *rest: Any) -> Any:
         ran.append(len(batch))
         signal.raise_signal(signal.SIGUSR1)
-        return run_batch(engine, batch, params)
+        return run_batch(engine, batch, *rest)
 
     monkeypatch.setattr(MegatronEngine, "_run_batch", is_signalled)
     with StopSignals() as stop, pytest.raises(Interrupted, match="ended by SIGUSR1"):

@@ -47,7 +47,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (model({"pipeline": 2}, experts()), "parallel.pipeline is 2"),
         (model({"tensor": 2}, experts()), "parallel.tensor is 2"),
         (model({"expert": 4}, experts()), "parallel.expert is 4"),
-        (model({}, experts(), "allgather"), "parallel.dispatcher"),
+        (model({}, experts(), "allgather"), None),
         (model({}, experts(torch.float32)), "model.dtype=bf16"),
         (model({}, SimpleNamespace(local_experts=[])), "numbers of their tokens"),
     ],
