@@ -29,7 +29,12 @@ from tools.peer_cases import PEERS, PROMPT_TOKENS
 from tools.sides import processor, python_script, run_side, torchrun_script
 
 USER_ERROR = 2
-SMALLER = ("rollout.max_response_tokens=32", "rollout.samples_per_prompt=4", "schedule.micro_batch_tokens=2304")
+SMALLER = (
+    "rollout.max_response_tokens=32",
+    "rollout.samples_per_prompt=4",
+    "schedule.micro_batch_tokens=2304",
+    "algorithm.mini_batches=2",
+)
 # Okabe and Ito's palette, safe for colour-blind readers.
 COLORS = {"rollout": "#0072B2", "old_log_probs": "#009E73", "forward_backward": "#D55E00", "update": "#CC79A7"}
 

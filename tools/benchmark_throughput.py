@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from gspo_moe.planning.flops import TRAINING_PASSES, Work, forward_flops, genera
 from gspo_moe.platform import device, megatron_version, peak_rss_gib
 from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.types import RolloutGroup
+from tools.peak_tflops import known_peak_tflops
 from tools.synthetic import open_synthetic_session
 from tools.watching import CpuTimers, count_messages, profile_step, time_calls
 
@@ -50,16 +50,6 @@ if TYPE_CHECKING:
     from gspo_moe.training.session import Plan
 
 PHASES = ("rollout", "reward", "old_log_probs", "training")
-# Dense bf16, from NVIDIA's data sheets; the first row counts whose words are all in the device's name.
-BF16_PEAK_TFLOPS = (
-    ("A100", 312.0),
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200 NVL", 835.0),
-    ("H200", 989.0),
-    ("B200", 2250.0),
-)
 
 
 def main() -> int:
@@ -255,12 +245,6 @@ def one_pass(groups: Sequence[RolloutGroup]) -> Work:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
-def known_peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU, None for one that is not in the table."""
-    words = set(re.findall(r"\w+", device_name))
-    return next((peak for chip, peak in BF16_PEAK_TFLOPS if words.issuperset(chip.split())), None)
 
 
 def show(found: dict[str, Any]) -> None:

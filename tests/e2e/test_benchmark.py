@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.program import ROOT, SMALL_MODEL, SMALL_RL, succeed
-from tools.benchmark_throughput import known_peak_tflops
+from tools.peak_tflops import known_peak_tflops
 
 SCRIPT = ROOT / "tools" / "benchmark_throughput.py"
 PHASES = ("rollout", "reward", "old_log_probs", "training", "rest")
