@@ -21,7 +21,6 @@ HEAVY = {
     "torch.distributed.tensor",
     "torch.utils.cpp_extension",
     "transformers",
-    "triton",
 }
 PROGRAM = """
 import json, sys

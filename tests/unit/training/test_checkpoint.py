@@ -304,7 +304,13 @@ def tensors_and_objects(path: Path) -> dict[str, Any]:
         else:
             state[key] = io.BytesIO()
     checkpoint.load(state, storage_reader=FileSystemReader(path), no_dist=True)
-    return {key: list(value.getvalue()) if isinstance(value, io.BytesIO) else value for key, value in state.items()}
+    return {key: value if isinstance(value, torch.Tensor) else saved_bytes(value) for key, value in state.items()}
+
+
+def saved_bytes(value: object) -> list[int]:
+    data = io.BytesIO()
+    torch.save(value, data)
+    return list(data.getvalue())
 
 
 def test_a_writer_that_fails_is_an_exception_with_its_cause(
