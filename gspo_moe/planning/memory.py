@@ -15,17 +15,15 @@ Optimizer: Adam's two moments, 8 bytes a weight, and 4 for the fp32 weights besi
 expert-data size for experts.
 
 Activations: what the backward pass of a layer keeps of a token, counted as arXiv 2205.05198 counts, for the layers of
-`model.backend: local` on a CPU. With sequence parallelism the first, second and last line are divided by t:
+`model.backend: local`. With sequence parallelism the first and last line are divided by t:
 
-    16 h                    the two norms, each its input and result in fp32
-    2 h b                   inputs of the query/key/value product and of the router
-    8 (H + G) d / t         the query and key norms, as above
-    5 (H + G) d b / t       queries, keys, values and result of attention, and copies of them by sequence
-    K (h x + 5 f) b         tokens sent to experts; gate and up, what SwiGLU and its weight keep, and the result
+    4 h b                   inputs of the two norms, and their results, which products take
+    (6 H + 5 G) d b / t     queries, keys and values as they come, normed, and by sequence; attention's result likewise
+    K (h x + 3 f) b         tokens sent to experts; gate and up, and their product
 
-for as many micro-batches as a stage has under way (p - s of 1F1B's stage s, counted from 0), and 8 h for the last norm.
-`recompute: full` keeps h b of each layer and the whole of one. Fused norms and attention of a GPU keep less. Experts
-get equal numbers of tokens here; a router out of balance needs more.
+for as many micro-batches as a stage has under way (p - s of 1F1B's stage s, counted from 0), and h b for the last norm.
+`recompute: full` keeps h b of each layer and the whole of one. Flash attention of a GPU, which needs no copies by
+sequence, keeps less. Experts get equal numbers of tokens here; a router out of balance needs more.
 
 Log-probs: `log_prob_memory_mib` where fused, else logits in b bytes, and in fp32 with their gradient.
 
@@ -98,11 +96,10 @@ def activation_bytes(architecture: Architecture, layout: Layout, dtype: str) -> 
     """That the backward pass keeps of one token in one layer."""
     hidden, width = architecture.hidden_size, DTYPE_BYTES[dtype]
     heads, groups, size = architecture.num_attention_heads, architecture.num_key_value_heads, architecture.head_dim
-    outside = (4 * FP32 + 2 * width) * hidden
-    attention = (2 * FP32 + 5 * width) * (heads + groups) * size
-    routed = hidden * layout.expert_tensor + 5 * architecture.moe_intermediate_size
-    experts = architecture.num_experts_per_tok * routed * width
-    return (outside + experts) / _sequence_split(layout) + attention / layout.tensor
+    attention = (6 * heads + 5 * groups) * size
+    routed = hidden * layout.expert_tensor + 3 * architecture.moe_intermediate_size
+    experts = architecture.num_experts_per_tok * routed
+    return width * ((4 * hidden + experts) / _sequence_split(layout) + attention / layout.tensor)
 
 
 def _sequence_split(layout: Layout) -> int:
@@ -156,10 +153,11 @@ def _activations(config: Config, architecture: Architecture, layout: Layout, sta
     if layout.virtual_pipeline:  # arXiv 2205.05198, 4.2.3
         under_way *= 1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline)
     split, hidden = _sequence_split(layout), architecture.hidden_size
-    norm = 2 * FP32 * hidden / split if stage == layout.pipeline - 1 else 0.0
+    width = DTYPE_BYTES[config.model.dtype]
+    norm = width * hidden / split if stage == layout.pipeline - 1 else 0.0
     if config.parallel.recompute != "full":
         return round(tokens * (layers * whole * under_way + norm))
-    kept = hidden * DTYPE_BYTES[config.model.dtype] / split
+    kept = hidden * width / split
     return round(tokens * (layers * kept * under_way + whole + norm))
 
 

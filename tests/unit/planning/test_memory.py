@@ -67,10 +67,10 @@ class Saved:
 
 
 def kept_bytes(trainer: Trainer, tokens: int) -> int:
-    """What one micro-batch of that many tokens keeps up to the last stage's hidden states."""
+    """What one micro-batch of two sequences, nearly of one length, keeps up to the last stage's hidden states."""
     model, saved = trainer.session.model, Saved(trainer.session.model.gpt_chunks)
     ids = torch.arange(tokens) % trainer.session.plan.tokenizer.vocab_size
-    item = ModelInput(ids, torch.arange(tokens), torch.tensor([0, tokens]))
+    item = ModelInput(ids, torch.arange(tokens), torch.tensor([0, tokens // 2 - 1, tokens]))
 
     def head(_: int, stage: LastStage) -> tuple[torch.Tensor, None]:
         return stage.hidden_PH.sum(), None
@@ -140,7 +140,7 @@ def test_what_is_shared_is_divided() -> None:
     assert zero.optimizer == 12 * dense // 32 + 12 * expert // 4
     assert (zero.weights, zero.gradients) == (whole.weights, whole.gradients)
     full, _, _ = planned("parallel={expert: 8, recompute: full}")
-    assert full.activations < whole.activations / 20
+    assert full.activations < whole.activations / 19
     assert whole.reference == 0
     assert planned("parallel={expert: 8}", "algorithm.kl.coeff=0.1")[0].reference == whole.weights
     assert planned("parallel={expert: 8}", "rollout.max_batch=1")[0].kv_cache < whole.kv_cache
