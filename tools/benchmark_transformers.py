@@ -3,8 +3,9 @@
     python tools/benchmark_transformers.py CONFIG.yaml [section.key=value ...] [--synthetic 256] [--json FILE]
 
 `generate()` answers all prompts of a step in one batch, with each of --experts' implementations of the experts; by
-default without batched_mm, which copies an expert's weights for every token and so takes twice as long on a CPU. Forward + backward takes grouped_mm, micro-batches of schedule.micro_batch_tokens (or --micro-batch answers),
-and logits of the answers alone. The least seconds of --repeats, after one call that is not counted.
+default without batched_mm, which copies an expert's weights for every token and so takes twice as long on a CPU.
+Forward + backward takes grouped_mm, micro-batches of schedule.micro_batch_tokens (or --micro-batch answers), and logits
+of the answers alone. The least seconds of --repeats, after one call that is not counted.
 """
 
 from __future__ import annotations

@@ -85,5 +85,5 @@ def _turn(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, *, ba
 
 def _rows(x_XHD: torch.Tensor) -> torch.Tensor:
     """[T, H, D] with adjacent elements in a row; a copy only where no view is that."""
-    rows_THD = x_XHD.reshape(-1, *x_XHD.shape[-2:]) if x_XHD.ndim != 3 else x_XHD
+    rows_THD = x_XHD.reshape(x_XHD.shape[:-2].numel(), *x_XHD.shape[-2:]) if x_XHD.ndim != 3 else x_XHD
     return rows_THD if rows_THD.stride(-1) == 1 else rows_THD.contiguous()

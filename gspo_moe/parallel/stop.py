@@ -43,7 +43,7 @@ def _largest(value: int) -> int:
     return int(largest)
 
 
-def _start_resource_tracker() -> None:
+def start_resource_tracker() -> None:
     """multiprocessing's process that outlives no trainer; it lets signals to its group pass, but SIGUSR1 only so."""
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     resource_tracker.ensure_running()
@@ -65,7 +65,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._received, self._entered = 0, True
         if threading.current_thread() is threading.main_thread():
-            _start_resource_tracker()
+            start_resource_tracker()
             self._before = {each: signal.signal(each, self._keep) for each in SIGNALS}
         return self
 

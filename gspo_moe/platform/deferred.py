@@ -49,7 +49,12 @@ class DeferredName:
         return self._package in sys.modules
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_package", "_module", "_name", "_real"):  # of a copy that is being made, or a failed import
+            raise AttributeError(name)
         return getattr(self._real, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, (importlib.import_module(self._module), self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._real(*args, **kwargs)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 NAME = "torch._dynamo"
 _lock = threading.RLock()
@@ -50,6 +51,10 @@ def _disable(fn: Callable[..., Any] | None = None, recursive: bool = True, **how
     """`torch._dynamo.disable`, asked for anew once there is something to keep off a function."""
     if fn is None:
         return functools.partial(_disable, recursive=recursive, **how)
+    if not inspect.isfunction(fn):  # a class, a module
+        found = sys.modules[NAME]
+        _load(found)
+        return cast("Callable[..., Any]", found.disable(fn, recursive, **how))
 
     @functools.cache
     def disabled() -> Callable[..., Any]:

@@ -91,8 +91,15 @@ class TaskPool:
         self.close()
 
     def start(self) -> bool:
-        """Starts the workers, which are ready a second later, while the caller does something else; True if they go."""
-        return bool(self._running_pool().active)
+        """Starts the workers, which are ready a second later, while the caller does something else; True if they go.
+
+        Where the system gives no process the first batch tries again, and says so.
+        """
+        try:
+            return bool(self._running_pool().active)
+        except RuntimeError:
+            self.close()
+            return False
 
     def close(self) -> None:
         """Ends the workers, busy or not; a later batch starts new ones."""

@@ -8,6 +8,7 @@ every rank is done, so a run killed at any moment leaves the newest complete one
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shutil
 from dataclasses import asdict, dataclass
@@ -109,6 +110,8 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
 
     Raises CheckpointError where the checkpoint is of another architecture or dtype, or damaged.
     """
+    # By this name megatron-core 0.19 asks for it, without an import of its own (`platform.deferred`).
+    importlib.import_module("torch.distributed.checkpoint")
     with checkpoint_errors(path, "loaded", _FIX):
         common = dist_checkpointing.load_common_state_dict(str(path))
     if "progress" not in common:

@@ -23,7 +23,7 @@ from gspo_moe.observability.no_learning import NoLearning
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
-from gspo_moe.parallel.stop import StopSignals
+from gspo_moe.parallel.stop import StopSignals, start_resource_tracker
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
@@ -131,6 +131,7 @@ def open_session(plan: Plan) -> Session:
         stop_strings=make_stop_strings(plan.tokenizer, rollout.stop),
     )
     if config.evaluation.prompts or (config.stage == "rl" and rollout.bank is None):
+        start_resource_tracker()  # before the workers do, whose would let SIGUSR1 end it
         answerer.start_workers()
     return Session(
         plan=plan,

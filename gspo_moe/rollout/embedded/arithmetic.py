@@ -162,7 +162,7 @@ class Operators:
         found_CH[order_C] = rows_CH
         if away_C is not None:
             found_CH.masked_fill_(away_C[:, None], 0)
-        return found_CH.view(len(routes_NK), topk, -1).sum(1, dtype=torch.float32)
+        return found_CH.view(len(routes_NK), topk, hidden_NH.shape[1]).sum(1, dtype=torch.float32)
 
 
 def arithmetic_for(weight: torch.Tensor, epsilon: float) -> Arithmetic:

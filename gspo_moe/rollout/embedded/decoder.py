@@ -10,7 +10,7 @@ Shape letters: N tokens, one a row, V vocabulary, L this pipeline stage's MoE la
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,16 +84,19 @@ class Decoder:
 
         Collective, as `forward` is; a rank may have no tokens.
         """
-        count = len(new.ids_N)
-        if not self._buckets or not count:
+        if not self._buckets:
             return self._forward(new)
+        most = bucket(new.most, 2 * new.most)  # the same on all ranks, and no less than any one's size
+        count = len(new.ids_N)
+        if not count:
+            return self._forward(replace(new, most=most))
         size = bucket(count, self._cache.rows - 1)
         used = bucket(new.used, self._cache.capacity, SHORTEST)
         ids_N, positions_N = self._ids_and_positions[:, :size]
         for place_N, values_N in ((ids_N, new.ids_N), (positions_N, new.positions_N)):
             place_N[:count].copy_(values_N)
             place_N[count:].zero_()
-        padded = StepInput(ids_N, positions_N, used, max(new.most, size))
+        padded = StepInput(ids_N, positions_N, used, most)
         if self._graphs is None:
             return self._forward(padded).first(count)
         output: StepOutput = self._graphs.run((size, used), lambda: self._forward(padded))

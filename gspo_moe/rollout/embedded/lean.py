@@ -73,7 +73,7 @@ class LeanForward:
         self._chunks = [[Layer.of(layer) for layer in gpt.decoder.layers] for gpt in model.gpt_chunks]
         self._ranks = ExpertRanks(model)
         self._dtype = route_dtype(model.architecture.num_experts) if records else None
-        weight = model.gpt_chunks[0].decoder.layers[0].mlp.router.weight
+        weight = self._chunks[0][0].qkv
         self._do = arithmetic_for(weight, model.config.layernorm_epsilon)
         cos_PD, sin_PD = rotary_factors(torch.arange(cache.capacity, device=weight.device), model.architecture)
         self._cos_PD, self._sin_PD = (factors.to(model.config.params_dtype) for factors in (cos_PD, sin_PD))
@@ -102,11 +102,12 @@ class LeanForward:
             return self._embed(gpt.embedding.word_embeddings.weight, step.ids_N)
         shape = (len(step.ids_N), self._model.architecture.hidden_size)
         hidden_NH = torch.empty(shape, dtype=self._model.config.params_dtype, device=step.ids_N.device)
-        dist.recv(hidden_NH, _neighbour(groups.pipeline, -1), group=groups.pipeline)
+        if len(hidden_NH):
+            dist.recv(hidden_NH, _neighbour(groups.pipeline, -1), group=groups.pipeline)
         return hidden_NH
 
     def _leave(self, chunk: int, hidden_NH: torch.Tensor) -> None:
-        if not self._model.gpt_chunks[chunk].post_process:
+        if len(hidden_NH) and not self._model.gpt_chunks[chunk].post_process:
             pipeline = self._model.groups.pipeline
             dist.send(hidden_NH.contiguous(), _neighbour(pipeline, 1), group=pipeline)
 

@@ -52,10 +52,12 @@ class Samples:
         self._routes_SRLK: torch.Tensor | None = None
         self._lengths = [most] * count
         self._stopped = [False] * count
+        self._host_ids = [list[int]() for _ in samples]  # for stop strings alone
         self._seen = 0
         self._numbers = list(range(count))
         self.numbers_N = torch.arange(count, device=place)
-        self.positions_N = torch.tensor([one.prompt_length - 1 for one in samples], device=place)
+        last = [one.prompt_length - 1 for one in samples]
+        self.positions_N = torch.tensor(last, dtype=torch.int64, device=place)
 
     @property
     def active(self) -> int:
@@ -80,9 +82,13 @@ class Samples:
 
     def keep_routes(self, routes_NLK: torch.Tensor) -> None:
         """Of the newest tokens, once they were fed."""
-        if self._routes_SRLK is None:
-            self._routes_SRLK = routes_NLK.new_zeros(*self._ids_SR.shape, *routes_NLK.shape[1:])
-        self._routes_SRLK[self.numbers_N, self.tokens - 1] = routes_NLK
+        kept_SRLK, (count, most) = self._routes_SRLK, self._ids_SR.shape
+        if kept_SRLK is None or kept_SRLK.shape[1] < self.tokens:  # most answers end long before the limit
+            more_SRLK = routes_NLK.new_zeros(count, min(most, max(2 * self.tokens, 64)), *routes_NLK.shape[1:])
+            if kept_SRLK is not None:
+                more_SRLK[:, : kept_SRLK.shape[1]] = kept_SRLK
+            self._routes_SRLK = kept_SRLK = more_SRLK
+        kept_SRLK[self.numbers_N, self.tokens - 1] = routes_NLK
 
     def retire(self, cache: KVCache) -> list[int]:
         """Looks at the tokens since the last look; what has ended leaves, the last rows' samples take the rows.
@@ -155,18 +161,20 @@ class Samples:
         broken_NW = ~log_probs_NW.isfinite()
         stop_NW = torch.isin(ids_NW, self._stop_ids) | broken_NW
         ends_N = torch.where(stop_NW.any(1), stop_NW.int().argmax(1) + self._seen + 1, 0)
-        found: list[list[int]] = torch.stack([ends_N, broken_NW.any(1).long()]).tolist()
-        ends, broken = found
+        found: list[list[int]] = torch.stack([ends_N, broken_NW.any(1).long(), *ids_NW.T]).tolist()
+        ends, broken, *columns = found
         self.broken = self.broken or any(broken)
         if self._params.stop_strings is not None:
-            ends = [self._earlier(number, end) for number, end in zip(self._numbers, ends, strict=True)]
+            rows = zip(self._numbers, ends, zip(*columns, strict=True), strict=True)
+            ends = [self._earlier(number, end, new_ids) for number, end, new_ids in rows]
         return ends
 
-    def _earlier(self, number: int, end: int) -> int:
-        """Where the sample ends if a stop string ends it before `end` (0: nothing has)."""
-        assert self._params.stop_strings is not None
-        ids: list[int] = self._ids_SR[number, : end or self.tokens].tolist()
-        for length in range(self._seen + 1, len(ids) + 1):
-            if self._params.stop_strings.ended(ids[:length]):
-                return length
-        return end
+    def _earlier(self, number: int, end: int, new_ids: Sequence[int]) -> int:
+        """Where the sample ends if a stop string in its new tokens ends it before `end` (0: nothing has)."""
+        strings, ids = self._params.stop_strings, self._host_ids[number]
+        assert strings is not None
+        for new in new_ids:
+            ids.append(new)
+            if len(ids) == end or strings.ended(ids):
+                return len(ids)
+        return 0

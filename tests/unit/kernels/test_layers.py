@@ -34,7 +34,7 @@ def assert_near(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, su
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 # Widths beside those of whole vectors, more rows than one block of the weight's gradient has, and none.
-@pytest.mark.parametrize("shape", [(5, 1, 64), (3, 1, 2, 19), (700, 3, 16), (4, 8), (0, 2, 8)])
+@pytest.mark.parametrize("shape", [(5, 1, 64), (3, 1, 2, 19), (700, 3, 16), (4, 8), (0, 2, 8), (0, 8)])
 def test_norm_and_its_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = drawn(*shape, dtype=dtype, seed=1).requires_grad_()
     weight = drawn(shape[-1], dtype=dtype, seed=2).requires_grad_()

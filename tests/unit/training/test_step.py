@@ -222,9 +222,7 @@ def test_the_first_mini_batch_sees_its_own_weights_exactly(algorithm: str) -> No
     with trained(Config(), layout()) as (model, optimizer):
         recorder = RouteRecorder(model.chunks, SIZES, model.groups)
         packs = packs_of(samples(), per_pack=3)
-        old, old_routes = score_and_record(
-            model, packs, recorder, temperature=TEMPERATURE, responses_only=True
-        )
+        old, old_routes = score_and_record(model, packs, recorder, temperature=TEMPERATURE, responses_only=True)
         first = step(model, optimizer, packs, by_sample(old, packs), algorithm, recorder=recorder)
         second = step(model, optimizer, packs, by_sample(old, packs), algorithm, recorder=recorder)
         compared = [compare(*each, recorder.layers) for each in zip(packs, old_routes, first.routes, strict=True)]

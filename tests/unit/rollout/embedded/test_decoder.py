@@ -104,14 +104,16 @@ def test_generation_in_buckets_equals_generation_without(
         assert torch.equal(one.routes.sort(dim=-1).values, other.routes.sort(dim=-1).values)
 
 
-def test_a_rank_without_tokens_feeds_none() -> None:
-    fed: list[int] = []
+def test_ranks_with_fewer_tokens_exchange_as_many_rows_as_the_fullest() -> None:
+    fed: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
 
-    def forward(step: StepInput) -> StepOutput:
-        fed.append(len(step.ids_N))
-        return StepOutput(None, None)
+    for buckets, steps in fed.items():
 
-    none = StepInput(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), used=1, most=3)
-    for buckets in (False, True):
-        Decoder(forward, KVCache(1, 16), torch.device("cpu"), buckets=buckets).step(none)
-    assert fed == [0, 0]
+        def forward(step: StepInput, steps: list[tuple[int, int]] = steps) -> StepOutput:
+            steps.append((len(step.ids_N), step.most))
+            return StepOutput(None, None)
+
+        for count in (0, 3, 5):
+            step = StepInput(*torch.zeros(2, count, dtype=torch.int64).unbind(), 1, 5)
+            Decoder(forward, KVCache(8, 16), torch.device("cpu"), buckets=buckets).step(step)
+    assert fed == {False: [(0, 5), (3, 5), (5, 5)], True: [(0, 6), (3, 6), (6, 6)]}

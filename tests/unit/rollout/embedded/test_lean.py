@@ -14,11 +14,14 @@ from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config
 from gspo_moe.kernels.library import kernels
 from gspo_moe.model.build import Model
+from gspo_moe.model.cache import KVCache
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.rollout.embedded import engine, lean
 from gspo_moe.rollout.embedded.arithmetic import Kernels, Operators, arithmetic_for
+from gspo_moe.rollout.embedded.decoder import StepInput
 from gspo_moe.rollout.embedded.engine import MegatronEngine
-from gspo_moe.rollout.embedded.lean import lean_obstacle
+from gspo_moe.rollout.embedded.lean import LeanForward, lean_obstacle
+from gspo_moe.rollout.embedded.samples import Samples
 from gspo_moe.types import Rollout
 from tests.policy import requests, sampling
 from tests.qwen3 import architecture, built, layout
@@ -68,6 +71,22 @@ def test_all_ways_give_the_same_rollouts(name: str, dtype: str, monkeypatch: pyt
                 assert one.routes is not None
                 assert other.routes is not None
                 assert torch.equal(one.routes.sort(dim=-1).values, other.routes.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize(("dtype", "way"), [("fp32", Kernels), ("fp32", Operators), ("bf16", Operators)])
+def test_a_rank_without_tokens_steps_along(dtype: str, way: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, config = MODELS["plain"], Config.model_validate({"model": {"preset": "tiny", "dtype": dtype}})
+    if way is Kernels and kernels().cpu is None:
+        pytest.skip("no kernels are built")
+    monkeypatch.setattr(lean, "arithmetic_for", lambda _, epsilon: way(epsilon))
+    none = Samples([], sampling(), torch.device("cpu"))
+    with built(sizes, layout(), RandomSource(sizes, seed=2), config) as model:
+        forward = LeanForward(model, KVCache(1, 16), records=True)
+        found = forward(StepInput(torch.zeros(0, dtype=torch.int64), none.positions_N, used=1, most=3))
+    assert found.logits_NV is not None
+    assert found.routes_NLK is not None
+    assert found.logits_NV.shape == (0, sizes.vocab_size)
+    assert found.routes_NLK.shape == (0, sizes.num_hidden_layers, sizes.num_experts_per_tok)
 
 
 @pytest.mark.skipif(kernels().cpu is None, reason="no kernels are built")
