@@ -114,6 +114,7 @@ def test_ranks_with_fewer_tokens_exchange_as_many_rows_as_the_fullest() -> None:
             return StepOutput(None, None)
 
         for count in (0, 3, 5):
-            step = StepInput(*torch.zeros(2, count, dtype=torch.int64).unbind(), 1, 5)
+            ids, positions = torch.zeros(2, count, dtype=torch.int64)
+            step = StepInput(ids, positions, used=1, most=5)
             Decoder(forward, KVCache(8, 16), torch.device("cpu"), buckets=buckets).step(step)
     assert fed == {False: [(0, 5), (3, 5), (5, 5)], True: [(0, 6), (3, 6), (6, 6)]}
