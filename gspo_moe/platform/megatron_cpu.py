@@ -2,8 +2,9 @@
 
 Strategy: only modules below `megatron.core` see anything new. An import hook rewrites their compiled constants
 ("cuda" becomes "cpu", "torch.cuda.FloatTensor" becomes "torch.FloatTensor") and gives each of them, as its global
-`torch`, a copy of torch's namespace whose `cuda` and `distributed` answer on CPU (`torch_overlay`). torch itself and
-every other library keep what they had, save for the one entry of `ANSWERS` that says so.
+`torch`, a copy of torch's namespace whose `cuda` and `distributed` answer on CPU (`torch_overlay`); some of what they
+import they get at its first use (`deferred`). torch itself and every other library keep what they had, save for the
+entries of `ANSWERS` that say so.
 
 Invariants: applied only where torch finds no GPU, before megatron.core's first import, once; refused for versions of
 megatron-core that it was not tried on.
@@ -70,6 +71,16 @@ ANSWERS = (
         "torch.Tensor.cuda() (torch itself)",
         "the tensor, unmoved",
         "embedding sharing calls it; without a GPU it would only raise",
+    ),
+    Answer(
+        "names of distributed tensors, FSDP, torch's checkpoints, TensorBoard and extensions",
+        "the same ones, imported when they are first used",
+        "their packages take two seconds to import, and a run uses them late or never",
+    ),
+    Answer(
+        "torch._dynamo (torch itself)",
+        "the same module, loaded at the first use of more than `disable` and `graph_break`",
+        "optimizers and operators ask for those two, which mean nothing where nothing is compiled; it takes a second",
     ),
 )
 
