@@ -88,7 +88,8 @@ class MegatronEngine:
     ) -> list[list[Rollout]]:
         """For each request its samples, in order. Collective over all ranks.
 
-        ended: is told of the samples of each batch but the last.
+        ended: is told of each sample that a stop ends, at once, and of all samples of each batch but the last, without
+            their routes.
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
