@@ -196,9 +196,8 @@ def _check(config: Config, options: argparse.Namespace) -> None:
         raise ConfigError("--world-size is what --check plans for; add --check, or start as many processes")
     if world_size < 1:
         raise ConfigError(f"--world-size {world_size}: give a whole number from 1 up")
-    with garbage.imports():
-        from gspo_moe.observability.progress import show_header
-        from gspo_moe.training.check import check_run
+    from gspo_moe.observability.progress import show_header
+    from gspo_moe.training.check import check_run
 
     show_header(check_run(config, world_size), sys.stdout)
 
@@ -244,9 +243,8 @@ def _convert(options: argparse.Namespace) -> None:
     source = {"preset": "null", "hf": "null", "checkpoint": "null", "overrides": "{}", found: options.source}
     model = [f"model.{key}={value}" for key, value in source.items()]
     config = load_config(options.config, [*model, *options.overrides])
-    with garbage.imports():
-        from gspo_moe.model.convert import convert
-        from gspo_moe.parallel.groups import shut_down
+    from gspo_moe.model.convert import convert
+    from gspo_moe.parallel.groups import shut_down
 
     count = convert(config, Path(options.target))
     shut_down()

@@ -249,11 +249,7 @@ def linear_token_log_probs(
     """
     vocab = len(weight) if shard.vocab is None else shard.vocab
     _check(hidden, weight, targets, shard, vocab)
-    if positions is not None and (positions.dtype != torch.int64 or positions.shape != targets.shape):
-        raise KernelError(
-            f"positions must be int64 {list(targets.shape)}, one a target, got {positions.dtype} "
-            f"{list(positions.shape)}"
-        )
+    _check_positions(positions, targets)
     if into_main_grad and not hasattr(weight, "main_grad"):
         raise KernelError("weight has no main_grad; wrap the model in megatron-core's DistributedDataParallel first")
     check(weight.new_empty((len(targets), 0)), targets, temperature)
@@ -281,6 +277,14 @@ def linear_token_log_probs(
         positions,
     )
     return TokenLogProbs(log_probs_T, entropy_T if entropy else None, first_choice_T)
+
+
+def _check_positions(positions: torch.Tensor | None, targets: torch.Tensor) -> None:
+    if positions is not None and (positions.dtype != torch.int64 or positions.shape != targets.shape):
+        raise KernelError(
+            f"positions must be int64 {list(targets.shape)}, one a target, got {positions.dtype} "
+            f"{list(positions.shape)}"
+        )
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shard: VocabShard, vocab: int) -> None:

@@ -31,8 +31,8 @@ from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
 from gspo_moe.rollout.embedded.graphs import make_graphs
-from gspo_moe.rollout.embedded.lean import LeanForward, lean_obstacle
-from gspo_moe.rollout.embedded.samples import Sample, Samples
+from gspo_moe.rollout.embedded.lean import LeanForward, gather_vocab, lean_obstacle
+from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
@@ -106,7 +106,7 @@ class MegatronEngine:
         self, requests: Sequence[Request], params: SamplingParams, ended: Ended | None
     ) -> list[list[Rollout]]:
         done: dict[tuple[int, int], Rollout] = {}
-        batches = self._batches(requests)
+        batches = in_batches(requests, self._max_batch)
         for number in range(most(len(batches), self._ranks)):
             self._stop.check()
             batch = batches[number] if number < len(batches) else []
@@ -137,22 +137,6 @@ class MegatronEngine:
                 )
         return None
 
-    def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, Request, range]]]:
-        """Requests in order, cut into batches of at most `max_batch` samples; a request may span batches."""
-        batches: list[list[tuple[int, Request, range]]] = [[]]
-        free = self._max_batch
-        for index, request in enumerate(requests):
-            start = 0
-            while start < request.samples:
-                if not free:
-                    batches.append([])
-                    free = self._max_batch
-                stop = min(request.samples, start + free)
-                batches[-1].append((index, request, range(start, stop)))
-                free -= stop - start
-                start = stop
-        return batches
-
     def _tell(self, ended: Ended, samples: Samples, numbers: Sequence[int]) -> None:
         for number in numbers:
             ended(samples.all[number].index, samples.rollout(number, self.version))
@@ -165,7 +149,7 @@ class MegatronEngine:
         cache = KVCache(len(batch) + 1, capacity + -capacity % POSITIONS_MULTIPLE)
         record = self._start_recording()
         first_logits = self._prefill([request for _, request, _ in batch], cache, record)
-        prompt_routes = _cut_routes(record, [len(request.prompt_ids) for _, request, _ in batch])
+        prompt_routes = cut_routes(record, [len(request.prompt_ids) for _, request, _ in batch])
         samples = Samples(
             [Sample(i, source, request, k) for source, (i, request, ks) in enumerate(batch) for k in ks],
             params,
@@ -289,19 +273,12 @@ class MegatronEngine:
         """Every token's logits at the given positions of each pack, on every rank of the last stage."""
 
         def head(index: int, stage: LastStage) -> tuple[None, torch.Tensor]:
-            return None, self._gather_vocab(stage.logits(positions[index]))[:, : self._model.vocab]
+            logits_NV = gather_vocab(stage.logits(positions[index]), self._model.groups.tensor)
+            return None, logits_NV[:, : self._model.vocab]
 
         scope = no_recording if record is None else record.scope
         kept = run(self._model, inputs, head, backward=False, record=scope)
         return kept if self._model.groups.is_last_stage else None
-
-    def _gather_vocab(self, logits_NV: torch.Tensor) -> torch.Tensor:
-        group = self._model.groups.tensor
-        if group.size() == 1:
-            return logits_NV
-        parts = [torch.empty_like(logits_NV) for _ in range(group.size())]
-        dist.all_gather(parts, logits_NV.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
 
     def _append(
         self, samples: Samples, logits: torch.Tensor | None, uniforms_N: torch.Tensor, params: SamplingParams
@@ -315,12 +292,6 @@ class MegatronEngine:
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
         samples.append(picked[0].long(), picked[1].float())
-
-
-def _cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
-    packs = [] if record is None else record.recordings()
-    return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
 
 
 @once

@@ -157,12 +157,16 @@ class LeanForward:
         """Behind each token, over the whole vocabulary."""
         gpt, tensor = self._model.gpt_chunks[-1], self._model.groups.tensor
         normed_NH = self._do.norm(hidden_NH, gpt.decoder.final_layernorm.weight)
-        logits_NV = self._do.linear(normed_NH, output_weight(gpt))
-        if tensor.size() > 1:
-            parts = [torch.empty_like(logits_NV) for _ in range(tensor.size())]
-            dist.all_gather(parts, logits_NV, group=tensor)
-            logits_NV = torch.cat(parts, dim=1)
-        return logits_NV[:, : self._model.vocab]
+        return gather_vocab(self._do.linear(normed_NH, output_weight(gpt)), tensor)[:, : self._model.vocab]
+
+
+def gather_vocab(logits_NV: torch.Tensor, tensor: dist.ProcessGroup) -> torch.Tensor:
+    """Every tensor rank's columns side by side, with the padding. Collective over them."""
+    if tensor.size() == 1:
+        return logits_NV
+    parts = [torch.empty_like(logits_NV) for _ in range(tensor.size())]
+    dist.all_gather(parts, logits_NV.contiguous(), group=tensor)
+    return torch.cat(parts, dim=1)
 
 
 def lean_obstacle(model: Model) -> str | None:

@@ -16,6 +16,7 @@ import torch
 
 from gspo_moe.model.cache import KVCache
 from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.routing.recorder import RoutePass
 from gspo_moe.types import Rollout
 
 
@@ -178,3 +179,26 @@ class Samples:
             if len(ids) == end or strings.ended(ids):
                 return len(ids)
         return 0
+
+
+def in_batches(requests: Sequence[Request], most: int) -> list[list[tuple[int, Request, range]]]:
+    """Requests in order, cut into batches of at most `most` samples; a request may span batches."""
+    batches: list[list[tuple[int, Request, range]]] = [[]]
+    free = most
+    for index, request in enumerate(requests):
+        start = 0
+        while start < request.samples:
+            if not free:
+                batches.append([])
+                free = most
+            stop = min(request.samples, start + free)
+            batches[-1].append((index, request, range(start, stop)))
+            free -= stop - start
+            start = stop
+    return batches
+
+
+def cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
+    packs = [] if record is None else record.recordings()
+    return list(torch.cat([pack.routes_TLK for pack in packs]).split(list(lengths))) if packs and lengths else []
