@@ -1,0 +1,107 @@
+"""What the trainer and rollout servers say to each other, whatever the server is and however it is reached.
+
+Everything is token ids: text never crosses the wire. A server answers each `Ask` with one `Answer`, of weights that
+the trainer has published to it before.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from gspo_moe.errors import RolloutError
+from gspo_moe.rollout.engine import SamplingParams
+
+
+class BadAnswer(RolloutError):
+    """A server's answer that nothing can be learnt from; asking again, another server too, may give a good one."""
+
+
+class ServerDown(RolloutError):
+    """A server that cannot be reached, or broke off in the middle of an answer."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer that is wanted: tokens to go on from. params.seed with uid and sample_index fixes what is sampled.
+
+    token_ids: the prompt, and in front of the continuation of a broken-off answer what was sampled of it before.
+    max_tokens: to be sampled now.
+    """
+
+    uid: str
+    sample_index: int
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sampled behind an Ask's tokens.
+
+    token_ids, log_probs: one each a sampled token, end tokens included; of the sampling temperature's untruncated
+    distribution (nats). abort: broken off by the server, so that its weights can change; what is there is good.
+    version: of the policy, when the first of these tokens was sampled and when the last one was: the same.
+    routes: integers [tokens asked + tokens sampled - 1, MoE layers, K], None where they were not asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish: Literal["stop", "length", "abort"]
+    version: int
+    routes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Post:
+    """A request to a server: body None is a GET."""
+
+    path: str
+    body: dict[str, Any] | None = None
+
+
+class Dialect(Protocol):
+    """How a kind of server is spoken to: pure, no I/O."""
+
+    name: str
+
+    def ask(self, ask: Ask) -> Post: ...
+
+    def answer(self, ask: Ask, body: Any) -> Answer:
+        """Raises BadAnswer where log-probs are missing, too many or not finite, tokens are not of the vocabulary,
+        routes do not fit the tokens, or the version is not the one published.
+        """
+        ...
+
+    def health(self) -> Post: ...
+
+    def pause(self) -> Post:
+        """Ends running answers with `abort` and takes no new ones until `resume`."""
+        ...
+
+    def resume(self) -> Post: ...
+
+    def load_folder(self, folder: str, version: int) -> Post:
+        """Has the server take the weights of an HF folder that it sees too, and forget cached prefixes."""
+        ...
+
+
+class Servers(Protocol):
+    """All rollout servers of a run, as one process reaches them."""
+
+    def submit(self, ask: Ask) -> Future[Answer]:
+        """Sends to the least loaded server that is healthy, again elsewhere where one fails.
+
+        The future raises RolloutError once the retries are used up. No Ask has two answers.
+        """
+        ...
+
+    def everywhere(self, post: Post) -> list[Any]:
+        """The same request to every server: their answers. Raises RolloutError where one fails."""
+        ...
+
+    def close(self) -> None: ...
