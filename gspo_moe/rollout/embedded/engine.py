@@ -110,15 +110,14 @@ class MegatronEngine:
         done: dict[tuple[int, int], Rollout] = {}
         batches = in_batches(requests, self._max_batch)
         for number in range(most(len(batches), self._ranks)):
-            self._stop.check()
             batch = batches[number] if number < len(batches) else []
             tell = None if ended is None else partial(self._tell, ended)
             samples, routes = self._run_batch(batch, params, tell)
+            self._stop.check()
             if tell is not None and number < len(batches) - 1:
                 tell(samples, samples.unstopped())
             for one, rollout in zip(samples.all, samples.rollouts(self.version, routes), strict=True):
                 done[one.index, one.sample_index] = rollout
-        self._stop.check()
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
 
     def _tell(self, ended: Ended, samples: Samples, numbers: Sequence[int]) -> None:
