@@ -1,4 +1,4 @@
-"""Rounding to FP8 against the format's definition in float64: the nearest of all its values, times the block's scale."""
+"""Rounding to FP8 against the format's definition in float64: the nearest of its values, times the block's scale."""
 
 import math
 
