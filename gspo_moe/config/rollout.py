@@ -22,6 +22,8 @@ class RolloutConfig(Section):
     long_prompts: longer ones are an error before the run starts, left out, or cut off at their left end.
     stop: strings which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    numerics: of the embedded engine. `trainer` samples from the training weights as they are; `bf16` and `fp8_rounded`
+        from a copy with the weights and activations of an engine in bfloat16, or in bfloat16 with FP8 linear layers.
     cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
 
@@ -36,6 +38,7 @@ class RolloutConfig(Section):
     long_prompts: Literal["error", "drop", "truncate_left"] = "error"
     stop: tuple[str, ...] = ()
     max_batch: PositiveInt = 512
+    numerics: Literal["trainer", "bf16", "fp8_rounded"] = "trainer"
     cuda_graph: Literal["auto", "off"] = "auto"
     bank: str | None = None
 

@@ -79,6 +79,14 @@ def overlong_buffer_fits(config: Config) -> Iterator[str]:
         )
 
 
+def numerics_are_not_the_trainers(config: Config) -> Iterator[str]:
+    if config.rollout.numerics == config.model.dtype == "bf16":
+        yield (
+            "rollout.numerics=bf16 with model.dtype=bf16 copies the weights to sample what they give themselves; set "
+            "rollout.numerics=trainer"
+        )
+
+
 def there_are_rollouts_to_measure(config: Config) -> Iterator[str]:
     routing = config.routing
     wanted = [
@@ -111,6 +119,7 @@ RULES = (
     bank_has_each_prompt,
     answers_can_differ,
     overlong_buffer_fits,
+    numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
 )
-SFT_RULES = (there_are_rollouts_to_measure, log_ratios_are_there_to_split)
+SFT_RULES = (there_are_rollouts_to_measure, numerics_are_not_the_trainers, log_ratios_are_there_to_split)

@@ -28,6 +28,7 @@ from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.embedded.numerics import rounded_copy
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
 from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
 from gspo_moe.rollout.stop_strings import make_stop_strings
@@ -121,7 +122,14 @@ def open_session(plan: Plan) -> Session:
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
     stop, rollout = StopSignals(), config.rollout
-    engine = MegatronEngine(model, rollout.max_batch, config.schedule.micro_batch_tokens, stop, rollout.cuda_graph)
+    engine = MegatronEngine(
+        model,
+        rollout.max_batch,
+        config.schedule.micro_batch_tokens,
+        stop,
+        rollout.cuda_graph,
+        rounded_copy(config, model),
+    )
     answerer = Answerer(
         engine,
         plan.renderer,

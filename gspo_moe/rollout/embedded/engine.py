@@ -1,4 +1,4 @@
-"""The embedded rollout engine: samples from the training weights themselves, with a KV cache.
+"""The embedded rollout engine: samples from the training weights themselves, or a rounded copy, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
 each unfinished sample (`rollout.embedded.decoder`), through `rollout.embedded.lean` where it can. Finished samples
@@ -33,6 +33,7 @@ from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepI
 from gspo_moe.rollout.embedded.expert_ranks import experts_holders
 from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.lean import LeanForward, gather_vocab, lean_obstacle
+from gspo_moe.rollout.embedded.numerics import RoundedCopy
 from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches, misfit
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams
@@ -50,7 +51,8 @@ ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
 class MegatronEngine:
     """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack.
 
-    stop: ends generation at a signal. cuda_graph: as `rollout.cuda_graph`.
+    stop: ends generation at a signal. cuda_graph: as `rollout.cuda_graph`. rounded: what it generates with in the
+    model's place, with its weights as they were last published.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class MegatronEngine:
         prefill_tokens: int,
         stop: StopSignals | None = None,
         cuda_graph: str = "auto",
+        rounded: RoundedCopy | None = None,
     ) -> None:
-        self._model = model
+        self._policy = model
+        self._rounded = rounded
+        self._model = model if rounded is None else rounded.model
         self._ranks = model.groups.data_context
         self._in_unison = len(set(experts_holders(model.groups))) > 1  # they decode each token together
         self._stop = stop or StopSignals()
@@ -75,8 +80,10 @@ class MegatronEngine:
         self.version = 0
 
     def publish(self, model: Model, version: int) -> None:
-        """Takes note of the version: the weights are the model's own."""
-        assert model is self._model
+        """Takes note of the version: the weights are the model's own, unless they are rounded now."""
+        assert model is self._policy
+        if self._rounded is not None:
+            self._rounded.take(model)
         self.version = version
 
     def room(self, params: SamplingParams) -> int:
@@ -194,7 +201,8 @@ class MegatronEngine:
     def _forward(self, cache: KVCache) -> Callable[[StepInput], StepOutput]:
         obstacle = lean_obstacle(self._model)
         if obstacle is None:
-            return LeanForward(self._model, cache, records=self._recorder is not None)
+            round_inputs = None if self._rounded is None else self._rounded.round_inputs
+            return LeanForward(self._model, cache, records=self._recorder is not None, round_inputs=round_inputs)
         if self._model.groups.rank == 0:
             _warn_of_whole_forward(obstacle)
         return partial(self._whole_forward, cache)

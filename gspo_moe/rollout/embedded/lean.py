@@ -39,6 +39,7 @@ from gspo_moe.rollout.embedded.arithmetic import (
 )
 from gspo_moe.rollout.embedded.decoder import StepInput, StepOutput
 from gspo_moe.rollout.embedded.expert_ranks import ExpertRanks
+from gspo_moe.rollout.embedded.numerics import RoundInputs
 from gspo_moe.routing.recorder import route_dtype
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, None: None}
@@ -73,12 +74,16 @@ class Layer:
 
 
 class LeanForward:
-    """Runs steps of one model over one cache. Collective over the ranks that hold the model and its experts."""
+    """Runs steps of one model over one cache. Collective over the ranks that hold the model and its experts.
 
-    def __init__(self, model: Model, cache: KVCache, *, records: bool) -> None:
+    round_inputs: what is done to the inputs of attention's linear layers; experts do it themselves.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, *, records: bool, round_inputs: RoundInputs | None = None) -> None:
         assert lean_obstacle(model) is None
         self._model = model
         self._cache = cache
+        self._round_inputs = round_inputs
         layers = [list(gpt.decoder.layers) for gpt in model.gpt_chunks]
         weight, router = layers[0][0].self_attention.linear_qkv.weight, layers[0][0].mlp.router.weight
         self._router_dtype = _ROUTER_DTYPES[model.config.moe_router_dtype] or router.dtype
@@ -144,13 +149,17 @@ class LeanForward:
             return hidden_NH
         sizes, tensor = self._model.architecture, self._model.groups.tensor
         heads = sizes.num_attention_heads // sizes.num_key_value_heads + 2
-        qkv_NX = self._do.linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
+        qkv_NX = self._linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
         qkv_NGXD = qkv_NX.view(len(qkv_NX), -1, heads, sizes.head_dim)
         attended_NX = self._do.attend(qkv_NGXD, layer.head_norms, self._cache.layer(layer.number))
-        found_NH = self._do.linear(attended_NX, layer.projection)
+        found_NH = self._linear(attended_NX, layer.projection)
         if tensor.size() > 1:
             dist.all_reduce(found_NH, group=tensor)
         return found_NH
+
+    def _linear(self, values_NX: torch.Tensor, weights: Weights) -> torch.Tensor:
+        rounded_NX = values_NX if self._round_inputs is None else self._round_inputs(values_NX)
+        return self._do.linear(rounded_NX, weights)
 
     def _mix(self, layer: Layer, hidden_NH: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the experts add [N, H], and which they were [N, K]."""
