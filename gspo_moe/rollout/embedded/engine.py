@@ -79,12 +79,13 @@ class MegatronEngine:
         self._recorder: RouteRecorder | None = None
         self.version = 0
 
-    def publish(self, model: Model, version: int) -> None:
+    def publish(self, model: Model, version: int) -> dict[str, float]:
         """Takes note of the version: the weights are the model's own, unless they are rounded now."""
         assert model is self._policy
         if self._rounded is not None:
             self._rounded.take(model)
         self.version = version
+        return {}
 
     def room(self, params: SamplingParams) -> int:
         """The longest prompt whose sequence, answered, fits the model and a micro-batch."""
