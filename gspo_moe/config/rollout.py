@@ -22,6 +22,10 @@ class RolloutConfig(Section):
     long_prompts: longer ones are an error before the run starts, left out, or cut off at their left end.
     stop: strings which end an answer as the model's own end tokens do.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    engine: the trainer's own weights in place, or servers beside it.
+    max_staleness: steps by which a token may be older than the policy that learns from it; 0 waits for every answer.
+    stragglers: `wait` has each step learn from its own prompts, in order; `drop` from what is done first, while groups
+        that are older than max_staleness are given up and their prompts asked again.
     cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
 
@@ -35,9 +39,29 @@ class RolloutConfig(Section):
     max_prompt_tokens: PositiveInt | None = None
     long_prompts: Literal["error", "drop", "truncate_left"] = "error"
     stop: tuple[str, ...] = ()
+    engine: Literal["megatron", "vllm", "sglang"] = "megatron"
+    max_staleness: NonNegativeInt = 0
+    stragglers: Literal["wait", "drop"] = "wait"
     max_batch: PositiveInt = 512
     cuda_graph: Literal["auto", "off"] = "auto"
     bank: str | None = None
+
+    def faults(self) -> Iterator[str]:
+        if self.max_staleness and self.engine == "megatron":
+            yield (
+                f"rollout.max_staleness={self.max_staleness} samples while training runs, and the weights of "
+                "rollout.engine=megatron are those in training; set rollout.engine to vllm or sglang, or this to 0"
+            )
+        if self.max_staleness and self.bank is not None:
+            yield (
+                f"rollout.max_staleness={self.max_staleness} with rollout.bank={self.bank}: nothing is sampled while "
+                "training runs; leave one of them out"
+            )
+        if self.stragglers == "drop" and not self.max_staleness:
+            yield (
+                "rollout.stragglers=drop with rollout.max_staleness=0: no answer is late where each step waits for all "
+                "of its own; set rollout.max_staleness to 1 or more, or rollout.stragglers=wait"
+            )
 
 
 class EvaluationConfig(Section):

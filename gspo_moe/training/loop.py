@@ -107,8 +107,10 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
     timings = session.timers.take()
     metrics |= timings
     metrics["throughput/tokens_per_second"] = metrics["throughput/tokens"] / timings["timing/step_seconds"]
-    if "timing/rollout_seconds" in timings:  # not where rollouts come from a bank
-        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / timings["timing/rollout_seconds"]
+    # None where rollouts come from a bank; those that are sampled while training runs have the whole step.
+    sampling = timings.get("timing/rollout_seconds", timings["timing/step_seconds"] if "lag/mean" in metrics else None)
+    if sampling is not None:
+        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / sampling
     metrics["memory/peak_rss_gib"] = peak_rss_gib()
     if device().kind == "cuda":
         metrics["memory/peak_device_gib"] = device().peak_memory_gib()

@@ -29,7 +29,10 @@ from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
-from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
+from gspo_moe.rollout.queue import GroupQueue, Pace
+from gspo_moe.rollout.servers.ahead import ServerSource
+from gspo_moe.rollout.servers.records import Servers
+from gspo_moe.rollout.source import AheadSource, BankSource, EngineSource, RolloutSource
 from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
@@ -61,6 +64,7 @@ class Session:
     """A policy with all it needs to answer prompts; training adds an optimizer to it.
 
     sink: takes the weights that `source` is to sample with. stop: signals to end it.
+    servers: of `rollout.engine`, on the first rank of each model replica.
     """
 
     plan: Plan
@@ -71,6 +75,7 @@ class Session:
     stop_ids: frozenset[int]
     timers: Timers
     stop: StopSignals
+    servers: Servers | None = None
 
     @property
     def config(self) -> Config:
@@ -84,10 +89,23 @@ class Session:
     def source(self) -> RolloutSource:
         """Of training's rollouts: `rollout.bank`, or the policy's engine."""
         config = self.config
+        if self.ahead is not None:
+            return self.ahead
         if config.rollout.bank is not None:
             bank = read_bank(config.rollout.bank)
             return BankSource(bank, lambda prompts: share_of(prompts, self.groups.data_context))
         return EngineSource(self.answerer, config, self.stop_ids, self.timers)
+
+    @cached_property
+    def ahead(self) -> AheadSource | None:
+        """The source, where it goes on while training runs."""
+        if not self.config.rollout.max_staleness:
+            return None
+        return ServerSource(self.servers, self.answerer, self.config, self.stop_ids, self.timers, self.stop)
+
+    def queue(self, prompts: PromptSource) -> GroupQueue:
+        """Of answers to these prompts."""
+        return GroupQueue(prompts, self.source, Pace.of(self.config), self.groups.data_context, self.ahead)
 
     @cached_property
     def reward_errors(self) -> RewardErrors:
@@ -109,6 +127,8 @@ class Session:
         return groups
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         self.answerer.pool.close()
 
 
@@ -165,6 +185,11 @@ class Trainer:
         """Those of training, from where `progress` stands when they are first asked for."""
         split = "train" if self.session.config.stage == "rl" else "sft"
         return PromptSource(self.session.plan.task.prompts, split, self.progress.prompts)
+
+    @cached_property
+    def queue(self) -> GroupQueue:
+        """Of the groups to come."""
+        return self.session.queue(self.prompts)
 
     def finish_step(self, prompts: Iterable[Prompt], updates: int) -> None:
         """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective."""
