@@ -42,7 +42,7 @@ class Embedded:
         ((one,),) = self._engine.generate([request], replace(ask.params, max_response_tokens=ask.max_tokens))
         sampled, finish = one.token_ids[len(ask.token_ids) :], one.finish
         routes = None if one.routes is None else one.routes.numpy()
-        whole = Answer(sampled, one.log_probs, finish, self._engine.version, routes)  # type: ignore[arg-type]
+        whole = Answer(sampled, one.log_probs, finish, self._engine.version, routes)
         future: Future[Answer] = Future()
         if ask.uid not in self.held or len(sampled) == 1:
             future.set_result(whole)
