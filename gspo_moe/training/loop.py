@@ -16,6 +16,7 @@ from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.platform import device, peak_rss_gib
+from gspo_moe.training.first_step import tell_first_step
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save, save_whole_step
@@ -69,10 +70,14 @@ def _steps(trainer: Trainer, log: RunLog) -> None:
         _show_header(trainer)
     if trainer.progress.step == 0 or trainer.progress.evaluation_due:
         _evaluate(trainer, log)
-    with Progress(steps, done=trainer.progress.step, enabled=shown) as progress:
+    begun = trainer.progress.step
+    with Progress(steps, done=begun, enabled=shown) as progress:
         while trainer.progress.step < steps:
             session.stop.check()
-            progress.update(trainer.progress.step + 1, _step(trainer, log))
+            metrics = _step(trainer, log)
+            progress.update(trainer.progress.step, metrics)
+            if trainer.progress.step == begun + 1:
+                tell_first_step(session, metrics)
             _check_updates(trainer)
             if trainer.progress.step == steps or _due(trainer.progress.step, config.evaluation.interval, steps):
                 _evaluate(trainer, log)
@@ -102,6 +107,7 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
         metrics = outcome.metrics
         log.samples(trainer.progress.step, outcome)
         log.layers(trainer.progress.step, outcome.layers)
+        metrics |= session.server_metrics()
     else:
         metrics = sft_step(trainer)
     timings = session.timers.take()
@@ -128,6 +134,7 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
     trainer.progress = replace(trainer.progress, evaluation_due=False)
     if options.keep_answers and session.groups.is_main:
         write_answers(session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl", groups)
+    session.server_metrics()  # what was asked for here is no step's
     log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
 
 

@@ -45,6 +45,7 @@ class Pieces:
             self.ask,
             token_ids=self.ask.token_ids + sampled,
             max_tokens=self.ask.max_tokens - len(sampled),
+            sampled=len(sampled),
             params=replace(self.ask.params, seed=f"{self.ask.params.seed}/{len(sampled)}"),
         )
 

@@ -113,6 +113,7 @@ HARMLESS = (
     "routing={probe_interval: 2, attribution: true}",
     "model={preset: tiny, fused_log_probs: false, backend: local, log_prob_memory_mib: 7}",
     "rollout.max_batch=7",
+    "rollout.servers={timeout_seconds: 5, retries: 1}",
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,8 @@ def opened(folder: Path, max_staleness: int, *overrides: str) -> Iterator[Traine
     session = open_session(preflight(load_config(None, given)))
     rollout = session.config.rollout.model_copy(update={"max_staleness": max_staleness})
     session.plan = replace(session.plan, config=session.config.model_copy(update={"rollout": rollout}))
-    session.servers = Embedded(session.answerer.engine)
+    servers: Any = SimpleNamespace(fleet=Embedded(session.answerer.engine))
+    session.servers = servers
     pool: Any = session.answerer.pool
     pool.rewards = lambda items: [Reward(sum(map(ord, turns[-1].text)) % 3) for _, turns in items]
     try:
@@ -111,6 +113,7 @@ def test_an_answer_of_two_policies_is_taken_apart(old_log_probs: tuple[str, ...]
     """Of the second step's answers the first token is of the first policy, the rest of the step's own."""
     with opened(tmp_path, 1, *old_log_probs) as trainer:
         servers: Any = trainer.session.servers
+        servers = servers.fleet
         servers.held = {f"train/{index}" for index in range(4, 8)}
         first = rl_step(trainer).metrics
         servers.publish()
