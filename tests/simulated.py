@@ -97,6 +97,12 @@ class SimulatedServers:
     def everywhere(self, post: Post) -> list[Any]:
         raise NotImplementedError
 
+    def each(self, posts: Sequence[Post]) -> list[Any]:
+        raise NotImplementedError
+
+    def expect(self, version: int) -> None:
+        raise NotImplementedError
+
     def close(self) -> None:
         self._given.clear()
 

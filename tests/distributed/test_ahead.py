@@ -95,9 +95,13 @@ def _ahead(drops: bool) -> None:
     if groups.data_rank == 1:
         servers.fault = RolloutError("a server of the second replica is gone")
     with pytest.raises(RolloutError, match="of the second replica"):
-        for step in range(4, 9):
-            queue.draw(step, version=1)
+        _draw_all(queue)
     source.close()
+
+
+def _draw_all(queue: GroupQueue) -> None:
+    for step in range(4, 9):
+        queue.draw(step, version=1)
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -316,7 +316,7 @@ def test_what_a_server_fails_with_ends_the_run_and_a_signal_too() -> None:
 
 def test_a_prompt_that_no_server_has_room_for_is_an_error() -> None:
     run = Run(steady(1), Saved())
-    with pytest.raises(RolloutError, match=r"prompt long has 10 tokens .* lower rollout\.max_response_tokens"):
+    with pytest.raises(RolloutError, match=r"prompt long has 10 tokens.* lower rollout\.max_response_tokens"):
         run.source.ask([Prompt("long", "0123456789", "letters")], 0)
 
 
