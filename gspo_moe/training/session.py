@@ -139,8 +139,9 @@ class Session:
         return engine.metrics() if isinstance(engine, ServerEngine) else {}
 
     def close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
+        ahead: AheadSource | None = vars(self).get("ahead")  # if it was ever asked for
+        if ahead is not None:
+            ahead.close()
         self.answerer.pool.close()
         if self.servers is not None and self.servers.fleet is not None:
             self.servers.fleet.close()
