@@ -196,7 +196,7 @@ class TrainingSample:
     response_mask: 0 or 1 a token of `token_ids`; 1 on tokens the policy sampled (or is to learn).
     reward: shaped, what the advantage is made of. advantage: A_i of SPEC section 2. Both 0 for supervised samples.
     rollout_log_probs: the engine's log-prob a response token; empty for supervised samples.
-    routes: the engine's, as `Rollout` has them.
+    routes: the engine's, as `Rollout` has them. versions: as `Rollout` has them; empty where nobody asks.
     """
 
     token_ids: tuple[int, ...]
@@ -205,6 +205,7 @@ class TrainingSample:
     rollout_log_probs: tuple[float, ...] = ()
     routes: torch.Tensor | None = field(default=None, compare=False, repr=False)
     reward: float = 0.0
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Microbatch:
     rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.
     sample_indices: position of each sequence in the mini-batch's sample list.
     routes_TAK: the engine's experts for each input in every MoE layer, any integer dtype; None where not reported.
+    versions_T: int64, the policy version that sampled the target; -1 off the response; None where nobody asks.
     """
 
     input_ids_T: torch.Tensor
@@ -234,6 +236,7 @@ class Microbatch:
     rewards_N: torch.Tensor
     sample_indices: tuple[int, ...]
     routes_TAK: torch.Tensor | None = None
+    versions_T: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """The same pack with its tensors on `device`."""

@@ -56,6 +56,9 @@ class RolloutConfig(Section):
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
     numerics: of the embedded engine. `trainer` samples from the training weights as they are; `bf16` and `fp8_rounded`
         from a copy with the weights and activations of an engine in bfloat16, or in bfloat16 with FP8 linear layers.
+    max_staleness: steps by which a token may be older than the policy that learns from it; 0 waits for every answer.
+    stragglers: `wait` has each step learn from its own prompts, in order; `drop` from what is done first, while groups
+        that are older than max_staleness are given up and their prompts asked again.
     cuda_graph: `auto` replays decode steps as CUDA graphs on GPUs, and says why where it cannot; `off` never does.
     """
 
@@ -69,6 +72,8 @@ class RolloutConfig(Section):
     max_prompt_tokens: PositiveInt | None = None
     long_prompts: Literal["error", "drop", "truncate_left"] = "error"
     stop: tuple[str, ...] = ()
+    max_staleness: NonNegativeInt = 0
+    stragglers: Literal["wait", "drop"] = "wait"
     max_batch: PositiveInt = 512
     numerics: Literal["trainer", "bf16", "fp8_rounded"] = "trainer"
     cuda_graph: Literal["auto", "off"] = "auto"
@@ -80,6 +85,28 @@ class RolloutConfig(Section):
     def truncates(self) -> bool:
         """Whether sampling leaves some tokens out."""
         return bool(self.top_k) or self.top_p < 1.0
+
+    def faults(self) -> Iterator[str]:
+        if self.numerics != "trainer" and self.engine != "megatron":
+            yield (
+                f"rollout.numerics={self.numerics} is of the embedded engine, and rollout.engine={self.engine} has "
+                "numerics of its own; leave rollout.numerics out"
+            )
+        if self.max_staleness and self.engine == "megatron":
+            yield (
+                f"rollout.max_staleness={self.max_staleness} samples while training runs, and the weights of "
+                "rollout.engine=megatron are those in training; set rollout.engine to vllm or sglang, or this to 0"
+            )
+        if self.max_staleness and self.bank is not None:
+            yield (
+                f"rollout.max_staleness={self.max_staleness} with rollout.bank={self.bank}: nothing is sampled while "
+                "training runs; leave one of them out"
+            )
+        if self.stragglers == "drop" and not self.max_staleness:
+            yield (
+                "rollout.stragglers=drop with rollout.max_staleness=0: no answer is late where each step waits for all "
+                "of its own; set rollout.max_staleness to 1 or more, or rollout.stragglers=wait"
+            )
 
 
 class EvaluationConfig(Section):

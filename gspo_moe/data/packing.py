@@ -38,6 +38,7 @@ def pack(samples: Sequence[TrainingSample], sample_indices: Sequence[int]) -> Mi
         rollout_log_probs_T=_flat((_by_token(sample)[1:] for sample in chosen), torch.float32),
         sample_indices=tuple(sample_indices),
         routes_TAK=_routes(chosen, sample_indices),
+        versions_T=_versions(chosen),
     )
 
 
@@ -75,6 +76,18 @@ def _routes(chosen: Sequence[TrainingSample], sample_indices: Sequence[int]) -> 
                 f"{len(sample.token_ids)} tokens; give one row for each token but the last"
             )
     return torch.cat(pieces)
+
+
+def _versions(chosen: Sequence[TrainingSample]) -> torch.Tensor | None:
+    if not any(sample.versions for sample in chosen):
+        return None
+    return _flat((_version_by_token(sample)[1:] for sample in chosen), torch.int64)
+
+
+def _version_by_token(sample: TrainingSample) -> list[int]:
+    """Of every token; -1 where the policy sampled none."""
+    sampled = chain.from_iterable([version] * count for version, count in sample.versions)
+    return [next(sampled) if on_response else -1 for on_response in sample.response_mask]
 
 
 def _flat(pieces: Iterable[Iterable[float]], dtype: torch.dtype) -> torch.Tensor:

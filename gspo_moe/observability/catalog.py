@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 MINI_BATCH = "mini_batch_{k}"
 LAYER = "layer_{l}"
-SUFFIX = re.compile(r"^(?P<base>.+)/(?:(?P<mini_batch>mini_batch_[1-9]\d*)|(?P<layer>layer_\d{2,}))$")
+LAG = "lag_{n}"
+SUFFIX = re.compile(r"^(?P<base>.+)/(?:(?P<mini_batch>mini_batch_[1-9]\d*)|(?P<layer>layer_\d{2,})|(?P<lag>lag_\d+))$")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class MetricDoc:
 FIGURES = {"mean": "mean", "std": "standard deviation", "min": "smallest value", "max": "largest value"}
 PHASES = {
     "rollout": "generation",
+    "waiting": "waiting for rollouts that servers sample while training runs",
     "reward": "rewarding answers",
     "old_log_probs": "the old policy's log-probs",
     "reference": "the reference's log-probs",
@@ -67,7 +69,9 @@ def _pair(pair: str, words: str) -> Iterator[MetricDoc]:
         if pair == "engine" and name in NEEDS_SCORES:
             continue
         by_layer = (LAYER,) if name in ("slot_change", "flip_rate") else ()
-        yield MetricDoc(f"routing/{pair}/{name}", unit, f"{meaning}: {words}", (MINI_BATCH, *by_layer) if free else ())
+        suffixes = (MINI_BATCH, *by_layer) if free else ()
+        by_lag = (LAG,) if name in ("slot_change", "flip_rate") and pair != "update" else ()
+        yield MetricDoc(f"routing/{pair}/{name}", unit, f"{meaning}: {words}", (*suffixes, *by_lag))
     if pair != "engine":
         for number, margin in enumerate(MARGINS):
             meaning = f"flip rate where the old margin is {margin}: {words}"
@@ -117,8 +121,11 @@ METRICS = (
     MetricDoc("kl/reference", "nats", "estimate of KL(policy ‖ reference), a token"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
     MetricDoc("mismatch/weight_cut", "fraction", "tokens or sequences whose weight is truncated or masked"),
-    MetricDoc("mismatch/k3", "nats", "k3 estimate of KL(rollout ‖ trainer), a token"),
-    MetricDoc("mismatch/token_ratio_above_2", "fraction", "tokens with max(p/q, q/p) > 2, trainer and rollout engine"),
+    MetricDoc("mismatch/k3", "nats", "k3 estimate of KL(rollout ‖ trainer), a token", (LAG,)),
+    MetricDoc(
+        "mismatch/token_ratio_above_2", "fraction", "tokens with max(p/q, q/p) > 2, trainer and rollout engine", (LAG,)
+    ),
+    MetricDoc("mismatch/log_ratio_std", "nats", "standard deviation of trainer over rollout, a token; by lag", (LAG,)),
     *(
         MetricDoc(f"mismatch/sequence_ratio_{figure}", "ratio", f"{words} of trainer over rollout engine, a sequence")
         for figure, words in FIGURES.items()
@@ -142,6 +149,14 @@ METRICS = (
         MetricDoc(f"routing/load/rollout/{name}", unit, f"{name} of the load in the rollout engine")
         for name, unit in {"max_violation": "fraction", "cv": "fraction", "entropy": "nats"}.items()
     ),
+    MetricDoc("lag/mean", "steps", "steps taken since a token was sampled, mean over response tokens"),
+    MetricDoc("lag/max", "steps", "the same, at most"),
+    MetricDoc("lag/tokens", "fraction", "response tokens that are older than the step's policy", (LAG,)),
+    MetricDoc("queue/ready", "groups", "answered, and left for later steps when the step has taken its own"),
+    MetricDoc("queue/running", "groups", "asked for and not answered when the step has taken its own"),
+    MetricDoc("queue/dropped", "groups", "given up as older than `rollout.max_staleness`, and asked for again"),
+    MetricDoc("queue/dropped_tokens", "tokens", "response tokens of those"),
+    MetricDoc("queue/idle_seconds", "s", "time in which the servers had nothing to do, mean over data-parallel ranks"),
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because a gradient was not finite"),
@@ -169,7 +184,7 @@ PAGE_HEAD = """# Metrics
 
 Every name in `metrics.jsonl`, TensorBoard and Weights & Biases. Figures are over all data-parallel ranks. A value that
 is not finite is `null` in `metrics.jsonl`. `.../mini_batch_{k}` is the step's k-th mini-batch, from 1; `.../layer_{l}`
-is the l-th MoE layer, from 00, in two digits.
+is the l-th MoE layer, from 00, in two digits; `.../lag_{n}` are the tokens of lag n ([asynchrony.md](asynchrony.md)).
 """
 
 
@@ -186,9 +201,13 @@ def describe(name: str) -> MetricDoc:
             return CATALOG[family]
     match = SUFFIX.match(name)
     doc = CATALOG.get(match["base"]) if match else None
-    if match is None or doc is None or (MINI_BATCH if match["mini_batch"] else LAYER) not in doc.suffixes:
+    if match is None or doc is None or _suffix(match) not in doc.suffixes:
         raise KeyError(f"{name} is not in the catalog of metrics")
     return doc
+
+
+def _suffix(match: re.Match[str]) -> str:
+    return MINI_BATCH if match["mini_batch"] else LAYER if match["layer"] else LAG
 
 
 def markdown() -> str:

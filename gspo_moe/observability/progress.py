@@ -19,6 +19,8 @@ SHOWN = (
     ("slot change", "routing/staleness/slot_change", "{:.2%}"),
     ("loss", "sft/loss", "{:.3f}"),
     ("token accuracy", "sft/token_accuracy", "{:.1%}"),
+    ("waits", "timing/waiting_seconds", "{:.1f} s"),
+    ("servers wait", "queue/idle_seconds", "{:.1f} s"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
 

@@ -129,6 +129,19 @@ MACHINE = (
             Measure("optimizer/grad_norm", "Gradient norm"),
         ),
     ),
+    CurveFigure(
+        "asynchrony",
+        "Age of tokens, and who waits for whom",
+        "Of runs with rollout.max_staleness: steps since a token was sampled, and seconds a step in which the trainer "
+        "or the servers had nothing to do.",
+        (
+            Measure("lag/mean", "Lag"),
+            Measure("timing/waiting_seconds", "Trainer waits"),
+            Measure("queue/idle_seconds", "Servers wait"),
+            Measure("queue/dropped", "Groups dropped", hopes_for_zero=True),
+        ),
+        optional=True,
+    ),
 )
 ON_BANK = "Every arm took N off-policy mini-batches on the same frozen rollouts, so what differs is the objective."
 BANK = (

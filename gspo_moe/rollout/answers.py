@@ -61,7 +61,7 @@ class Answerer:
         params = replace(params, stop_strings=self.stop_strings)
         share = share_of(prompts, self.groups.data_context)
         if self.max_turns is None:
-            requests = self._requests([(prompt, None) for prompt in share], samples)
+            requests = self.requests([(prompt, None) for prompt in share], samples)
             begins = ahead and self.groups.model.rank() == 0
             ended = self._begin_rewards(share, samples, params) if begins else None
             answered = zip(share, self._sampled(requests, params, ended), strict=True)
@@ -72,23 +72,23 @@ class Answerer:
         over = self.pool.begin([prompt for prompt in share for _ in range(samples)])
 
         def ended(number: int, rollout: Rollout) -> None:
-            over(number * samples + rollout.sample_index, self._with_text(rollout, params).turns)
+            over(number * samples + rollout.sample_index, self.with_text(rollout, params).turns)
 
         return ended
 
     def _conversations(
         self, share: Sequence[Prompt], samples: int, params: SamplingParams, max_turns: int
     ) -> list[RolloutGroup]:
-        openings = self._by_one_process(self.pool.steps, [(prompt, ()) for prompt in share])
+        openings = self.by_one_process(self.pool.steps, [(prompt, ()) for prompt in share])
         asked = list(zip(share, openings, strict=True))
-        requests = self._requests([(prompt, said.text) for prompt, said in asked], samples)
+        requests = self.requests([(prompt, said.text) for prompt, said in asked], samples)
         found = [
             [Talk(prompt, opened(rollout, said, self.pool.failed)) for rollout in rollouts]
             for (prompt, said), rollouts in zip(asked, self._sampled(requests, params), strict=True)
         ]
         Exchange(
             generate=lambda requests: [one for (one,) in self._sampled(requests, params)],
-            step=lambda items: self._by_one_process(self.pool.steps, items),
+            step=lambda items: self.by_one_process(self.pool.steps, items),
             render=lambda prompt, one, said: self.renderer.turn(prompt, one.turns, said, one.token_ids[-1]),
             most=lambda count: most(count, self.groups.data_context),
             room=self.engine.room(params),
@@ -103,7 +103,7 @@ class Answerer:
     def reward(self, share: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         """The same groups with rewards, but for conversations that their environment broke, which have theirs."""
         asked = [(group.prompt, one.turns) for group in share for one in group.rollouts if one.reward is None]
-        found = iter(self._by_one_process(self.pool.rewards, asked))
+        found = iter(self.by_one_process(self.pool.rewards, asked))
         return [
             replace(
                 group,
@@ -112,7 +112,7 @@ class Answerer:
             for group in share
         ]
 
-    def _requests(self, asked: Sequence[tuple[Prompt, str | None]], samples: int) -> list[Request]:
+    def requests(self, asked: Sequence[tuple[Prompt, str | None]], samples: int) -> list[Request]:
         """Of each prompt with what its environment said first. Raises RolloutError, on every rank, for one rank's."""
         requests, fault = list[Request](), None
         try:
@@ -126,9 +126,9 @@ class Answerer:
         self, requests: list[Request], params: SamplingParams, ended: Ended | None = None
     ) -> list[list[Rollout]]:
         answered = self.engine.generate(requests, params, ended)
-        return [[self._with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
+        return [[self.with_text(rollout, params) for rollout in rollouts] for rollouts in answered]
 
-    def _with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:
+    def with_text(self, rollout: Rollout, params: SamplingParams) -> Rollout:
         ids = sampled = rollout.response_ids
         if ids and ids[-1] in params.stop_ids:
             ids = ids[:-1]
@@ -137,7 +137,7 @@ class Answerer:
             text = params.stop_strings.cut(text)
         return replace(rollout, turns=(Turn("policy", text, len(sampled)),))
 
-    def _by_one_process(self, ask: Callable[[list[Item]], list[Found]], items: list[Item]) -> list[Found]:
+    def by_one_process(self, ask: Callable[[list[Item]], list[Found]], items: list[Item]) -> list[Found]:
         """What one process of each model replica finds; the others would only repeat it."""
         group = self.groups.model
         box: list[list[Found] | None] = [ask(items) if group.rank() == 0 else None]

@@ -8,6 +8,7 @@ gathered (`parallel.exchange`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from gspo_moe.config.schema import Config
@@ -30,6 +31,48 @@ class RolloutSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Running:
+    """What there is of answers under way. oldest: the first policy version of its tokens; None while there is none."""
+
+    oldest: int | None
+    tokens: int
+
+
+class AheadSource(RolloutSource, Protocol):
+    """One that goes on with what it was asked while nobody waits for it."""
+
+    def running(self) -> dict[str, Running]:
+        """Of every rank's prompts under way, by uid. Collective."""
+        ...
+
+    def give_up(self, uids: Sequence[str]) -> None:
+        """Wants no answers to these prompts, as far as this rank has any that are not taken."""
+        ...
+
+    def idle_seconds(self) -> float:
+        """How long, since the last call, this rank had nothing under way."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything up."""
+        ...
+
+
+def training_params(config: Config, stop_ids: frozenset[int], step: int) -> SamplingParams:
+    """How training samples after so many steps."""
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_response_tokens=rollout.max_response_tokens,
+        stop_ids=stop_ids,
+        seed=f"{config.seed}/{step}",
+        report_routes=config.routing.reports_engine_routes,
+    )
+
+
 class EngineSource:
     """Answers of the policy as it is when they are taken."""
 
@@ -46,22 +89,11 @@ class EngineSource:
 
     def _answers(self, prompts: list[Prompt], step: int) -> list[RolloutGroup]:
         with self._timers("rollout"):
-            samples, params = self._config.rollout.samples_per_prompt, self._sampling(step)
+            samples = self._config.rollout.samples_per_prompt
+            params = training_params(self._config, self._stop_ids, step)
             share = self._answerer.generate(prompts, samples, params, ahead=True)
         with self._timers("reward"):
             return self._answerer.reward(share)
-
-    def _sampling(self, step: int) -> SamplingParams:
-        rollout = self._config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_response_tokens=rollout.max_response_tokens,
-            stop_ids=self._stop_ids,
-            seed=f"{self._config.seed}/{step}",
-            report_routes=self._config.routing.reports_engine_routes,
-        )
 
 
 class BankSource:

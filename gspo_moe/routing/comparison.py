@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gspo_moe.algorithms.lag import LagStatistics, sums_by_lag
 from gspo_moe.routing.load import expert_load
 from gspo_moe.routing.recorder import Recording
 from gspo_moe.routing.shards import StageLayers
@@ -34,6 +35,22 @@ def compare(pack: Microbatch, old: Recording, new: Recording, layers: StageLayer
     set_change = set_change_NL(old_TLK, new_TLK, sequence_T, pack.num_sequences, architecture.num_experts)
     overlap, *scores = layers.spread(torch.stack(tokens_TL, dim=-1)).unbind(dim=-1)
     return PairSums.of_pack(overlap, layers.spread(set_change), sequence_T, architecture.num_experts_per_tok, *scores)
+
+
+def compare_by_lag(
+    pack: Microbatch, old: Recording, new: Recording, lag_T: torch.Tensor, lags: int, layers: StageLayers
+) -> LagStatistics:
+    """`slot_change` and `flip_rate` of one pack's response tokens by the lag of the token that each one led to.
+
+    lag_T: int64, -1 where that is none of the policy's.
+    """
+    mask_T, topk = pack.route_mask_T & (lag_T >= 0), layers.architecture.num_experts_per_tok
+    overlap_TA = layers.spread(overlap_TL(old.routes_TLK[mask_T], new.routes_TLK[mask_T]))
+    values = {
+        "slot_change": (1.0 - overlap_TA.double() / topk).mean(dim=1),
+        "flip_rate": (overlap_TA < topk).double().mean(dim=1),
+    }
+    return LagStatistics(sums_by_lag(values, lag_T[mask_T], lags), {})
 
 
 def router_shift(old: Recording, new: Recording, layers: StageLayers) -> torch.Tensor:

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -82,7 +83,8 @@ class TaskPool:
         self._reward, self._batched = config.reward, batched
         self._task = (make, pickle.dumps(config), seed)
         self._pool: ProcessPool | None = None
-        self._begun: Begun | None = None
+        self._begun: dict[tuple[str, ...], Begun] = {}  # by the uids of their prompts
+        self._lock = threading.RLock()  # servers' answers end on another thread than the one that wants rewards
 
     def __enter__(self) -> TaskPool:
         return self
@@ -103,35 +105,47 @@ class TaskPool:
 
     def close(self) -> None:
         """Ends the workers, busy or not; a later batch starts new ones."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-        if self._begun is not None:
-            self._begun.started.clear()
+        with self._lock:
+            if self._pool is not None:
+                self._pool.stop()
+                self._pool.join()
+                self._pool = None
+            for begun in self._begun.values():
+                begun.started.clear()
 
     def failed(self, error: str, timed_out: bool) -> Reward:
         """The reward of a conversation that got none of its own."""
         return Reward(self._reward.failure_reward, error=error, timed_out=timed_out)
 
     def begin(self, prompts: Sequence[Prompt]) -> Over:
-        """Expects a conversation with each of these prompts, of all of which, in order, the next `rewards` is.
+        """Expects a conversation with each of these prompts, and `rewards` of all of them, in order, or `forget`.
 
-        Those that the result is told of may get theirs at once, in groups that are the same as without it.
+        Those that the result is told of, on any thread, may get theirs at once, in groups that are the same as without
+        it.
         """
 
         def start(items: list[Item]) -> Started:
             return self._schedule(self._running_pool(), give_reward, items)
 
-        self._begun = Begun(prompts, self._grouped(prompts), start)
-        return self._begun.add
+        begun = self._begun[_uids(prompts)] = Begun(prompts, self._grouped(prompts), start)
+
+        def over(index: int, turns: Conversation) -> None:
+            with self._lock:
+                begun.add(index, turns)
+
+        return over
+
+    def forget(self, prompts: Sequence[Prompt]) -> None:
+        """What was begun of these prompts is wanted no more."""
+        with self._lock:
+            self._begun.pop(_uids(prompts), None)
 
     def rewards(self, items: Sequence[Item]) -> list[Reward]:
         """The rubric's reward of each conversation; `failure_reward` where it gave none."""
-        begun = self._begun
-        assert begun is None or begun.prompts == [prompt for prompt, _ in items], "another batch was begun"
+        prompts = [prompt for prompt, _ in items]
+        begun = self._begun.get(_uids(prompts))
         outcomes = self._outcomes(give_reward, items, {} if begun is None else begun.started)
-        self._begun = None
+        self.forget(prompts)
         return [
             self.failed(self._error(item, found, "reward"), isinstance(found, TimeoutError))
             if not isinstance(found, Reward)
@@ -210,16 +224,21 @@ class TaskPool:
             return BrokenProcessPool(str(error))
 
     def _running_pool(self) -> ProcessPool:
-        if self._pool is not None and not self._pool.active:  # a worker that is killed while idle breaks the pool
-            self.close()
-        if self._pool is None:
-            self._pool = ProcessPool(
-                max_workers=self._reward.workers,
-                initializer=_start_worker,
-                initargs=(os.getpid(), *self._task),
-                context=multiprocessing.get_context("spawn"),
-            )
-        return self._pool
+        with self._lock:
+            if self._pool is not None and not self._pool.active:  # a worker that is killed while idle breaks the pool
+                self.close()
+            if self._pool is None:
+                self._pool = ProcessPool(
+                    max_workers=self._reward.workers,
+                    initializer=_start_worker,
+                    initargs=(os.getpid(), *self._task),
+                    context=multiprocessing.get_context("spawn"),
+                )
+            return self._pool
+
+
+def _uids(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    return tuple(prompt.uid for prompt in prompts)
 
 
 def _start_worker(trainer: int, make: MakeTask, config: bytes, seed: int) -> None:

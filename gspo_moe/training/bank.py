@@ -13,7 +13,6 @@ from gspo_moe.observability.progress import Progress
 from gspo_moe.parallel.exchange import exchange_rows
 from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
-from gspo_moe.training.collect import draw
 from gspo_moe.training.session import Plan, Session, open_session
 from gspo_moe.types import RolloutGroup
 
@@ -33,11 +32,13 @@ def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
     config, session = plan.config, open_session(plan)
     session.publish(0)
     source, kept = PromptSource(plan.task.prompts, "train"), list[RolloutGroup]()
+    queue = session.queue(source)
     with Progress(config.schedule.steps, enabled=session.groups.is_main and config.logging.progress) as progress:
         for step in range(config.schedule.steps):
-            prompts = source.take(config.rollout.prompts_per_step)
-            kept += _with_routes_on_main(session, draw(session, prompts, step))
-            source.done(prompts)
+            groups = queue.draw(step, version=0)
+            session.reward_errors.check(groups, f"step {step + 1}")
+            source.done(group.prompt for group in groups)
+            kept += _with_routes_on_main(session, groups)
             progress.update(step + 1, {})
     session.close()
     if session.groups.is_main:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from gspo_moe.algorithms import degenerate_groups, group_advantages
 from gspo_moe.algorithms.overlong import overlong_penalty
 from gspo_moe.errors import RewardError
-from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.answers import all_rollouts
+from gspo_moe.rollout.queue import lags
 from gspo_moe.tasks.rewards import part_means
 from gspo_moe.training.batch import Batch
-from gspo_moe.training.session import Session, Trainer
-from gspo_moe.types import Prompt, Rollout, RolloutGroup, TrainingSample
+from gspo_moe.training.session import Trainer
+from gspo_moe.types import Rollout, RolloutGroup, TrainingSample
 
 
 def collect(trainer: Trainer) -> Batch:
@@ -26,11 +26,10 @@ def collect(trainer: Trainer) -> Batch:
     Raises RewardError where no group's rewards differ at all, and where too many rewards failed.
     """
     config = trainer.session.config
-    count, prompts, came = config.rollout.prompts_per_step, list[Prompt](), list[RolloutGroup]()
+    count, came = config.rollout.prompts_per_step, list[RolloutGroup]()
     for _ in range(config.algorithm.sampling_rounds if config.algorithm.samples_dynamically else 1):
-        new = trainer.prompts.take(count)
-        prompts += new
-        came += draw(trainer.session, new, trainer.progress.step)
+        came += trainer.queue.draw(trainer.progress.step, trainer.progress.policy_version)
+        trainer.session.reward_errors.check(came[-count:], f"step {trainer.progress.step + 1}")
         if sum(map(_differs, came)) >= count:
             break
     kept = chosen(came, count)
@@ -44,31 +43,9 @@ def collect(trainer: Trainer) -> Batch:
     return Batch(
         groups=tuple(kept),
         samples=tuple(samples),
-        prompts=tuple(prompts),
-        metrics=_metrics(came, kept) | penalty,
+        prompts=tuple(group.prompt for group in came),
+        metrics=_metrics(came, kept) | penalty | _lag_metrics(trainer, kept) | trainer.queue.figures(),
     )
-
-
-def draw(session: Session, prompts: Sequence[Prompt], step: int) -> list[RolloutGroup]:
-    """The source's groups of these prompts, in their order, whenever they come. step: a seed. Collective.
-
-    Those that this rank sampled have their routes.
-    Raises RewardError as `RewardErrors.check`.
-    """
-    session.source.ask(prompts, step)
-    group, came = session.groups.data_context, dict[str, RolloutGroup]()
-    while any(prompt.uid not in came for prompt in prompts):
-        share = session.source.take()
-        shares = gather_objects([_without_routes(each) for each in share], group)
-        shares[group.rank()] = share
-        came |= {each.prompt.uid: each for of_rank in shares for each in of_rank}
-    found = [came[prompt.uid] for prompt in prompts]
-    session.reward_errors.check(found, f"step {step + 1}")
-    return found
-
-
-def _without_routes(group: RolloutGroup) -> RolloutGroup:
-    return replace(group, rollouts=tuple(replace(one, routes=None) for one in group.rollouts))
 
 
 def _differs(group: RolloutGroup) -> bool:
@@ -106,10 +83,11 @@ def _samples(trainer: Trainer, groups: Sequence[RolloutGroup]) -> tuple[list[Tra
         scale = config.algorithm.spec.advantages == "group"
         advantages = group_advantages(rewards, size, scale=scale)
     shaped = zip(rollouts, rewards.tolist(), advantages.tolist(), strict=True)
-    return [_sample(rollout, reward, advantage) for rollout, reward, advantage in shaped], figures
+    keeps = bool(config.rollout.max_staleness)
+    return [_sample(rollout, reward, advantage, keeps) for rollout, reward, advantage in shaped], figures
 
 
-def _sample(rollout: Rollout, reward: float, advantage: float) -> TrainingSample:
+def _sample(rollout: Rollout, reward: float, advantage: float, keeps_versions: bool) -> TrainingSample:
     return TrainingSample(
         token_ids=rollout.token_ids,
         response_mask=rollout.policy_mask,
@@ -117,11 +95,30 @@ def _sample(rollout: Rollout, reward: float, advantage: float) -> TrainingSample
         rollout_log_probs=rollout.log_probs,
         routes=rollout.routes,
         reward=reward,
+        versions=rollout.versions if keeps_versions else (),
     )
 
 
 def _rewards(groups: Sequence[RolloutGroup]) -> torch.Tensor:
     return torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
+
+
+def _lag_metrics(trainer: Trainer, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """How old the tokens are that the step learns from; empty where they are of the step's own policy."""
+    config = trainer.session.config
+    limit, found = config.rollout.max_staleness, Counter[int]()
+    if not limit:
+        return {}
+    for lag, tokens in lags(groups, trainer.progress.policy_version, config.algorithm.mini_batches):
+        found[lag] += tokens
+    assert max(found) <= limit, f"tokens of lags {sorted(found)} beyond rollout.max_staleness={limit}"
+    share = {lag: found[lag] / found.total() for lag in range(limit + 1)}
+    return {
+        "lag/mean": sum(lag * part for lag, part in share.items()),
+        "lag/max": max(found),
+        "lag/tokens": 1.0 - share[0],
+        **{f"lag/tokens/lag_{lag}": part for lag, part in share.items()},
+    }
 
 
 def _lengths(rollouts: Sequence[Rollout]) -> torch.Tensor:

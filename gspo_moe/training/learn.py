@@ -9,11 +9,13 @@ from functools import reduce
 from typing import TypeVar
 
 from gspo_moe.algorithms import Statistics, mismatch
+from gspo_moe.algorithms.lag import mismatch_by_lag
 from gspo_moe.data.probe import probe_set
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.figures import Figures
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.batch import Batch, share_packs
+from gspo_moe.training.lag import Lags
 from gspo_moe.training.old_policy import first_scored, with_old_policy, with_own_forward
 from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
 from gspo_moe.training.routing import Probe, routing_figures
@@ -37,8 +39,8 @@ def learn(trainer: Trainer, batch: Batch) -> Figures:
     figures.metrics |= _policy_metrics(results)
     if trainer.recorder is not None:
         equal_weights = batch.versions == {trainer.progress.policy_version}
-        trained = [result.packs for result in results]
-        figures.add(routing_figures(trainer.session.model, trainer.recorder.layers, trained, equal_weights))
+        trained, model = [result.packs for result in results], trainer.session.model
+        figures.add(routing_figures(model, trainer.recorder.layers, trained, equal_weights, Lags.of_step(trainer)))
     figures.metrics |= _mismatch_metrics(trainer, results)
     return figures
 
@@ -104,8 +106,10 @@ def _policy_metrics(results: Sequence[MinibatchResult]) -> dict[str, float]:
 
 
 def _mismatch_metrics(trainer: Trainer, results: Sequence[MinibatchResult]) -> dict[str, float]:
-    """Rollout engine against trainer at equal weights, SPEC section 3, and the weights that training puts against it.
+    """Rollout engine against trainer, SPEC section 3, and the weights that training puts against it.
 
+    The trainer's weights are those that the step began with. So were the engine's, unless answers were sampled ahead:
+    then the figures are by lag too, of which lag 0 alone is at equal weights.
     Without the trainer's old log-probs only the first mini-batch's own forward has seen the rollout's weights.
     """
     algorithm = trainer.session.config.algorithm
@@ -114,7 +118,13 @@ def _mismatch_metrics(trainer: Trainer, results: Sequence[MinibatchResult]) -> d
         pairs = [(one.pack, one.log_probs_T) for one in results[0].packs]
     here = [(one, log_probs_T) for one, log_probs_T in pairs if log_probs_T is not None]
     found = [mismatch(log_probs_T, one.pack.rollout_log_probs_T, one.segments) for one, log_probs_T in here]
-    metrics = _over_ranks(trainer, found)
+    metrics, lags = _over_ranks(trainer, found), Lags.of_step(trainer)
+    if lags is not None:
+        by_lag = [
+            mismatch_by_lag(log_probs_T, one.pack.rollout_log_probs_T, lags.of(one.pack), lags.count)
+            for one, log_probs_T in here
+        ]
+        metrics |= _over_ranks(trainer, by_lag)
     if algorithm.mismatch.correction != "none":
         corrections = [correction_of(one, log_probs_T, algorithm.mismatch)[1] for one, log_probs_T in here]
         metrics |= _over_ranks(trainer, corrections)

@@ -16,6 +16,7 @@ from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.platform import device, peak_rss_gib
+from gspo_moe.training.first_step import tell_first_step
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save, save_whole_step
@@ -69,10 +70,14 @@ def _steps(trainer: Trainer, log: RunLog) -> None:
         _show_header(trainer)
     if trainer.progress.step == 0 or trainer.progress.evaluation_due:
         _evaluate(trainer, log)
-    with Progress(steps, done=trainer.progress.step, enabled=shown) as progress:
+    begun = trainer.progress.step
+    with Progress(steps, done=begun, enabled=shown) as progress:
         while trainer.progress.step < steps:
             session.stop.check()
-            progress.update(trainer.progress.step + 1, _step(trainer, log))
+            metrics = _step(trainer, log)
+            progress.update(trainer.progress.step, metrics)
+            if trainer.progress.step == begun + 1:
+                tell_first_step(session, metrics)
             _check_updates(trainer)
             if trainer.progress.step == steps or _due(trainer.progress.step, config.evaluation.interval, steps):
                 _evaluate(trainer, log)
@@ -108,8 +113,10 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
     timings = session.timers.take()
     metrics |= timings
     metrics["throughput/tokens_per_second"] = metrics["throughput/tokens"] / timings["timing/step_seconds"]
-    if "timing/rollout_seconds" in timings:  # not where rollouts come from a bank
-        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / timings["timing/rollout_seconds"]
+    # None where rollouts come from a bank; those that are sampled while training runs have the whole step.
+    sampling = timings.get("timing/rollout_seconds", timings["timing/step_seconds"] if "lag/mean" in metrics else None)
+    if sampling is not None:
+        metrics["rollout/tokens_per_second"] = metrics["rollout/tokens"] / sampling
     metrics["memory/peak_rss_gib"] = peak_rss_gib()
     if device().kind == "cuda":
         metrics["memory/peak_device_gib"] = device().peak_memory_gib()

@@ -12,6 +12,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import load_tokenizer
+from gspo_moe.errors import ConfigError
 from gspo_moe.evaluation.evaluate import check_held_out
 from gspo_moe.model.hf import check_export
 from gspo_moe.parallel.groups import world_size_from_environment
@@ -45,6 +46,11 @@ def preflight(config: Config, world_size: int | None = None, *, trains: bool = T
         answers = [task.demonstration(prompt) for prompt in prompts] if config.stage == "sft" else []
         return [prompt.shown for prompt in prompts] + [_text_of(answer) for answer in answers]
 
+    if config.rollout.max_staleness and not task.single_turn and trains:
+        raise ConfigError(
+            f"rollout.max_staleness={config.rollout.max_staleness} goes on with answers while training runs, and the "
+            f"conversations of task.name={config.task.name} have several turns; set rollout.max_staleness=0"
+        )
     check_held_out(config, task)
     for split in splits:
         if split == "eval" or (split == "train" and config.rollout.bank is None):

@@ -19,6 +19,7 @@ from gspo_moe.routing.figures import Figures, pair_figures, with_interval
 from gspo_moe.routing.recorder import Recording, RouteRecorder, routers_of
 from gspo_moe.routing.shards import StageLayers
 from gspo_moe.scoring.score import score
+from gspo_moe.training.lag import Lags, routes_by_lag
 from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of
 from gspo_moe.types import Microbatch
 
@@ -47,11 +48,15 @@ def _merged(sums: Iterable[PairSums]) -> PairSums:
 
 
 def routing_figures(
-    model: Model, layers: StageLayers, trained: Sequence[Sequence[Trained]], equal_weights: bool
+    model: Model,
+    layers: StageLayers,
+    trained: Sequence[Sequence[Trained]],
+    equal_weights: bool,
+    lags: Lags | None = None,
 ) -> Figures:
     """The pairs that cost no forward pass, and the load of the training forwards, of each mini-batch. Collective.
 
-    equal_weights: the rollouts were sampled from the weights that the step began with.
+    equal_weights: the rollouts were sampled from the weights that the step began with. lags: else how old they may be.
     """
     figures = load_figures([one.recording for each in trained for one in each if one.recording is not None], layers)
     packs = [one.pack for each in trained for one in each]
@@ -59,6 +64,19 @@ def routing_figures(
         figures.add(staleness(trained, layers))
         if packs[0].pack.routes_TAK is not None:
             figures.add(engine_figures(model, packs, equal_weights, layers))
+        if lags is not None:
+            figures.add(_by_lag(model, [one for each in trained for one in each], lags, layers))
+    return figures
+
+
+def _by_lag(model: Model, trained: Sequence[Trained], lags: Lags, layers: StageLayers) -> Figures:
+    """The pairs by how old a token is: trainer against rollout engine is what that many steps moved."""
+    packs = [one.pack for one in trained]
+    whole, old = microbatches(packs), recordings_of(packs)
+    figures = routes_by_lag("staleness", whole, zip(old, recordings_of(trained), strict=True), lags, layers)
+    if whole[0].routes_TAK is not None:
+        reported = [Recording(routes) for routes in engine_routes(model, whole)]
+        figures.add(routes_by_lag("engine", whole, zip(reported, old, strict=True), lags, layers))
     return figures
 
 

@@ -30,9 +30,11 @@ from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.embedded.numerics import rounded_copy
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
+from gspo_moe.rollout.queue import GroupQueue, Pace
+from gspo_moe.rollout.servers.ahead import ServerSource
 from gspo_moe.rollout.servers.engine import ServerEngine
 from gspo_moe.rollout.servers.opening import Opened, open_servers
-from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
+from gspo_moe.rollout.source import AheadSource, BankSource, EngineSource, RolloutSource
 from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
@@ -90,10 +92,24 @@ class Session:
     def source(self) -> RolloutSource:
         """Of training's rollouts: `rollout.bank`, or the policy's engine."""
         config = self.config
+        if self.ahead is not None:
+            return self.ahead
         if config.rollout.bank is not None:
             bank = read_bank(config.rollout.bank)
             return BankSource(bank, lambda prompts: share_of(prompts, self.groups.data_context))
         return EngineSource(self.answerer, config, self.stop_ids, self.timers)
+
+    @cached_property
+    def ahead(self) -> AheadSource | None:
+        """The source, where it goes on while training runs."""
+        if not self.config.rollout.max_staleness:
+            return None
+        assert self.servers is not None
+        return ServerSource(self.servers.fleet, self.answerer, self.config, self.stop_ids, self.timers, self.stop)
+
+    def queue(self, prompts: PromptSource) -> GroupQueue:
+        """Of answers to these prompts."""
+        return GroupQueue(prompts, self.source, Pace.of(self.config), self.groups.data_context, self.ahead)
 
     @cached_property
     def reward_errors(self) -> RewardErrors:
@@ -124,6 +140,9 @@ class Session:
         return engine.metrics() if isinstance(engine, ServerEngine) else {}
 
     def close(self) -> None:
+        ahead: AheadSource | None = vars(self).get("ahead")  # if it was ever asked for
+        if ahead is not None:
+            ahead.close()
         self.answerer.pool.close()
         if self.servers is not None and self.servers.fleet is not None:
             self.servers.fleet.close()
@@ -192,6 +211,11 @@ class Trainer:
         """Those of training, from where `progress` stands when they are first asked for."""
         split = "train" if self.session.config.stage == "rl" else "sft"
         return PromptSource(self.session.plan.task.prompts, split, self.progress.prompts)
+
+    @cached_property
+    def queue(self) -> GroupQueue:
+        """Of the groups to come."""
+        return self.session.queue(self.prompts)
 
     def finish_step(self, prompts: Iterable[Prompt], updates: int) -> Mapping[str, float]:
         """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective.

@@ -69,6 +69,14 @@ def test_the_last_sampled_token_is_a_target_and_never_an_input() -> None:
     assert batch.rollout_log_probs_T.tolist() == [0.0, -0.5, -0.25]
 
 
+def test_a_version_stands_where_the_target_is_that_it_sampled() -> None:
+    several = TrainingSample((5, 6, 7, 8, 9, 5), (0, 1, 1, 0, 1, 1), versions=((4, 1), (8, 2), (12, 1)))
+    batch = pack([several, replace(several, versions=((0, 4),))], [0, 1])
+    assert batch.versions_T is not None
+    assert batch.versions_T.tolist() == [4, 8, -1, 8, 12, 0, 0, -1, 0, 0]
+    assert pack([replace(several, versions=())], [0]).versions_T is None
+
+
 GOOD = TrainingSample((1, 2, 3), (0, 1, 1))
 
 

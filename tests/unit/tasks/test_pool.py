@@ -251,6 +251,19 @@ def test_rewards_that_were_begun_are_given_again_after_the_workers_end(pool: Tas
     assert totals(pool.rewards(items)) == [float(number) for number in range(16)]
 
 
+def test_several_batches_are_begun_at_a_time_and_some_of_them_forgotten(pool: TaskPool) -> None:
+    items = answers(*map(str, range(12)))
+    batches = [items[:4], items[4:8], items[8:]]
+    overs = [pool.begin([prompt for prompt, _ in batch]) for batch in batches]
+    for number in range(4):
+        for over, batch in zip(overs, batches, strict=True):
+            over(number, batch[number][1])
+    pool.forget([prompt for prompt, _ in batches[1]])
+    assert totals(pool.rewards(batches[2])) == [8.0, 9.0, 10.0, 11.0]
+    assert totals(pool.rewards(batches[0])) == [0.0, 1.0, 2.0, 3.0]
+    assert totals(pool.rewards(batches[1])) == [4.0, 5.0, 6.0, 7.0], "given again"
+
+
 def test_a_crash_says_how_the_worker_ended(pool: TaskPool) -> None:
     assert "ProcessExpired" in str(pool.rewards(answers("crash"))[0].error)
 

@@ -13,6 +13,7 @@ import pytest
 from gspo_moe.config import load_config
 from gspo_moe.data.prompts import PromptPosition, PromptSource
 from gspo_moe.errors import RewardError
+from gspo_moe.rollout.queue import GroupQueue, Pace
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.checkpoint import Progress
 from gspo_moe.training.collect import collect
@@ -69,7 +70,7 @@ class Endless:
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gspo_moe.training.collect.gather_objects", lambda value, group: [value])
+    monkeypatch.setattr("gspo_moe.rollout.queue.gather_objects", lambda value, group: [value])
 
 
 def collected(
@@ -78,16 +79,15 @@ def collected(
     told.clear()
     sizes = ("rollout.prompts_per_step=2", "algorithm.mini_batches=1", f"rollout.max_response_tokens={LIMIT}")
     config = load_config(None, [*sizes, f"rollout.samples_per_prompt={len(lengths)}", *overrides])
-    alone = SimpleNamespace(data_context=SimpleNamespace(rank=lambda: 0))
+    alone: Any = SimpleNamespace(rank=lambda: 0)
     session = SimpleNamespace(
         config=config,
-        source=Table(rewards, lengths),
-        groups=alone,
         reward_errors=SimpleNamespace(check=lambda groups, when: None),
         no_learning=SimpleNamespace(step=lambda *counts: told.append(counts)),
     )
     prompts = PromptSource(Endless(), "train", PromptPosition(position))
-    trainer: Any = SimpleNamespace(session=session, prompts=prompts, progress=Progress(step=3))
+    queue = GroupQueue(prompts, Table(rewards, lengths), Pace.of(config), alone)
+    trainer: Any = SimpleNamespace(session=session, queue=queue, progress=Progress(step=3))
     found = collect(trainer)
     assert prompts.position.pending == tuple(range(position, prompts.position.next)), "used up before they are learnt"
     assert [int(prompt.uid) for prompt in found.prompts] == list(prompts.position.pending)

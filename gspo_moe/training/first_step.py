@@ -1,0 +1,40 @@
+"""Do rollout engine and trainer agree as well as their numerics let them? The first step of every start tells."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from gspo_moe.training.session import Session
+
+# Of mismatch/k3 at equal weights, where neither side is coarser; measured in docs/asynchrony.md.
+ALLOWED = {"fp32": 1e-6, "bf16": 1e-2}
+_log = logging.getLogger(__name__)
+
+
+def tell_first_step(session: Session, metrics: Mapping[str, float]) -> None:
+    """Says on the main process what the step's `mismatch/k3` is worth; of the trainer's own engine, if it is too much.
+
+    metrics: of the first step since this process started, whose answers are all of the weights it began with.
+    """
+    if session.config.stage != "rl" or session.config.rollout.bank is not None or not session.groups.is_main:
+        return
+    engine = session.config.model.dtype if session.servers is None else session.servers.dtype
+    said, is_fine = verdict(metrics["mismatch/k3"], session.config.rollout.engine, engine, session.config.model.dtype)
+    if not is_fine:
+        _log.warning("%s", said)
+    elif session.servers is not None and session.config.logging.progress:
+        print(said, file=sys.stderr, flush=True)
+
+
+def verdict(k3: float, name: str, engine: str, trainer: str) -> tuple[str, bool]:
+    """In words, and whether it is what these numerics allow. engine, trainer: "fp32", or what is coarser."""
+    allowed = ALLOWED["fp32" if (engine, trainer) == ("fp32", "fp32") else "bf16"]
+    said = f"first step: mismatch/k3 {k3:.2g} nats a token, {name} ({engine}) against the trainer ({trainer})"
+    if k3 <= allowed:
+        return f"{said}: as these numerics allow (up to {allowed:g})", True
+    return (
+        f"{said}: more than these numerics allow ({allowed:g}). Other weights, another temperature or another "
+        "architecture in the engine look like this; nothing that is learnt from it is to be trusted"
+    ), False
