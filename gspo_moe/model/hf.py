@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
 from gspo_moe.files import replace_folder, stage_folder
 from gspo_moe.model.build import Model
-from gspo_moe.model.names import Entry, hf_shapes
-from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE, local_tensors
+from gspo_moe.model.placement import Placement, Reader, itself
+from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE
 
 MAIN = 0
 EXPORTED_BY = "gspo_moe_version"
@@ -26,10 +26,6 @@ FILE_BYTES = 5_000_000_000
 METADATA = {"format": "pt"}  # without which transformers refuses a file
 
 TensorStream = Iterator[tuple[str, torch.Tensor]]
-
-
-def itself(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter
 
 
 @torch.no_grad()
@@ -77,50 +73,15 @@ def _refusal(folder: Path) -> str | None:
     return f"{folder} exists and was not exported by gspo_moe, so it is not replaced; name another folder"
 
 
-def whole_tensors(model: Model, read: Callable[[torch.nn.Parameter], torch.Tensor] = itself) -> TensorStream:
+def whole_tensors(model: Model, read: Reader = itself) -> TensorStream:
     """Every HF tensor on the first rank's CPU, in the order of the layers; nothing on the others, which send.
 
     read: what of a parameter is meant, of its shape: itself, or its gradient.
     """
-    mine = {
-        (local.entry.hf_names, local.entry.index): (local.entry, local.of(read(local.parameter)))
-        for local in local_tensors(model)
-    }
-    plans: list[list[tuple[Entry, torch.dtype]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(plans, [(entry, parameter.dtype) for entry, parameter in mine.values()])
-    holders: dict[tuple[tuple[str, ...], int], int] = {}
-    entries: dict[tuple[str, ...], tuple[Entry, torch.dtype]] = {}
-    for rank, plan in enumerate(plans):
-        for entry, dtype in plan:
-            holders.setdefault((entry.hf_names, entry.index), rank)
-            entries.setdefault(entry.hf_names, (entry, dtype))
-    order = {name: number for number, name in enumerate(hf_shapes(model.architecture))}
-    assert {name for names in entries for name in names} == order.keys(), "some HF tensor has no parameter"
-    for names, (entry, dtype) in sorted(entries.items(), key=lambda item: order[item[0][0]]):
-        shards = []
-        for index in range(entry.count):
-            holder = holders[names, index]
-            parameter = mine[names, index][1] if holder == dist.get_rank() else None
-            shard = _fetch(entry, dtype, parameter, holder, model)
-            if shard is not None:
-                shards.append(shard)
-        if shards:
-            yield from zip(names, entry.merge(shards), strict=True)
-
-
-def _fetch(
-    entry: Entry, dtype: torch.dtype, parameter: torch.Tensor | None, holder: int, model: Model
-) -> torch.Tensor | None:
-    """One parameter, from rank `holder` to the first rank's CPU; None elsewhere. Given on `holder` only."""
-    if dist.get_rank() != MAIN:
-        if parameter is not None:
-            dist.send(parameter, dst=MAIN)
-        return None
-    if parameter is None:
-        device = next(model.chunks[0].parameters()).device
-        parameter = torch.empty(entry.shape, dtype=dtype, device=device)
-        dist.recv(parameter, src=holder)
-    return parameter.detach().cpu()
+    placement = Placement(model, read)
+    for joined in placement.joined:
+        for name, tensor in placement.fetch(joined, MAIN):
+            yield name, tensor.cpu()
 
 
 def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max_shard_bytes: int) -> None:

@@ -6,6 +6,7 @@ the trainer has published to it before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -85,8 +86,11 @@ class Dialect(Protocol):
 
     def resume(self) -> Post: ...
 
-    def load_folder(self, folder: str, version: int) -> Post:
-        """Has the server take the weights of an HF folder that it sees too, and forget cached prefixes."""
+    def load_folder(self, folder: str, version: int) -> tuple[Post, ...]:
+        """Has a paused server take the weights of an HF folder that it sees too: requests to make in this order.
+
+        Cached prefixes are forgotten by then.
+        """
         ...
 
 
@@ -102,6 +106,10 @@ class Servers(Protocol):
 
     def everywhere(self, post: Post) -> list[Any]:
         """The same request to every server: their answers. Raises RolloutError where one fails."""
+        ...
+
+    def each(self, posts: Sequence[Post]) -> list[Any]:
+        """One request for each server, all at once, in the order of `everywhere`'s answers, and as that otherwise."""
         ...
 
     def close(self) -> None: ...
