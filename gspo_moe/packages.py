@@ -39,6 +39,7 @@ PACKAGES = (
     Package("safetensors", "safetensors"),
     Package("tensorboard", "tensorboard"),
     Package("matplotlib", "matplotlib"),
+    Package("aiohttp", "aiohttp", "rollout.engine=vllm and sglang"),
     Package("sentencepiece", "sentencepiece", "tokenizers of kind sentencepiece"),
     Package("tokenizers", "tokenizers", "tokenizers of kind hf"),
     Package("reasoning-gym", "reasoning_gym", "task.name=reasoning_gym/..."),

@@ -34,6 +34,7 @@ WORK = (
     "model.log_prob_memory_mib",
     "rollout.max_batch",
     "rollout.cuda_graph",
+    "rollout.servers",
     "schedule.micro_batch_tokens",
     "task.reward.workers",
     "task.reward.timeout_seconds",

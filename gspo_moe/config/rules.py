@@ -54,6 +54,38 @@ def router_shift_is_recorded(config: Config) -> Iterator[str]:
         )
 
 
+def servers_are_named_for_their_engine(config: Config) -> Iterator[str]:
+    engine, urls = config.rollout.engine, config.rollout.servers.urls
+    if engine == "megatron" and urls:
+        yield (
+            f"rollout.servers.urls={', '.join(urls)} with rollout.engine=megatron, which asks no server; set "
+            "rollout.engine to vllm or sglang, or leave them out"
+        )
+    if engine != "megatron" and not urls:
+        yield (
+            f"rollout.engine={engine} has no server to ask; name them (rollout.servers.urls=[http://HOST:PORT]), or "
+            "start trainer and server together (launch/with_servers.sh)"
+        )
+
+
+def servers_wait_for_rl(config: Config) -> Iterator[str]:
+    if config.rollout.engine != "megatron":
+        yield (
+            f"rollout.engine={config.rollout.engine} with stage=sft, whose evaluations alone would ask it, of weights "
+            "brought there at every step; set rollout.engine=megatron"
+        )
+
+
+def servers_tell_our_log_probs(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.engine == "vllm" and rollout.temperature != 1.0 and rollout.truncates:
+        yield (
+            f"rollout.engine=vllm with temperature={rollout.temperature:g}, top_p={rollout.top_p:g} and "
+            f"top_k={rollout.top_k}: vLLM gives log-probs of temperature 1 or of what top_p and top_k have left, and "
+            "training needs those of the whole distribution; set temperature=1, or top_p=1 and top_k=0"
+        )
+
+
 def bank_has_each_prompt(config: Config) -> Iterator[str]:
     if config.algorithm.samples_dynamically and config.rollout.bank is not None:
         yield (
@@ -108,9 +140,11 @@ RULES = (
     staleness_has_old_routes,
     groups_can_be_compared,
     router_shift_is_recorded,
+    servers_are_named_for_their_engine,
+    servers_tell_our_log_probs,
     bank_has_each_prompt,
     answers_can_differ,
     overlong_buffer_fits,
     log_ratios_are_there_to_split,
 )
-SFT_RULES = (there_are_rollouts_to_measure, log_ratios_are_there_to_split)
+SFT_RULES = (servers_wait_for_rl, there_are_rollouts_to_measure, log_ratios_are_there_to_split)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gspo_moe.errors import Interrupted, RunError
+from gspo_moe.errors import GspoMoeError, Interrupted
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import device
 
@@ -27,7 +27,7 @@ ONE_SIGNAL_SECONDS = 5.0
 STDERR = 2
 
 
-def raise_everywhere(error: RunError | None) -> None:
+def raise_everywhere(error: GspoMoeError | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
     if not _largest(error is not None):
         return

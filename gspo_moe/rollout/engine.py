@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,8 +62,12 @@ class RolloutEngine(Protocol):
 class WeightSink(Protocol):
     """Takes the weights that the next rollouts are to come from."""
 
-    def publish(self, model: Any, version: int) -> None:
-        """model: a `model.build.Model`. version: optimizer steps that its weights have taken. Collective."""
+    def publish(self, model: Any, version: int) -> Mapping[str, float]:
+        """Metrics of it. model: a `model.build.Model`. version: optimizer steps that its weights have taken.
+
+        Collective.
+        """
+        ...
 
 
 def make_stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> frozenset[int]:

@@ -31,6 +31,7 @@ def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
     if fault is not None:
         raise ConfigError(fault)
     config, session = plan.config, open_session(plan)
+    session.publish(0)
     source, kept = PromptSource(plan.task.prompts, "train"), list[RolloutGroup]()
     with Progress(config.schedule.steps, enabled=session.groups.is_main and config.logging.progress) as progress:
         for step in range(config.schedule.steps):

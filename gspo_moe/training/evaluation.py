@@ -33,6 +33,7 @@ def evaluate_alone(config: Config, output: Path | None, *, overwrite: bool = Fal
         check_answers_file(output, overwrite=overwrite)
     session = open_session(preflight(config, trains=False))
     try:
+        session.publish(0)
         groups = session.evaluate("of the model as it is")
     finally:
         session.close()

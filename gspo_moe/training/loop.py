@@ -102,6 +102,7 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
         metrics = outcome.metrics
         log.samples(trainer.progress.step, outcome)
         log.layers(trainer.progress.step, outcome.layers)
+        metrics |= session.server_metrics()
     else:
         metrics = sft_step(trainer)
     timings = session.timers.take()
@@ -126,6 +127,7 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
     trainer.progress = replace(trainer.progress, evaluation_due=False)
     if options.keep_answers and session.groups.is_main:
         write_answers(session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl", groups)
+    session.server_metrics()  # what was asked for here is no step's
     log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
 
 

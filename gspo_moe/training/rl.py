@@ -26,6 +26,6 @@ def rl_step(trainer: Trainer) -> StepResult:
     with trainer.session.timers("step"):
         batch = collect(trainer)
         figures = learn(trainer, batch)
-    trainer.finish_step(batch.prompts, trainer.session.config.algorithm.mini_batches)
-    metrics = {**batch.metrics, **figures.metrics, "policy_version": trainer.progress.policy_version}
+        synced = trainer.finish_step(batch.prompts, trainer.session.config.algorithm.mini_batches)
+    metrics = {**batch.metrics, **figures.metrics, **synced, "policy_version": trainer.progress.policy_version}
     return StepResult(metrics, batch, figures.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,8 @@ from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
+from gspo_moe.rollout.servers.engine import ServerEngine
+from gspo_moe.rollout.servers.opening import Opened, open_servers
 from gspo_moe.rollout.source import BankSource, EngineSource, RolloutSource
 from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.routing.recorder import RouteRecorder
@@ -38,6 +40,7 @@ from gspo_moe.tasks.rewards import is_batched
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
+from gspo_moe.training.servers import make_sink
 from gspo_moe.types import Prompt, RolloutGroup
 
 
@@ -61,6 +64,7 @@ class Session:
     """A policy with all it needs to answer prompts; training adds an optimizer to it.
 
     sink: takes the weights that `source` is to sample with. stop: signals to end it.
+    servers: of `rollout.engine`, None where that is the trainer itself.
     """
 
     plan: Plan
@@ -71,6 +75,7 @@ class Session:
     stop_ids: frozenset[int]
     timers: Timers
     stop: StopSignals
+    servers: Opened | None = None
 
     @property
     def config(self) -> Config:
@@ -108,20 +113,39 @@ class Session:
         self.reward_errors.check(groups, f"evaluation {when}")
         return groups
 
+    def publish(self, version: int) -> Mapping[str, float]:
+        """Gives the model's weights to whoever samples; metrics of it. version: updates they have taken. Collective."""
+        return self.sink.publish(self.model, version)
+
+    def server_metrics(self) -> dict[str, float]:
+        """What rollout servers did since the last call; empty where there are none. Collective."""
+        engine = self.answerer.engine
+        return engine.metrics() if isinstance(engine, ServerEngine) else {}
+
     def close(self) -> None:
         self.answerer.pool.close()
+        if self.servers is not None and self.servers.fleet is not None:
+            self.servers.fleet.close()
 
 
 def open_session(plan: Plan) -> Session:
     """Joins the process group, builds the model and fills in its first weights. Collective."""
     config = plan.config
     groups = initialize(plan.layout, config.seed, config.parallel.timeout_minutes)
-    vocab = plan.tokenizer.vocab_size
+    vocab, servers = plan.tokenizer.vocab_size, None
+    if config.rollout.engine != "megatron":
+        servers = open_servers(config, plan.architecture, plan.tokenizer, groups)
     model = build_model(config, plan.architecture, groups, vocab=vocab, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
     stop, rollout = StopSignals(), config.rollout
-    engine = MegatronEngine(model, rollout.max_batch, config.schedule.micro_batch_tokens, stop, rollout.cuda_graph)
+    longest = config.schedule.micro_batch_tokens
+    engine: MegatronEngine | ServerEngine
+    if servers is None:
+        engine = MegatronEngine(model, rollout.max_batch, longest, stop, rollout.cuda_graph)
+    else:
+        sink = make_sink(config, servers, vocab)
+        engine = ServerEngine(servers.fleet, sink, groups, min(longest, servers.longest), stop)
     answerer = Answerer(
         engine,
         plan.renderer,
@@ -142,6 +166,7 @@ def open_session(plan: Plan) -> Session:
         stop_ids=make_stop_ids(plan.tokenizer, config.rollout.stop),
         timers=Timers(device().synchronize),
         stop=stop,
+        servers=servers,
     )
 
 
@@ -166,8 +191,11 @@ class Trainer:
         split = "train" if self.session.config.stage == "rl" else "sft"
         return PromptSource(self.session.plan.task.prompts, split, self.progress.prompts)
 
-    def finish_step(self, prompts: Iterable[Prompt], updates: int) -> None:
-        """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective."""
+    def finish_step(self, prompts: Iterable[Prompt], updates: int) -> Mapping[str, float]:
+        """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective.
+
+        Returns metrics of the latter.
+        """
         self.prompts.done(prompts)
         position, before = self.prompts.position, self.progress
         self.progress = replace(
@@ -177,7 +205,7 @@ class Trainer:
             prompts_pending=position.pending,
             policy_version=before.policy_version + updates,
         )
-        self.session.sink.publish(self.session.model, self.progress.policy_version)
+        return self.session.publish(self.progress.policy_version)
 
     @property
     def unfinished(self) -> bool:
@@ -204,7 +232,7 @@ def open_trainer(session: Session) -> Trainer:
     newest = newest_checkpoint(trainer.checkpoints)
     if newest is not None:
         trainer.progress = load_checkpoint(newest, session.model, optimizer)
-        session.sink.publish(session.model, trainer.progress.policy_version)
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
+    session.publish(trainer.progress.policy_version)
     return trainer

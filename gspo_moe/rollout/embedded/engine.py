@@ -72,10 +72,11 @@ class MegatronEngine:
         self._recorder: RouteRecorder | None = None
         self.version = 0
 
-    def publish(self, model: Model, version: int) -> None:
+    def publish(self, model: Model, version: int) -> dict[str, float]:
         """Takes note of the version: the weights are the model's own."""
         assert model is self._model
         self.version = version
+        return {}
 
     def room(self, params: SamplingParams) -> int:
         """The longest prompt whose sequence, answered, fits the model and a micro-batch."""

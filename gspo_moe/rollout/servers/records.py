@@ -6,7 +6,7 @@ the trainer has published to it before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -30,7 +30,7 @@ class Ask:
     """One answer that is wanted: tokens to go on from. params.seed with uid and sample_index fixes what is sampled.
 
     token_ids: the prompt, and in front of the continuation of a broken-off answer what was sampled of it before.
-    max_tokens: to be sampled now.
+    max_tokens: to be sampled now. sampled: how many of the last token_ids were sampled before, for stop strings.
     """
 
     uid: str
@@ -38,6 +38,7 @@ class Ask:
     token_ids: tuple[int, ...]
     max_tokens: int
     params: SamplingParams
+    sampled: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Answer:
     """What a server sampled behind an Ask's tokens.
 
     token_ids, log_probs: one each a sampled token, end tokens included; of the sampling temperature's untruncated
-    distribution (nats). abort: broken off by the server, so that its weights can change; what is there is good.
-    version: of the policy, when the first of these tokens was sampled and when the last one was: the same.
+    distribution (nats). What was sampled behind a stop string is cut off.
+    abort: broken off by the server, so that its weights can change; what is there is good.
+    version: of the policy, when the first of these tokens was sampled and when the last one was: the same; -1 where
+    there is no token.
     routes: integers [tokens asked + tokens sampled - 1, MoE layers, K], None where they were not asked for.
     """
 
@@ -59,16 +62,37 @@ class Answer:
 
 @dataclass(frozen=True)
 class Post:
-    """A request to a server: body None is a GET."""
+    """A request to a server: body None is a GET, an empty one a POST without a body.
+
+    version: of the policy whose weights a server has once it has done this; a server that was away is told all such
+    posts of the newest version again before it gets another Ask.
+    """
 
     path: str
     body: dict[str, Any] | None = None
+    version: int | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says of itself.
+
+    name: where its model comes from. keys: as HF's config.json has them, all that it tells. dtype: "fp32", or another's
+    name. positions: the longest sequence, None where it does not tell. faults: in its settings, with their fixes.
+    """
+
+    name: str
+    keys: Mapping[str, Any]
+    dtype: str
+    positions: int | None = None
+    faults: tuple[str, ...] = ()
 
 
 class Dialect(Protocol):
     """How a kind of server is spoken to: pure, no I/O."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def ask(self, ask: Ask) -> Post: ...
 
@@ -78,6 +102,21 @@ class Dialect(Protocol):
         """
         ...
 
+    def questions(self, temperature: float) -> tuple[Post, ...]:
+        """Whose answers tell whether a server fits the run, which samples at this temperature."""
+        ...
+
+    def served(self, bodies: Sequence[Any], temperature: float, truncates: bool) -> Served:
+        """Of the answers; truncates: the run samples by top-k or top-p.
+
+        Raises AttributeError, IndexError, KeyError, TypeError or ValueError where they are not as expected.
+        """
+        ...
+
+    def tokenize(self, text: str) -> Post:
+        """Answered with `tokens`, ids of the text alone, where the server has a tokenizer."""
+        ...
+
     def health(self) -> Post: ...
 
     def pause(self) -> Post:
@@ -85,6 +124,14 @@ class Dialect(Protocol):
         ...
 
     def resume(self) -> Post: ...
+
+    def weights(self) -> Post:
+        """Asks which version of the weights a server has."""
+        ...
+
+    def version(self, body: Any) -> int | None:
+        """Of `weights`' answer; None where the trainer has given it none."""
+        ...
 
     def load_folder(self, folder: str, version: int) -> tuple[Post, ...]:
         """Has a paused server take the weights of an HF folder that it sees too: requests to make in this order.
@@ -105,11 +152,19 @@ class Servers(Protocol):
         ...
 
     def everywhere(self, post: Post) -> list[Any]:
-        """The same request to every server: their answers. Raises RolloutError where one fails."""
+        """The same request to every server that is up: their answers.
+
+        One that is down now, or breaks off, is out and has no answer. Raises RolloutError where one refuses, and where
+        none is up.
+        """
         ...
 
     def each(self, posts: Sequence[Post]) -> list[Any]:
         """One request for each server, all at once, in the order of `everywhere`'s answers, and as that otherwise."""
+        ...
+
+    def expect(self, version: int) -> None:
+        """From now on a server with older weights gets no Ask, and no answer of older weights to a new Ask counts."""
         ...
 
     def close(self) -> None: ...

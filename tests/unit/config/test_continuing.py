@@ -41,7 +41,7 @@ IDENTITY = {
     "algorithm.kl": "coeff estimator",
     "chat": "system thinking variables special_tokens",
     "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens max_turns stop "
-    "max_prompt_tokens long_prompts",
+    "max_prompt_tokens long_prompts engine",
     "task": "name options environment.name environment.options",
     "task.data": "held_out columns system template shuffle on_bad_record",
     "task.reward": "name options sum failure_reward",
@@ -113,6 +113,7 @@ HARMLESS = (
     "routing={probe_interval: 2, attribution: true}",
     "model={preset: tiny, fused_log_probs: false, backend: local, log_prob_memory_mib: 7}",
     "rollout.max_batch=7",
+    "rollout.servers={timeout_seconds: 5, retries: 1}",
 )
 
 

@@ -1,0 +1,254 @@
+"""All rollout servers of a run as one process reaches them, by HTTP, in a thread of its own.
+
+Each Ask goes to the server with the fewest under way of those that are up. What fails is asked again, elsewhere where
+it can be, after a pause that doubles. A server that cannot be reached is out, and what it had goes to others, until it
+is healthy again and has the newest weights. Invariant: one coroutine has an Ask from its submission to its only answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gspo_moe.errors import RolloutError
+from gspo_moe.packages import require
+from gspo_moe.rollout.servers.counters import Counters
+from gspo_moe.rollout.servers.link import Link
+from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, Dialect, Post, ServerDown
+
+if TYPE_CHECKING:
+    import aiohttp
+
+T = TypeVar("T")
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds, before an Ask is asked again
+HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In seconds: answer, of one answer; load, of other requests; health, between two looks at a server; outage,
+    without any server that is up. retries: of one Ask. concurrency: Asks of this process that a server has at once.
+    """
+
+    answer: float = 1800.0
+    load: float = 1800.0
+    health: float = 5.0
+    outage: float = 600.0
+    retries: int = 8
+    concurrency: int = 256
+
+
+class Fleet:
+    """`Servers`. Raises ConfigError where aiohttp is missing."""
+
+    def __init__(self, urls: Sequence[str], dialect: Dialect, limits: Limits) -> None:
+        require("aiohttp")
+        self._dialect, self._limits = dialect, limits
+        self._weights: list[Post] = []  # that all servers were told last, of one version
+        self._version: int | None = None
+        self._counters = Counters()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
+        self._thread.start()
+        self._session = self._wait(_session())
+        self._links, self._changed = self._wait(self._open(urls))
+        self._watch = asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
+
+    @property
+    def up(self) -> int:
+        return sum(link.up for link in self._links)
+
+    def submit(self, ask: Ask) -> Future[Answer]:
+        return asyncio.run_coroutine_threadsafe(self._answered(ask), self._loop)
+
+    def everywhere(self, post: Post) -> list[Any]:
+        return self._wait(self._everywhere(post))
+
+    def each(self, posts: Sequence[Post]) -> list[Any]:
+        return self._wait(self._each(posts))
+
+    def expect(self, version: int) -> None:
+        self._version = version
+
+    def wait_until_up(self, seconds: float) -> dict[str, str]:
+        """Waits until every server is healthy: by URL, why each is not that is not by then."""
+        return self._wait(self._all_up(seconds))
+
+    def take_counters(self) -> Counters:
+        """Of what has been since the last call."""
+        return self._wait(self._take_counters())
+
+    def close(self) -> None:
+        """Gives up what is under way."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _open(self, urls: Sequence[str]) -> tuple[list[Link], asyncio.Condition]:
+        return [Link(url.rstrip("/"), self._session) for url in urls], asyncio.Condition()
+
+    async def _shut(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._session.close()
+
+    async def _take_counters(self) -> Counters:
+        self._counters.advance(time.monotonic())
+        taken, self._counters = self._counters, self._counters.successor()
+        return taken
+
+    async def _answered(self, ask: Ask) -> Answer:
+        start, failures, last = time.monotonic(), 0, None
+        while True:
+            link = await self._take(last)
+            try:
+                answer = await self._asked(link, ask)
+                break
+            except (BadAnswer, ServerDown) as fault:
+                failures, last = failures + 1, link
+                if failures > self._limits.retries:
+                    raise RolloutError(
+                        f"{fault}; asked {failures} times, as rollout.servers.retries={self._limits.retries} has it, "
+                        f"the last time of {link.url}"
+                    ) from None
+                self._counters.retries += 1
+            finally:
+                await self._give_back(link)
+            await asyncio.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
+        self._counters.came(len(answer.token_ids), time.monotonic() - start)
+        return answer
+
+    async def _asked(self, link: Link, ask: Ask) -> Answer:
+        oldest = self._version
+        try:
+            body = await link.send_while_up(self._dialect.ask(ask), self._limits.answer)
+            answer = self._dialect.answer(ask, body)
+            if answer.token_ids and oldest is not None and answer.version < oldest:
+                raise ServerDown(f"{link.url} answers with weights of version {answer.version}, and {oldest} is out")
+        except ServerDown as fault:
+            await self._take_out(link, fault)
+            raise
+        return answer
+
+    async def _take(self, last: Link | None) -> Link:
+        """The least loaded of those that are up, another than the last one where there is another.
+
+        Raises RolloutError once no server has been up for `outage` seconds.
+        """
+        async with self._changed:
+            while not (free := [one for one in self._links if one.up and one.under_way < self._limits.concurrency]):
+                try:
+                    await asyncio.wait_for(self._changed.wait(), None if self.up else self._limits.outage)
+                except TimeoutError:
+                    raise RolloutError(
+                        f"no rollout server has been up for {self._limits.outage:g} s ({self._faults()}); start them "
+                        "again, and the run goes on from its last whole step"
+                    ) from None
+            link = min(free, key=lambda one: (one is last, one.under_way))
+            link.under_way += 1
+        self._counters.begin(time.monotonic())
+        return link
+
+    async def _give_back(self, link: Link) -> None:
+        self._counters.end(time.monotonic())
+        async with self._changed:
+            link.under_way -= 1
+            self._changed.notify()
+
+    async def _everywhere(self, post: Post) -> list[Any]:
+        if post.version is not None:
+            if self._weights and self._weights[-1].version != post.version:
+                self._weights.clear()
+            self._weights.append(post)
+        return await self._each([post] * self.up)
+
+    async def _each(self, posts: Sequence[Post]) -> list[Any]:
+        links = [link for link in self._links if link.up]
+        if len(links) != len(posts) or not links:
+            raise RolloutError(
+                f"{len(links)} of {len(self._links)} rollout servers are up ({self._faults()}), and "
+                f"{len(posts) or 'some'} were to be told of something; start them again"
+            )
+        found = await asyncio.gather(*map(self._told, links, posts), return_exceptions=True)
+        for link, one in zip(links, found, strict=True):
+            if isinstance(one, ServerDown):
+                await self._take_out(link, one)
+            elif isinstance(one, BaseException):
+                raise one
+        if not self.up:
+            raise RolloutError(f"no rollout server is up any more ({self._faults()}); start them again")
+        return [one for one in found if not isinstance(one, ServerDown)]
+
+    async def _told(self, link: Link, post: Post) -> Any:
+        async with link.loading:
+            return await link.send(post, self._limits.load)
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.health)
+            await asyncio.gather(*map(self._look_at, self._links))
+
+    async def _look_at(self, link: Link) -> None:
+        """Lets a healthy server in, once it has the newest weights, and takes out one that is not healthy."""
+        if link.loading.locked():
+            return
+        try:
+            await link.send(self._dialect.health(), HEALTH_SECONDS)
+            if link.up:
+                return
+            async with link.loading:
+                await self._catch_up(link)
+        except RolloutError as fault:
+            await self._take_out(link, fault)
+            return
+        link.let_in()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _catch_up(self, link: Link) -> None:
+        """Raises ServerDown where it has other weights than the newest, and this process cannot give it those."""
+        dialect, posts, newest = self._dialect, list(self._weights), self._version
+        if posts and (newest is None or posts[-1].version == newest):
+            for post in (dialect.pause(), *posts, dialect.resume()):
+                await link.send(post, self._limits.load)
+        elif newest is not None:
+            version = dialect.version(await link.send(dialect.weights(), HEALTH_SECONDS))
+            if version != newest:
+                raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
+
+    async def _take_out(self, link: Link, fault: Exception) -> None:
+        self._counters.taken_out += link.take_out(str(fault))
+        async with self._changed:
+            self._changed.notify_all()  # who waits for a place may wait for a server now
+
+    async def _all_up(self, seconds: float) -> dict[str, str]:
+        deadline = time.monotonic() + seconds
+        while True:
+            await asyncio.gather(*map(self._look_at, self._links))
+            down = {link.url: link.why for link in self._links if not link.up}
+            if not down or time.monotonic() > deadline:
+                return down
+            await asyncio.sleep(min(1.0, seconds))
+
+    def _faults(self) -> str:
+        return "; ".join(link.why for link in self._links if not link.up)
+
+
+async def _session() -> aiohttp.ClientSession:
+    import aiohttp
+
+    # `concurrency` is the limit, and each request has its own time.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
