@@ -21,7 +21,7 @@ from gspo_moe.rollout.servers.buckets import TensorHead, buckets
 from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Post, Servers
 from gspo_moe.rollout.servers.syncing import MAIN, on_main
-from gspo_moe.rollout.servers.transfer_group import ROOT, broadcast, join_transfer_group
+from gspo_moe.rollout.servers.transfer_group import ROOT, join_transfer_group, start_broadcast
 from gspo_moe.rollout.servers.transfers import GROUP_NAME, Meeting, Transfer
 
 BUCKET_BYTES = 1_000_000_000
@@ -80,15 +80,21 @@ class BroadcastSink:
         posts = [self._transfer.join(meeting, 1 + sum(counts[:number])) for number in range(len(counts))]
         with ThreadPoolExecutor(max_workers=1) as pool:
             joined = pool.submit(self._servers.each, posts)
-            group = join_transfer_group(
-                meeting.address,
-                meeting.port,
-                rank=ROOT,
-                world_size=meeting.world_size,
-                name=GROUP_NAME,
-                backend=backend,
-                timeout_seconds=meeting.timeout_seconds,
-            )
+            try:
+                group = join_transfer_group(
+                    meeting.address,
+                    meeting.port,
+                    rank=ROOT,
+                    world_size=meeting.world_size,
+                    name=GROUP_NAME,
+                    backend=backend,
+                    timeout_seconds=meeting.timeout_seconds,
+                )
+            except RuntimeError as error:  # of torch's store, or of gloo or NCCL
+                raise RolloutError(
+                    f"not all {meeting.world_size - 1} workers of the servers came to {meeting.address}:{meeting.port} "
+                    f"({error}); let them reach that address, or give them weights by a folder"
+                ) from error
             joined.result()
         return group
 
@@ -113,9 +119,15 @@ class BroadcastSink:
         assert self._group is not None
         taken = pool.submit(self._servers.everywhere, self._transfer.receive(heads, version))
         try:
-            broadcast(bucket, self._group, ROOT)
+            work = start_broadcast(bucket, self._group, ROOT)
+            while not work.is_completed():
+                if taken.done():
+                    taken.result()  # a server that refuses never comes to the broadcast
+                time.sleep(0.001)
+            work.wait()
             taken.result()
         except RolloutError as error:
+            self._group = None
             return error
         except RuntimeError as error:  # of gloo or NCCL: a server is gone, and the group with it
             self._group = None

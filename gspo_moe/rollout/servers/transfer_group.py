@@ -30,8 +30,8 @@ def join_transfer_group(
     return group
 
 
-def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int) -> None:
+def start_broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int) -> dist.Work:
     """root: a rank of this group."""
     options = dist.BroadcastOptions()
     options.rootRank = root
-    group.broadcast([tensor], options).wait()
+    return group.broadcast([tensor], options)
