@@ -31,8 +31,8 @@ SIZES = architecture(
     max_position_embeddings=512,
 )
 OPTIONS = (
-    *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-num-seqs", "16", "--block-size", "16"),
-    *("--num-gpu-blocks-override", "48"),  # fewer than the tests' answers need together, so that some are preempted
+    *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-num-seqs", "16", "--block-size", "32"),
+    *("--num-gpu-blocks-override", "24"),  # fewer than the tests' answers need together, so that some are preempted
     *("--max-model-len", "512", "--enable-scale-out", "--enable-return-routed-experts"),
     *("--worker-extension-cls", "gspo_moe.rollout.servers.worker.Extension"),
     *("--weight-transfer-config", '{"backend": "gspo_moe"}'),
