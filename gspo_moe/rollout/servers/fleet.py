@@ -51,6 +51,7 @@ class Fleet:
         self._dialect, self._limits = dialect, limits
         self._weights: list[Post] = []  # that all servers were told last, of one version
         self._version: int | None = None
+        self._dark_since = 0.0  # where no server is up
         self._counters = Counters()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
@@ -151,7 +152,7 @@ class Fleet:
         async with self._changed:
             while not (free := [one for one in self._links if one.up and one.under_way < self._limits.concurrency]):
                 try:
-                    await asyncio.wait_for(self._changed.wait(), None if self.up else self._limits.outage)
+                    await asyncio.wait_for(self._changed.wait(), self._patience())
                 except TimeoutError:
                     raise RolloutError(
                         f"no rollout server has been up for {self._limits.outage:g} s ({self._faults()}); start them "
@@ -230,9 +231,17 @@ class Fleet:
                 raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
 
     async def _take_out(self, link: Link, fault: Exception) -> None:
-        self._counters.taken_out += link.take_out(str(fault))
+        if not link.take_out(str(fault)):
+            return
+        self._counters.taken_out += 1
+        if not self.up:
+            self._dark_since = time.monotonic()
         async with self._changed:
-            self._changed.notify_all()  # who waits for a place may wait for a server now
+            self._changed.notify_all()  # who waits for a place waits for a server now
+
+    def _patience(self) -> float | None:
+        """Seconds that one may still wait for a server; without end while there is one."""
+        return None if self.up else self._dark_since + self._limits.outage - time.monotonic()
 
     async def _all_up(self, seconds: float) -> dict[str, str]:
         deadline = time.monotonic() + seconds
