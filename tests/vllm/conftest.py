@@ -21,18 +21,18 @@ from tests.qwen3 import architecture, reference_model
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 300.0
-# Widths that vLLM's kernels for CPUs take; the experts' is one that they fill up.
+# Widths that vLLM's kernels for CPUs take.
 SIZES = architecture(
     vocab_size=512,
     hidden_size=64,
     num_hidden_layers=3,
     head_dim=32,
-    moe_intermediate_size=48,
+    moe_intermediate_size=64,
     max_position_embeddings=512,
 )
 OPTIONS = (
-    *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-num-seqs", "16", "--block-size", "16"),
-    *("--num-gpu-blocks-override", "48"),  # fewer than the tests' answers need together, so that some are preempted
+    *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-num-seqs", "16", "--block-size", "32"),
+    *("--num-gpu-blocks-override", "24"),  # fewer than the tests' answers need together, so that some are preempted
     *("--max-model-len", "512", "--enable-scale-out", "--enable-return-routed-experts"),
     *("--worker-extension-cls", "gspo_moe.rollout.servers.worker.Extension"),
     *("--weight-transfer-config", '{"backend": "gspo_moe"}'),

@@ -22,7 +22,7 @@ from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Post, Servers
 from gspo_moe.rollout.servers.syncing import MAIN, on_main
 from gspo_moe.rollout.servers.transfer_group import ROOT, join_transfer_group, start_broadcast
-from gspo_moe.rollout.servers.transfers import GROUP_NAME, Meeting, Transfer
+from gspo_moe.rollout.servers.transfers import Meeting, Transfer
 
 BUCKET_BYTES = 1_000_000_000
 TIMEOUT_SECONDS = 300.0
@@ -42,7 +42,7 @@ class BroadcastSink:
     ) -> None:
         self._servers, self._dialect, self._transfer, self._probe = servers, dialect, transfer, probe
         self._address, self._bucket_bytes = address, bucket_bytes
-        self._group: dist.ProcessGroup | None = None
+        self._joined: tuple[Meeting, dist.ProcessGroup] | None = None  # on the first rank
 
     @torch.no_grad()
     def publish(self, model: Model, version: int) -> dict[str, float]:
@@ -69,12 +69,12 @@ class BroadcastSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
     def _begin(self, backend: str) -> None:
-        if self._group is None:
-            self._group = self._join(backend)
+        if self._joined is None:
+            self._joined = self._join(backend)
         self._servers.everywhere(self._dialect.pause())
         self._everywhere(self._transfer.begin())
 
-    def _join(self, backend: str) -> dist.ProcessGroup:
+    def _join(self, backend: str) -> tuple[Meeting, dist.ProcessGroup]:
         counts = [self._transfer.worker_count(body) for body in self._servers.everywhere(self._transfer.workers())]
         meeting = Meeting(self._address, _free_port(), 1 + sum(counts), backend, TIMEOUT_SECONDS)
         posts = [self._transfer.join(meeting, 1 + sum(counts[:number])) for number in range(len(counts))]
@@ -86,7 +86,7 @@ class BroadcastSink:
                     meeting.port,
                     rank=ROOT,
                     world_size=meeting.world_size,
-                    name=GROUP_NAME,
+                    name=meeting.name,
                     backend=backend,
                     timeout_seconds=meeting.timeout_seconds,
                 )
@@ -96,7 +96,7 @@ class BroadcastSink:
                     f"({error}); let them reach that address, or give them weights by a folder"
                 ) from error
             joined.result()
-        return group
+        return meeting, group
 
     def _everywhere(self, posts: tuple[Post, ...]) -> None:
         for post in posts:
@@ -116,10 +116,11 @@ class BroadcastSink:
     def _send_bucket(
         self, heads: list[TensorHead], bucket: torch.Tensor, version: int, pool: ThreadPoolExecutor
     ) -> RolloutError | None:
-        assert self._group is not None
-        taken = pool.submit(self._servers.everywhere, self._transfer.receive(heads, version))
+        assert self._joined is not None
+        meeting, group = self._joined
+        taken = pool.submit(self._servers.everywhere, self._transfer.receive(meeting, heads, version))
         try:
-            work = start_broadcast(bucket, self._group, ROOT)
+            work = start_broadcast(bucket, group, ROOT)
             while not work.is_completed():
                 if taken.done():
                     taken.result()  # a server that refuses never comes to the broadcast
@@ -127,10 +128,10 @@ class BroadcastSink:
             work.wait()
             taken.result()
         except RolloutError as error:
-            self._group = None
+            self._joined = None
             return error
         except RuntimeError as error:  # of gloo or NCCL: a server is gone, and the group with it
-            self._group = None
+            self._joined = None
             return RolloutError(f"the broadcast of weights broke off ({error}); restart the servers that are gone")
         return None
 

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 from gspo_moe.rollout.servers.buckets import TensorHead
 from gspo_moe.rollout.servers.records import Post
 
-GROUP_NAME = "gspo_moe_weights"
-
 
 @dataclass(frozen=True)
 class Meeting:
@@ -26,6 +24,11 @@ class Meeting:
     world_size: int
     backend: str
     timeout_seconds: float
+
+    @property
+    def name(self) -> str:
+        """Of the group; another one after it broke, as torch takes no name twice."""
+        return f"gspo_moe_weights_{self.port}"
 
 
 class Transfer(Protocol):
@@ -43,7 +46,7 @@ class Transfer(Protocol):
 
     def begin(self) -> tuple[Post, ...]: ...
 
-    def receive(self, heads: Sequence[TensorHead], version: int) -> Post:
+    def receive(self, meeting: Meeting, heads: Sequence[TensorHead], version: int) -> Post:
         """Answered when the bucket that is broadcast meanwhile is in the model."""
         ...
 
@@ -63,7 +66,7 @@ class VllmTransfer:
             "port": meeting.port,
             "world_size": meeting.world_size,
             "rank_offset": rank_offset,
-            "group_name": GROUP_NAME,
+            "group_name": meeting.name,
             "backend": meeting.backend,
             "timeout_seconds": meeting.timeout_seconds,
         }
@@ -72,7 +75,7 @@ class VllmTransfer:
     def begin(self) -> tuple[Post, ...]:
         return (Post("/start_weight_update", {}),)
 
-    def receive(self, heads: Sequence[TensorHead], version: int) -> Post:
+    def receive(self, meeting: Meeting, heads: Sequence[TensorHead], version: int) -> Post:
         return Post("/update_weights", {"update_info": _listed(heads)})
 
     def finish(self, version: int) -> tuple[Post, ...]:
@@ -94,7 +97,7 @@ class SglangTransfer:
                 "master_port": meeting.port,
                 "rank_offset": rank_offset,
                 "world_size": meeting.world_size,
-                "group_name": GROUP_NAME,
+                "group_name": meeting.name,
                 "backend": meeting.backend,
             },
         )
@@ -102,8 +105,8 @@ class SglangTransfer:
     def begin(self) -> tuple[Post, ...]:
         return ()
 
-    def receive(self, heads: Sequence[TensorHead], version: int) -> Post:
-        wanted = {"group_name": GROUP_NAME, "load_format": "flattened_bucket", "flush_cache": False}
+    def receive(self, meeting: Meeting, heads: Sequence[TensorHead], version: int) -> Post:
+        wanted = {"group_name": meeting.name, "load_format": "flattened_bucket", "flush_cache": False}
         return Post("/update_weights_from_distributed", {**_listed(heads), **wanted, "weight_version": str(version)})
 
     def finish(self, version: int) -> tuple[Post, ...]:
