@@ -1,0 +1,128 @@
+"""A run whose rollouts come from a server: the stand-in, in a process of its own, as vLLM would be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.program import ROOT, SMALL_MODEL, TASK, Program, gspo_moe, metrics_by_step, succeed, torchrun
+from tests.launch import free_port
+
+STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
+STEPS = (
+    *TASK,
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=2",
+    "algorithm.mini_batches=2",
+    "schedule.micro_batch_tokens=64",
+    "schedule.steps=2",
+    "optimizer.lr=1e-2",
+    "evaluation.prompts=4",
+    "routing.engine_routes=true",
+    "checkpoint.export_hf=false",
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    model: Path
+    url: str
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, as a run exports it."""
+    folder = tmp_path_factory.mktemp("model")
+    few = ("schedule.steps=1", "schedule.sft_batch=4", "evaluation.prompts=0", "checkpoint.keep=0")
+    succeed(gspo_moe("train", "stage=sft", *SMALL_MODEL, *TASK, *few, f"logging.run_dir={folder}/run"), folder)
+    return folder / "run" / "hf"
+
+
+@pytest.fixture
+def server(model: Path, tmp_path: Path) -> Iterator[Server]:
+    port = free_port()
+    command: list[str | Path] = [sys.executable, STAND_IN, model, "--port", str(port), "--routes"]
+    program = Program(command, tmp_path, PYTHONPATH=str(ROOT))
+    yield Server(model, f"http://127.0.0.1:{port}")
+    program.kill()
+
+
+def check(run: Path) -> None:
+    """Log-probs and routes of the server are the trainer's, of the newest weights at every step."""
+    steps = metrics_by_step(run)
+    assert sorted(steps) == [0, 1, 2]
+    for step in (1, 2):
+        found = steps[step]
+        assert found["policy_version"] == 2 * step
+        assert found["mismatch/k3"] < 1e-8
+        assert found["routing/engine/slot_change"] < 0.01
+        assert found["sync/bytes"] > 0
+        assert found["sync/probe_difference"] < 1e-4
+        assert (found["rollout/servers/up"], found["rollout/servers/retries"]) == (1, 0)
+        assert 0 < found["rollout/servers/utilisation"] <= 1
+        assert found["rollout/servers/latency_median_seconds"] <= found["rollout/servers/latency_tail_seconds"]
+    assert sorted(path.name for path in (run / "weights").iterdir()) == ["version-00000002", "version-00000004"]
+
+
+def test_a_run_of_one_process(server: Server, tmp_path: Path) -> None:
+    given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
+    succeed(gspo_moe("train", *STEPS, *given, f"model={{hf: {server.model}}}", "logging.run_dir=run"), tmp_path)
+    check(tmp_path / "run")
+
+
+def test_a_run_of_two_processes(server: Server, tmp_path: Path) -> None:
+    given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
+    command = torchrun(
+        2, "-m", "gspo_moe", "train", *STEPS, *given, f"model={{hf: {server.model}}}", "parallel.expert=2"
+    )
+    succeed([*command, "logging.run_dir=run"], tmp_path)
+    check(tmp_path / "run")
+
+
+def test_one_command_starts_trainer_and_servers(model: Path, tmp_path: Path) -> None:
+    serve = f"{sys.executable} {STAND_IN} {{model}} --port {{port}} --routes"
+    command: list[str | Path] = ["bash", ROOT / "launch" / "with_servers.sh", "--model", model, "--servers", "2"]
+    command += ["--port", str(free_port()), "--server-command", serve, "--nproc-per-node", "1"]
+    run = ("train", *STEPS, f"model={{hf: {model}}}", "logging.run_dir=run")
+    outcome = succeed([*command, "--", *run], tmp_path, GSPO_MOE_PYTHON=sys.executable)
+    assert "2 vllm up (http://127.0.0.1:" in outcome.stderr
+    assert metrics_by_step(tmp_path / "run")[2]["rollout/servers/up"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "."], "nothing to run; end with -- train CONFIG.yaml"),
+        (["--model", ".", "--", "train", "x=1"], "--model '.' is no folder with a config.json; give the run's model"),
+        (["--modell", ".", "--", "train", "x=1"], "unknown option --modell"),
+        (["--model", "--", "train"], "--model stands without its value"),
+        (["--engine", "trt", "--", "train"], "is no folder with a config.json"),
+    ],
+)
+def test_a_command_that_cannot_start_says_why(arguments: list[str], message: str, tmp_path: Path) -> None:
+    outcome = Program(["bash", ROOT / "launch" / "with_servers.sh", *arguments], tmp_path).finish()
+    assert outcome.code == 2
+    assert message in outcome.stderr
+
+
+def test_a_server_that_dies_at_its_start_ends_the_command(model: Path, tmp_path: Path) -> None:
+    command: list[str | Path] = ["bash", ROOT / "launch" / "with_servers.sh", "--model", model]
+    command += ["--server-command", "bash -c echo_nothing_{port}", "--", "train", "x=1"]
+    outcome = Program(command, tmp_path).finish()
+    assert outcome.code == 2
+    assert "echo_nothing_8000: command not found" in outcome.stderr
+    assert "server 0 ended before it was up" in outcome.stderr
+
+
+def test_a_server_of_another_model_ends_the_run_before_its_first_step(server: Server, tmp_path: Path) -> None:
+    given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
+    other = ("model.overrides.num_hidden_layers=3", "model.overrides.hidden_size=32")
+    outcome = Program(gspo_moe("train", *STEPS, *given, *other, "logging.run_dir=run"), tmp_path).finish()
+    assert outcome.code == 2
+    assert "it serves another model (" in outcome.stderr
+    assert "num_hidden_layers is 2 there and 3 here" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
