@@ -1,4 +1,4 @@
-"""Every hand-off between rooms. Shape letters: T tokens of a pack, N sequences of a pack.
+"""Every hand-off between rooms. Shape letters: T tokens, M response tokens and N sequences of a pack.
 
 A sequence of n tokens is fed as its first n - 1 tokens (inputs) and scored on its last n - 1 (targets), so position t
 of a pack holds the input token t, the target that follows it, and the routes that the router picked for the input.
@@ -215,6 +215,7 @@ class Microbatch:
     input_ids_T, target_ids_T, position_ids_T: int64; positions restart at 0 with each sequence.
     cu_seqlens: int64 [N + 1], bounds of the sequences in T.
     response_mask_T: float32, 1 where the *target* is a response token.
+    response_positions_M: int64, where response_mask_T is 1, known on the host without a wait.
     route_mask_T: bool, True where the *input* is a response token (SPEC section 4).
     advantages_N, rewards_N: float32.
     rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.
@@ -228,6 +229,7 @@ class Microbatch:
     position_ids_T: torch.Tensor
     cu_seqlens: torch.Tensor
     response_mask_T: torch.Tensor
+    response_positions_M: torch.Tensor
     route_mask_T: torch.Tensor
     advantages_N: torch.Tensor
     rollout_log_probs_T: torch.Tensor

@@ -17,7 +17,10 @@ HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
 class ServersConfig(Section):
     """Rollout servers, where `rollout.engine` is of them.
 
-    urls: of each, http://HOST:PORT. folder: that trainer and servers see alike, for weights; null is run_dir/weights.
+    urls: of each, http://HOST:PORT. sync: how they get new weights, by files, by NCCL (gloo where there is no GPU), or
+    by CUDA IPC where vLLM's servers are on the trainer's GPUs.
+    folder: that trainer and servers see alike, for weights; null is run_dir/weights.
+    address: at which servers reach the first rank for a broadcast; null is torchrun's master address, or this machine.
     start_seconds: for all of them to be there. timeout_seconds: for one answer, its wait for its turn included.
     retries: of one answer, elsewhere where it can be. concurrency: answers that one server works on at once.
     health_seconds: between two looks at each. outage_seconds: without any server, before the run ends.
@@ -25,7 +28,9 @@ class ServersConfig(Section):
     """
 
     urls: tuple[str, ...] = ()
+    sync: Literal["folder", "broadcast", "ipc"] = "folder"
     folder: str | None = None
+    address: str | None = None
     start_seconds: PositiveFloat = 60.0
     timeout_seconds: PositiveFloat = 1800.0
     retries: NonNegativeInt = 8
@@ -54,6 +59,8 @@ class RolloutConfig(Section):
     stop: strings which end an answer as the model's own end tokens do.
     engine: samples; megatron is the trainer itself, the others are servers beside it.
     bank: a file of `gspo-moe bank`, whose frozen answers the steps take instead of making their own.
+    numerics: of the embedded engine. `trainer` samples from the training weights as they are; `bf16` and `fp8_rounded`
+        from a copy with the weights and activations of an engine in bfloat16, or in bfloat16 with FP8 linear layers.
     max_staleness: steps by which a token may be older than the policy that learns from it; 0 waits for every answer.
     stragglers: `wait` has each step learn from its own prompts, in order; `drop` from what is done first, while groups
         that are older than max_staleness are given up and their prompts asked again.
@@ -73,6 +80,7 @@ class RolloutConfig(Section):
     max_staleness: NonNegativeInt = 0
     stragglers: Literal["wait", "drop"] = "wait"
     max_batch: PositiveInt = 512
+    numerics: Literal["trainer", "bf16", "fp8_rounded"] = "trainer"
     cuda_graph: Literal["auto", "off"] = "auto"
     bank: str | None = None
     engine: Literal["megatron", "vllm", "sglang"] = "megatron"
@@ -84,6 +92,11 @@ class RolloutConfig(Section):
         return bool(self.top_k) or self.top_p < 1.0
 
     def faults(self) -> Iterator[str]:
+        if self.numerics != "trainer" and self.engine != "megatron":
+            yield (
+                f"rollout.numerics={self.numerics} is of the embedded engine, and rollout.engine={self.engine} has "
+                "numerics of its own; leave rollout.numerics out"
+            )
         if self.max_staleness and self.engine == "megatron":
             yield (
                 f"rollout.max_staleness={self.max_staleness} samples while training runs, and the weights of "

@@ -68,6 +68,14 @@ def servers_are_named_for_their_engine(config: Config) -> Iterator[str]:
         )
 
 
+def servers_can_take_weights(config: Config) -> Iterator[str]:
+    if config.rollout.engine == "sglang" and config.rollout.servers.sync == "ipc":
+        yield (
+            "rollout.servers.sync=ipc is for vLLM, as SGLang takes IPC handles in its own library's format; set "
+            "rollout.servers.sync to folder or broadcast"
+        )
+
+
 def servers_wait_for_rl(config: Config) -> Iterator[str]:
     if config.rollout.engine != "megatron":
         yield (
@@ -111,6 +119,14 @@ def overlong_buffer_fits(config: Config) -> Iterator[str]:
         )
 
 
+def numerics_are_not_the_trainers(config: Config) -> Iterator[str]:
+    if config.rollout.numerics == config.model.dtype == "bf16":
+        yield (
+            "rollout.numerics=bf16 with model.dtype=bf16 copies the weights to sample what they give themselves; set "
+            "rollout.numerics=trainer"
+        )
+
+
 def there_are_rollouts_to_measure(config: Config) -> Iterator[str]:
     routing = config.routing
     wanted = [
@@ -141,10 +157,17 @@ RULES = (
     groups_can_be_compared,
     router_shift_is_recorded,
     servers_are_named_for_their_engine,
+    servers_can_take_weights,
     servers_tell_our_log_probs,
     bank_has_each_prompt,
     answers_can_differ,
     overlong_buffer_fits,
+    numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
 )
-SFT_RULES = (servers_wait_for_rl, there_are_rollouts_to_measure, log_ratios_are_there_to_split)
+SFT_RULES = (
+    servers_wait_for_rl,
+    there_are_rollouts_to_measure,
+    numerics_are_not_the_trainers,
+    log_ratios_are_there_to_split,
+)

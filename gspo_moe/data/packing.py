@@ -24,12 +24,14 @@ def pack(samples: Sequence[TrainingSample], sample_indices: Sequence[int]) -> Mi
     for index, sample in zip(sample_indices, chosen, strict=True):
         _check(sample, index)
     lengths = [len(sample.token_ids) - 1 for sample in chosen]
+    response_mask_T = _flat((sample.response_mask[1:] for sample in chosen), torch.float32)
     return Microbatch(
         input_ids_T=_flat((sample.token_ids[:-1] for sample in chosen), torch.int64),
         target_ids_T=_flat((sample.token_ids[1:] for sample in chosen), torch.int64),
         position_ids_T=_flat((range(length) for length in lengths), torch.int64),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int64),
-        response_mask_T=_flat((sample.response_mask[1:] for sample in chosen), torch.float32),
+        response_mask_T=response_mask_T,
+        response_positions_M=response_mask_T.nonzero()[:, 0],
         route_mask_T=_flat((sample.response_mask[:-1] for sample in chosen), torch.bool),
         advantages_N=torch.tensor([sample.advantage for sample in chosen], dtype=torch.float32),
         rewards_N=torch.tensor([sample.reward for sample in chosen], dtype=torch.float32),
@@ -54,6 +56,7 @@ def subset(pack: Microbatch, sequences: Sequence[int]) -> tuple[Microbatch, torc
     few = replace(
         pack,
         **chosen,
+        response_positions_M=chosen["response_mask_T"].nonzero()[:, 0],
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=device),
         advantages_N=pack.advantages_N[torch.tensor(sequences, device=device)],
         rewards_N=pack.rewards_N[torch.tensor(sequences, device=device)],

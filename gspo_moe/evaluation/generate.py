@@ -19,6 +19,7 @@ from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.answers import Answerer
 from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.embedded.numerics import check_numerics, rounded_copy
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.rollout.stop_strings import make_stop_strings
 from gspo_moe.tasks.pool import TaskPool
@@ -44,12 +45,18 @@ def generate(config: Config, prompt: Prompt, samples: int, limit: int | None = N
     params = sampling(config, make_stop_ids(tokenizer, config.rollout.stop))
     params = replace(params, max_response_tokens=min(limit or params.max_response_tokens, longest - length))
     layout = check_layout(config, architecture, world_size_from_environment(), megatron_version())
-    choose_backends(dict(config.model.backend), config.model.dtype)
+    check_numerics(config, choose_backends(dict(config.model.backend), config.model.dtype))
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
     model = build_model(config, architecture, groups, vocab=tokenizer.vocab_size)
     load_initial_weights(config, model)
     prefill = max(config.schedule.micro_batch_tokens, length)
-    engine = MegatronEngine(model, config.rollout.max_batch, prefill, cuda_graph=config.rollout.cuda_graph)
+    engine = MegatronEngine(
+        model,
+        config.rollout.max_batch,
+        prefill,
+        cuda_graph=config.rollout.cuda_graph,
+        rounded=rounded_copy(config, model),
+    )
     pool = TaskPool(config.task, config.seed)  # whose workers never start
     stop_strings = make_stop_strings(tokenizer, config.rollout.stop)
     answerer = Answerer(engine, renderer, pool, groups, stop_strings=stop_strings)

@@ -70,7 +70,9 @@ def microbatch_input(microbatch: Microbatch, split: ContextSplit) -> ModelInput:
 
 
 def response_positions(microbatch: Microbatch, split: ContextSplit) -> torch.Tensor:
-    """Where this rank's response tokens are among its tokens, int64; waits for the device."""
+    """Where this rank's response tokens are among its tokens, int64; waits for the device where a pack is shared."""
+    if split.size == 1:
+        return microbatch.response_positions_M
     return split.local(microbatch.response_mask_T).nonzero()[:, 0]
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_moe.errors import GspoMoeError, Interrupted
-from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.parallel.reduce import gather_objects, most
 from gspo_moe.platform import device
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -81,6 +81,13 @@ class StopSignals:
         received = _largest(self._received) if self._entered else 0
         if received:
             raise Interrupted(f"ended by {signal.Signals(received).name}", received)
+
+    def asked(self, group: dist.ProcessGroup) -> bool:
+        """Whether one of the group's ranks got a signal, for work that ends early before all meet in `check`.
+
+        Collective over the group.
+        """
+        return bool(most(self._received, group)) if self._entered else False
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if self._received:

@@ -6,7 +6,7 @@ of the vocabulary, L layers; t tensor, p pipeline, c context, e expert and x exp
 
 Weights: a layer has 2 h (H + G) d / t (attention), h E (router), 2 h + 2 d (norms) and E / e * 3 h f / x (experts); the
 first stage has the embedding V h / t, the last the output layer V h / t and a norm. b bytes each, and as much again for
-the frozen reference of a KL penalty.
+the frozen reference of a KL penalty. The copy of `rollout.numerics` has 2 bytes each.
 
 Gradients: 4 bytes a weight, in megatron-core's buffers, which reduce in fp32.
 
@@ -57,6 +57,7 @@ class Memory:
     gradients: int
     optimizer: int
     reference: int
+    rollout_copy: int
     activations: int
     log_probs: int
     kv_cache: int
@@ -65,7 +66,7 @@ class Memory:
     @property
     def persistent(self) -> int:
         """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.rollout_copy
 
     @property
     def peak(self) -> int:
@@ -114,7 +115,8 @@ def kv_cache_bytes(config: Config, architecture: Architecture, layout: Layout, p
     capacity = prompt_tokens + max(config.answer_limit(split)[0] for split in splits)
     capacity += -capacity % POSITIONS_MULTIPLE
     groups = architecture.num_key_value_heads // layout.tensor
-    position = 2 * groups * architecture.head_dim * DTYPE_BYTES[config.model.dtype]
+    dtype = config.model.dtype if config.rollout.numerics == "trainer" else "bf16"
+    position = 2 * groups * architecture.head_dim * DTYPE_BYTES[dtype]
     layers = architecture.num_hidden_layers // layout.pipeline
     return (answers + 1 + prompts + 1) * capacity * position * layers
 
@@ -138,6 +140,7 @@ def _stage(config: Config, architecture: Architecture, layout: Layout, stage: in
         gradients=(dense + expert) * FP32,
         optimizer=dense * states // share[0] + expert * states // share[1],
         reference=(dense + expert) * width if rl and config.algorithm.kl.coeff else 0,
+        rollout_copy=0 if config.rollout.numerics == "trainer" else (dense + expert) * DTYPE_BYTES["bf16"],
         activations=_activations(config, architecture, layout, stage),
         log_probs=_log_probs(config, architecture, layout) if last else 0,
         kv_cache=kv_cache_bytes(config, architecture, layout, prompt_tokens) if samples else 0,

@@ -132,8 +132,8 @@ MACHINE = (
     CurveFigure(
         "asynchrony",
         "Age of tokens, and who waits for whom",
-        "Of runs with rollout.max_staleness: steps since a token was sampled, and seconds a step in which the trainer, or "
-        "the servers, had nothing to do.",
+        "Of runs with rollout.max_staleness: steps since a token was sampled, and seconds a step in which the trainer "
+        "or the servers had nothing to do.",
         (
             Measure("lag/mean", "Lag"),
             Measure("timing/waiting_seconds", "Trainer waits"),

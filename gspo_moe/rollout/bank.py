@@ -32,7 +32,8 @@ from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
 FORMAT = "gspo_moe bank 2"
 FORMAT_1 = "gspo_moe bank 1"
 # What must be the same where a bank is made and where it is used, keys of the config's `rollout`.
-SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_response_tokens")
+SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_response_tokens", "numerics")
+BEFORE_NUMERICS = {"numerics": "trainer"}  # of banks that older versions made
 KEPT = ("uid", "sample_index", "finish", "versions")
 
 
@@ -111,7 +112,7 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
 def check_bank(config: Config, vocab_size: int) -> None:
     """Raises ConfigError where `rollout.bank` was sampled otherwise, is too small, or has no routes to replay."""
     bank = describe_bank(config.rollout.bank or "")
-    rollout, sampling = config.rollout, bank["sampling"]
+    rollout, sampling = config.rollout, BEFORE_NUMERICS | bank["sampling"]
     changed = [
         f"rollout.{key} is {sampling[key]} there and {getattr(rollout, key)} here"
         for key in SAMPLING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from gspo_moe.config.checkpoints import checkpoint_name
@@ -13,6 +14,7 @@ from gspo_moe.errors import ConfigError
 from gspo_moe.study.spec import BANKS, COLD_START, Settings, Study, settings_as_overrides
 
 ONLINE, BANK = "online", "bank"
+NUMERICS = "rollout.numerics"
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,23 @@ def cold_start_job(study: Study, here: Path) -> Job | None:
 
 
 def bank_jobs(study: Study, here: Path) -> list[Job]:
-    """One bank a seed, of the rollouts that the first step of any arm would make."""
+    """A bank for each seed and `rollout.numerics` of an arm, of the rollouts that its first step would make."""
     if study.bank is None:
         return []
     jobs = []
-    for seed in study.seeds:
-        product = _bank(study, seed)
-        folder = product.with_suffix("")
+    kinds = dict.fromkeys(arm.settings.get(NUMERICS) for arm in arms(study) if arm.mode == BANK)
+    for seed, numerics in product(study.seeds, kinds):
+        made = _bank(study, seed, numerics)
+        folder = made.with_suffix("")
         own: Settings = {"schedule.steps": 1, "algorithm.mini_batches": max(study.bank.mini_batches), "seed": seed}
         own["logging.run_dir"] = str(folder)
+        if numerics is not None:
+            own[NUMERICS] = numerics
         # Any arm may replay the engine's routes.
         routes: Settings = {"routing.engine_routes": True, "routing.replay": "none"}
         settings = settings_as_overrides(study.set, study.bank.set, own, routes, _start(study))
-        arguments = ("bank", str(here / study.base), str(product), *settings)
-        jobs.append(Job(f"bank seed{seed}", arguments, folder, product, _needs(study)))
+        arguments = ("bank", str(here / study.base), str(made), *settings)
+        jobs.append(Job(f"bank {made.stem}", arguments, folder, made, _needs(study)))
     return jobs
 
 
@@ -121,8 +126,9 @@ def _cell(study: Study, here: Path, arm: Arm, seed: int) -> Cell:
     own: Settings = {"seed": seed, "logging.run_dir": str(folder)}
     needs = _needs(study)
     if arm.mode == BANK:
-        own["rollout.bank"] = str(_bank(study, seed))
-        needs = (*needs, _bank(study, seed))
+        bank = _bank(study, seed, arm.settings.get(NUMERICS))
+        own["rollout.bank"] = str(bank)
+        needs = (*needs, bank)
     overrides = settings_as_overrides(_checkpoints(study, here), study.set, arm.settings, own, _start(study))
     config = load_config(here / study.base, overrides)
     product, keeps = folder / "checkpoints" / checkpoint_name(config.schedule.steps), config.checkpoint.keep > 0
@@ -147,8 +153,10 @@ def _needs(study: Study) -> tuple[Path, ...]:
     return () if study.cold_start is None else (study.folder / COLD_START / "hf",)
 
 
-def _bank(study: Study, seed: int) -> Path:
-    return study.folder / BANKS / f"seed{seed}.safetensors"
+def _bank(study: Study, seed: int, numerics: str | None) -> Path:
+    """numerics: of an arm that sets its own."""
+    name = f"seed{seed}" if numerics is None else f"seed{seed}_{numerics}"
+    return study.folder / BANKS / f"{name}.safetensors"
 
 
 def _check_same(folder: Path, config: Config) -> None:

@@ -55,6 +55,7 @@ def memory_rows(memory: Memory) -> list[tuple[str, str]]:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "reference": memory.reference,
+        "rollout copy": memory.rollout_copy,
         "activations": memory.activations,
         "log-probs": memory.log_probs,
         "KV cache": memory.kv_cache,

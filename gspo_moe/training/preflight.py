@@ -18,6 +18,7 @@ from gspo_moe.model.hf import check_export
 from gspo_moe.parallel.groups import world_size_from_environment
 from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
+from gspo_moe.rollout.embedded.numerics import check_numerics
 from gspo_moe.rollout.engine import make_stop_ids
 from gspo_moe.tasks import make_task
 from gspo_moe.tasks.rewards import check_rewards
@@ -68,7 +69,7 @@ def preflight(config: Config, world_size: int | None = None, *, trains: bool = T
         check_bank(config, tokenizer.vocab_size)
     processes = world_size_from_environment() if world_size is None else world_size
     layout = check_layout(config, architecture, processes, megatron_version())
-    choose_backends(dict(config.model.backend), config.model.dtype)
+    check_numerics(config, choose_backends(dict(config.model.backend), config.model.dtype))
     plan = fitted(Plan(config, layout, architecture, renderer, task), splits)
     check_held_out(config, plan.task)
     return plan

@@ -28,6 +28,7 @@ from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
 from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.embedded.numerics import rounded_copy
 from gspo_moe.rollout.engine import WeightSink, make_stop_ids
 from gspo_moe.rollout.queue import GroupQueue, Pace
 from gspo_moe.rollout.servers.ahead import ServerSource
@@ -161,7 +162,8 @@ def open_session(plan: Plan) -> Session:
     longest = config.schedule.micro_batch_tokens
     engine: MegatronEngine | ServerEngine
     if servers is None:
-        engine = MegatronEngine(model, rollout.max_batch, longest, stop, rollout.cuda_graph)
+        rounded = rounded_copy(config, model)
+        engine = MegatronEngine(model, rollout.max_batch, longest, stop, rollout.cuda_graph, rounded)
     else:
         sink = make_sink(config, servers, vocab)
         engine = ServerEngine(servers.fleet, sink, groups, min(longest, servers.longest), stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.rollout.embedded.engine import MegatronEngine
+from gspo_moe.rollout.embedded.samples import Samples
 from tests.launch import launch
 from tests.policy import SIZES, requests, sampling
 from tests.qwen3 import built, layout
@@ -40,5 +42,32 @@ def _stop() -> None:
         stop.check()
 
 
-def test_ranks_stop_together() -> None:
-    launch(_stop, 2)
+def _stop_alone() -> None:
+    """Ranks that share no experts decode at their own pace, and still stop together."""
+    with built(SIZES, layout(2), RandomSource(SIZES, seed=2)) as model, StopSignals() as stop:
+        engine, last = MegatronEngine(model, 8, 128, stop), dist.get_rank() == 1
+        asked, params = requests(1, [(1, 2)] if last else [(1, 2), (3,)]), sampling(longest=80, stop_ids=frozenset())
+        assert [len(group) for group in engine.generate(asked, params)] == [1] * len(asked)
+        decoded = _count_tokens(engine)
+        if last:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted, match="ended by SIGUSR1"):
+            engine.generate(asked, params)
+        assert decoded == [64 if last else 80]
+
+
+def _count_tokens(engine: MegatronEngine) -> list[int]:
+    """Filled with the tokens that each batch sampled, once it is over."""
+    counts, gather = list[int](), engine._gather_routes
+
+    def counted(samples: Samples, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        counts.append(samples.tokens)
+        return gather(samples, prompts)
+
+    engine._gather_routes = counted  # type: ignore[method-assign]
+    return counts
+
+
+@pytest.mark.parametrize("body", [_stop, _stop_alone])
+def test_ranks_stop_together(body: Callable[[], None]) -> None:
+    launch(body, 2)

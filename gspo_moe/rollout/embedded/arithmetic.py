@@ -2,6 +2,8 @@
 
 Both take and change the same tensors and differ by rounding alone; the operators are those of the training forward.
 
+Weights are held in the form that their product is fastest with, which is made once for many steps.
+
 Shape letters: N tokens, one a row of the cache from the first, H hidden, O outputs, G this rank's key heads, X a key
 head's query heads, its key and its value, D head size, B rows of the cache, P its positions, K experts a token, E
 experts here, C choices of experts, by expert, Y heads.
@@ -39,15 +41,36 @@ class Surroundings:
     used: int
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Of a linear layer, as `Arithmetic.hold` made them of [O, H]."""
+
+    held: torch.Tensor
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a layer, those here; both layers' weights as `Arithmetic.hold_experts` made them."""
+
+    module: GroupedExperts
+    first: torch.Tensor
+    second: torch.Tensor
+
+
 class Arithmetic(Protocol):
     epsilon: float
+
+    def hold(self, weight_OH: torch.Tensor) -> Weights: ...
+
+    def hold_experts(self, module: GroupedExperts) -> Experts: ...
 
     def begin(self, around: Surroundings) -> None:
         """Takes what the next step's layers share."""
 
     def norm(self, hidden_NH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor: ...
 
-    def linear(self, hidden_NH: torch.Tensor, weight_OH: torch.Tensor) -> torch.Tensor: ...
+    def linear(self, hidden_NH: torch.Tensor, weights: Weights) -> torch.Tensor: ...
 
     def attend(
         self, qkv_NGXD: torch.Tensor, norms: HeadNorms, cache: tuple[torch.Tensor, torch.Tensor]
@@ -57,7 +80,7 @@ class Arithmetic(Protocol):
 
     def mix(
         self,
-        experts: GroupedExperts,
+        experts: Experts,
         hidden_NH: torch.Tensor,
         weights_NK: torch.Tensor,
         routes_NK: torch.Tensor,
@@ -68,11 +91,17 @@ class Arithmetic(Protocol):
 
 
 class Kernels:
-    """By `kernels.decode`."""
+    """By `kernels.decode`, with copies of the weights in panels."""
 
     def __init__(self, epsilon: float) -> None:
         self.epsilon = epsilon
         self._around: Surroundings
+
+    def hold(self, weight_OH: torch.Tensor) -> Weights:
+        return Weights(decode.pack(weight_OH), len(weight_OH))
+
+    def hold_experts(self, module: GroupedExperts) -> Experts:
+        return Experts(module, decode.pack(module.linear_fc1.weight), decode.pack(module.linear_fc2.weight))
 
     def begin(self, around: Surroundings) -> None:
         self._around = around
@@ -80,8 +109,8 @@ class Kernels:
     def norm(self, hidden_NH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return decode.norm(hidden_NH, weight_H, self.epsilon)
 
-    def linear(self, hidden_NH: torch.Tensor, weight_OH: torch.Tensor) -> torch.Tensor:
-        return decode.linear(hidden_NH, weight_OH)
+    def linear(self, hidden_NH: torch.Tensor, weights: Weights) -> torch.Tensor:
+        return decode.linear(hidden_NH, weights.held, weights.outputs)
 
     def attend(
         self, qkv_NGXD: torch.Tensor, norms: HeadNorms, cache: tuple[torch.Tensor, torch.Tensor]
@@ -92,14 +121,13 @@ class Kernels:
 
     def mix(
         self,
-        experts: GroupedExperts,
+        experts: Experts,
         hidden_NH: torch.Tensor,
         weights_NK: torch.Tensor,
         routes_NK: torch.Tensor,
         start: int,
     ) -> torch.Tensor:
-        weights = (experts.linear_fc1.weight, experts.linear_fc2.weight)
-        return decode.experts(hidden_NH, weights_NK.float(), routes_NK, *weights, start)
+        return decode.experts(hidden_NH, weights_NK.float(), routes_NK, experts.first, experts.second, start)
 
 
 class Operators:
@@ -111,6 +139,12 @@ class Operators:
         self._factors: tuple[torch.Tensor, torch.Tensor]
         self._bias_N11P: torch.Tensor
         self._rows: torch.Tensor
+
+    def hold(self, weight_OH: torch.Tensor) -> Weights:
+        return Weights(weight_OH, len(weight_OH))
+
+    def hold_experts(self, module: GroupedExperts) -> Experts:
+        return Experts(module, module.linear_fc1.weight, module.linear_fc2.weight)
 
     def begin(self, around: Surroundings) -> None:
         positions_N, cos_PD = around.positions_N, around.cos_PD
@@ -125,8 +159,8 @@ class Operators:
     def norm(self, hidden_NH: torch.Tensor, weight_H: torch.Tensor) -> torch.Tensor:
         return normalized(hidden_NH, weight_H, self.epsilon)
 
-    def linear(self, hidden_NH: torch.Tensor, weight_OH: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_NH, weight_OH)
+    def linear(self, hidden_NH: torch.Tensor, weights: Weights) -> torch.Tensor:
+        return F.linear(hidden_NH, weights.held)
 
     def attend(
         self, qkv_NGXD: torch.Tensor, norms: HeadNorms, cache: tuple[torch.Tensor, torch.Tensor]
@@ -143,21 +177,21 @@ class Operators:
 
     def mix(
         self,
-        experts: GroupedExperts,
+        experts: Experts,
         hidden_NH: torch.Tensor,
         weights_NK: torch.Tensor,
         routes_NK: torch.Tensor,
         start: int,
     ) -> torch.Tensor:
-        topk, count = routes_NK.shape[1], experts.linear_fc1.weight.shape[0]
+        topk, count = routes_NK.shape[1], experts.first.shape[0]
         away_C, local_C = None, routes_NK.flatten()
-        if count < experts.config.num_moe_experts:
+        if count < experts.module.config.num_moe_experts:
             local_C = local_C - start
             away_C = (local_C < 0) | (local_C >= count)
             local_C = local_C.masked_fill(away_C, count)
         expert_C, order_C = local_C.sort(stable=True)
         ends_E = torch.searchsorted(expert_C, torch.arange(count, device=expert_C.device), right=True, out_int32=True)
-        rows_CH = experts.run(hidden_NH[order_C // topk], ends_E, weights_NK.flatten()[order_C])
+        rows_CH = experts.module.run(hidden_NH[order_C // topk], ends_E, weights_NK.flatten()[order_C])
         found_CH = torch.empty_like(rows_CH)
         found_CH[order_C] = rows_CH
         if away_C is not None:

@@ -1,11 +1,11 @@
-"""The embedded rollout engine: samples from the training weights themselves, with a KV cache.
+"""The embedded rollout engine: samples from the training weights themselves, or a rounded copy, with a KV cache.
 
 Strategy: prompts are prefilled once each, their cache rows copied to their samples, then every step feeds one token of
 each unfinished sample (`rollout.embedded.decoder`), through `rollout.embedded.lean` where it can. Finished samples
 leave the batch, and the last rows' samples take their places, so that the unfinished ones have the first rows of the
-cache. Invariants: experts span data-parallel ranks, so every rank runs the same number of steps (a rank with nothing
-left feeds no token), also behind a fault of one of them, which all raise at the end; a sample depends on its request's
-uid, its index and the seed alone.
+cache. Invariants: where experts span data-parallel ranks, every rank runs the same number of steps (a rank with nothing
+left feeds no token); each rank goes on behind a fault of one of them, which all raise at the end; a sample depends on
+its request's uid, its index and the seed alone.
 
 Shape letters: N sequences in the batch, V vocabulary, R response tokens at most, A MoE layers, K experts a token.
 """
@@ -30,9 +30,11 @@ from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.stop import StopSignals, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
+from gspo_moe.rollout.embedded.expert_ranks import experts_holders
 from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.lean import LeanForward, gather_vocab, lean_obstacle
-from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches
+from gspo_moe.rollout.embedded.numerics import RoundedCopy
+from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches, misfit
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
@@ -49,7 +51,8 @@ ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
 class MegatronEngine:
     """Generates with a Model in place; decodes `max_batch` sequences at once, prefills `prefill_tokens` a pack.
 
-    stop: ends generation at a signal. cuda_graph: as `rollout.cuda_graph`.
+    stop: ends generation at a signal. cuda_graph: as `rollout.cuda_graph`. rounded: what it generates with in the
+    model's place, with its weights as they were last published.
     """
 
     def __init__(
@@ -59,9 +62,13 @@ class MegatronEngine:
         prefill_tokens: int,
         stop: StopSignals | None = None,
         cuda_graph: str = "auto",
+        rounded: RoundedCopy | None = None,
     ) -> None:
-        self._model = model
-        self._ranks = model.groups.data_context  # which step in unison
+        self._policy = model
+        self._rounded = rounded
+        self._model = model if rounded is None else rounded.model
+        self._ranks = model.groups.data_context
+        self._in_unison = len(set(experts_holders(model.groups))) > 1  # they decode each token together
         self._stop = stop or StopSignals()
         self._fault: RolloutError | None = None
         self._max_batch = max_batch
@@ -73,8 +80,10 @@ class MegatronEngine:
         self.version = 0
 
     def publish(self, model: Model, version: int) -> dict[str, float]:
-        """Takes note of the version: the weights are the model's own."""
-        assert model is self._model
+        """Takes note of the version: the weights are the model's own, unless they are rounded now."""
+        assert model is self._policy
+        if self._rounded is not None:
+            self._rounded.take(model)
         self.version = version
         return {}
 
@@ -94,7 +103,7 @@ class MegatronEngine:
         Raises RolloutError, on every rank, for an empty prompt, a prompt longer than the model or the prefill budget
         takes, and logits that are not finite; Interrupted at a signal.
         """
-        raise_everywhere(self._misfit(requests, params))
+        raise_everywhere(misfit(requests, params, self._model.architecture.max_positions, self._prefill_tokens))
         self._fault = None
         model, self._recorder = self._model, None
         if params.report_routes:
@@ -109,34 +118,15 @@ class MegatronEngine:
         done: dict[tuple[int, int], Rollout] = {}
         batches = in_batches(requests, self._max_batch)
         for number in range(most(len(batches), self._ranks)):
-            self._stop.check()
             batch = batches[number] if number < len(batches) else []
             tell = None if ended is None else partial(self._tell, ended)
             samples, routes = self._run_batch(batch, params, tell)
+            self._stop.check()
             if tell is not None and number < len(batches) - 1:
                 tell(samples, samples.unstopped())
             for one, rollout in zip(samples.all, samples.rollouts(self.version, routes), strict=True):
                 done[one.index, one.sample_index] = rollout
         return [[done[i, k] for k in range(request.samples)] for i, request in enumerate(requests)]
-
-    def _misfit(self, requests: Sequence[Request], params: SamplingParams) -> RolloutError | None:
-        """What is wrong with the first of these requests that cannot be answered."""
-        limit = self._model.architecture.max_positions
-        for request in requests:
-            length = len(request.prompt_ids)
-            if not length:
-                return RolloutError(f"prompt {request.uid} is empty; give at least one token")
-            if length + params.max_response_tokens > limit:
-                return RolloutError(
-                    f"prompt {request.uid} has {length} tokens and rollout.max_response_tokens is "
-                    f"{params.max_response_tokens}, more than the model's {limit} positions; lower one of them"
-                )
-            if length > self._prefill_tokens:
-                return RolloutError(
-                    f"prompt {request.uid} has {length} tokens, more than schedule.micro_batch_tokens="
-                    f"{self._prefill_tokens}; raise it"
-                )
-        return None
 
     def _tell(self, ended: Ended, samples: Samples, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -173,10 +163,13 @@ class MegatronEngine:
         decoder = self._decoder(cache)
         keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]
         uniforms_RS = uniforms(keys, params.max_response_tokens).T.contiguous().to(self._device)
-        fullest = most(samples.active, self._ranks)
+        groups = self._model.groups
+        together = dist.group.WORLD if self._in_unison else groups.model
+        assert together is not None
+        fullest = self._fullest(samples)
         for step in range(params.max_response_tokens):
-            if step and step % CHECK_TOKENS == 0:
-                self._stop.check()
+            if step and step % CHECK_TOKENS == 0 and self._stop.asked(together):
+                break
             if samples.active:
                 self._append(samples, logits, uniforms_RS[step][samples.numbers_N], params)
             last = step + 1 == params.max_response_tokens
@@ -184,7 +177,7 @@ class MegatronEngine:
                 stopped = samples.retire(cache)
                 if tell is not None:
                     tell(samples, stopped)
-                fullest = 0 if last else most(samples.active, self._ranks)
+                fullest = 0 if last else self._fullest(samples)
             if not fullest:
                 break
             fed = StepInput(samples.newest_N, samples.positions_N, samples.used, fullest)
@@ -198,6 +191,10 @@ class MegatronEngine:
                 "weights broke, with a lower optimizer.lr, or check the weights in model.hf"
             )
 
+    def _fullest(self, samples: Samples) -> int:
+        """Unfinished samples of the rank with the most, of those that step in unison with this one."""
+        return most(samples.active, self._ranks) if self._in_unison else samples.active
+
     def _decoder(self, cache: KVCache) -> Decoder:
         graphs = make_graphs(self._model, self._cuda_graph)
         return Decoder(self._forward(cache), cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
@@ -205,7 +202,8 @@ class MegatronEngine:
     def _forward(self, cache: KVCache) -> Callable[[StepInput], StepOutput]:
         obstacle = lean_obstacle(self._model)
         if obstacle is None:
-            return LeanForward(self._model, cache, records=self._recorder is not None)
+            round_inputs = None if self._rounded is None else self._rounded.round_inputs
+            return LeanForward(self._model, cache, records=self._recorder is not None, round_inputs=round_inputs)
         if self._model.groups.rank == 0:
             _warn_of_whole_forward(obstacle)
         return partial(self._whole_forward, cache)

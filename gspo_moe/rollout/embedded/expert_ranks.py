@@ -10,8 +10,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from gspo_moe.model.build import Model
-from gspo_moe.model.experts import GroupedExperts
-from gspo_moe.rollout.embedded.arithmetic import Arithmetic
+from gspo_moe.parallel.groups import Groups
+from gspo_moe.rollout.embedded.arithmetic import Arithmetic, Experts
+
+
+def experts_holders(groups: Groups) -> list[int]:
+    """Of each rank that shares this rank's experts, in their order: whose tokens it has, by its rank in data_context.
+
+    Ranks are numbered tensor rank first, then context and data: the tensor ranks of one copy have its tokens all.
+    """
+    layout, ranks = groups.layout, dist.get_process_group_ranks(groups.experts)
+    return [rank // layout.tensor % (layout.context * layout.data) for rank in ranks]
 
 
 class ExpertRanks:
@@ -20,10 +29,7 @@ class ExpertRanks:
     def __init__(self, model: Model) -> None:
         groups, layout = model.groups, model.groups.layout
         self._group = groups.experts
-        # Ranks are numbered tensor rank first, then context and data: the tensor ranks of one copy have its tokens all.
-        holders = [
-            rank // layout.tensor % (layout.context * layout.data) for rank in dist.get_process_group_ranks(self._group)
-        ]
+        holders = experts_holders(groups)
         self._holders = sorted(set(holders))
         self._first = torch.tensor([holders.index(one) for one in self._holders])
         self._place = self._holders.index(groups.data_context.rank())
@@ -32,7 +38,7 @@ class ExpertRanks:
     def mix(
         self,
         arithmetic: Arithmetic,
-        experts: GroupedExperts,
+        experts: Experts,
         hidden_NH: torch.Tensor,
         weights_NK: torch.Tensor,
         routes_NK: torch.Tensor,

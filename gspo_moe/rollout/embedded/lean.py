@@ -29,54 +29,77 @@ from gspo_moe.model.cache import KVCache
 from gspo_moe.model.experts import GroupedExperts
 from gspo_moe.model.last_stage import output_weight
 from gspo_moe.model.rope import rotary_factors
-from gspo_moe.rollout.embedded.arithmetic import HeadNorms, Surroundings, arithmetic_for
+from gspo_moe.rollout.embedded.arithmetic import (
+    Arithmetic,
+    Experts,
+    HeadNorms,
+    Surroundings,
+    Weights,
+    arithmetic_for,
+)
 from gspo_moe.rollout.embedded.decoder import StepInput, StepOutput
 from gspo_moe.rollout.embedded.expert_ranks import ExpertRanks
+from gspo_moe.rollout.embedded.numerics import RoundInputs
 from gspo_moe.routing.recorder import route_dtype
+
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, None: None}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights, the parameters themselves. number: from 1, over all stages."""
+    """One layer's weights as arithmetic holds them. number: from 1, over all stages."""
 
     number: int
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Weights
     head_norms: HeadNorms
-    projection: torch.Tensor
+    projection: Weights
     experts_norm: torch.Tensor
-    router: torch.Tensor
-    experts: GroupedExperts
+    router: Weights
+    experts: Experts
 
     @classmethod
-    def of(cls, module: Any) -> Layer:
-        attention, moe = module.self_attention, module.mlp
+    def of(cls, module: Any, do: Arithmetic, router: Weights) -> Layer:
+        attention = module.self_attention
         return cls(
             module.layer_number,
             module.input_layernorm.weight,
-            attention.linear_qkv.weight,
+            do.hold(attention.linear_qkv.weight),
             HeadNorms(attention.q_layernorm.weight, attention.k_layernorm.weight),
-            attention.linear_proj.weight,
+            do.hold(attention.linear_proj.weight),
             module.pre_mlp_layernorm.weight,
-            moe.router.weight,
-            moe.experts,
+            router,
+            do.hold_experts(module.mlp.experts),
         )
 
 
 class LeanForward:
-    """Runs steps of one model over one cache. Collective over the ranks that hold the model and its experts."""
+    """Runs steps of one model over one cache. Collective over the ranks that hold the model and its experts.
 
-    def __init__(self, model: Model, cache: KVCache, *, records: bool) -> None:
+    round_inputs: what is done to the inputs of attention's linear layers; experts do it themselves.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, *, records: bool, round_inputs: RoundInputs | None = None) -> None:
         assert lean_obstacle(model) is None
         self._model = model
         self._cache = cache
-        self._chunks = [[Layer.of(layer) for layer in gpt.decoder.layers] for gpt in model.gpt_chunks]
+        self._round_inputs = round_inputs
+        layers = [list(gpt.decoder.layers) for gpt in model.gpt_chunks]
+        weight, router = layers[0][0].self_attention.linear_qkv.weight, layers[0][0].mlp.router.weight
+        self._router_dtype = _ROUTER_DTYPES[model.config.moe_router_dtype] or router.dtype
+        epsilon = model.config.layernorm_epsilon
+        self._do = arithmetic_for(weight, epsilon)
+        self._router_do = arithmetic_for(router.to(self._router_dtype), epsilon)
+        self._chunks = [[self._held(layer) for layer in chunk] for chunk in layers]
+        self._output = self._do.hold(output_weight(model.gpt_chunks[-1])) if model.groups.is_last_stage else None
         self._ranks = ExpertRanks(model)
         self._dtype = route_dtype(model.architecture.num_experts) if records else None
-        weight = self._chunks[0][0].qkv
-        self._do = arithmetic_for(weight, model.config.layernorm_epsilon)
         cos_PD, sin_PD = rotary_factors(torch.arange(cache.capacity, device=weight.device), model.architecture)
         self._cos_PD, self._sin_PD = (factors.to(model.config.params_dtype) for factors in (cos_PD, sin_PD))
+
+    def _held(self, module: Any) -> Layer:
+        router = self._router_do.hold(module.mlp.router.weight.to(self._router_dtype))
+        return Layer.of(module, self._do, router)
 
     @torch.no_grad()
     def __call__(self, step: StepInput) -> StepOutput:
@@ -126,13 +149,17 @@ class LeanForward:
             return hidden_NH
         sizes, tensor = self._model.architecture, self._model.groups.tensor
         heads = sizes.num_attention_heads // sizes.num_key_value_heads + 2
-        qkv_NX = self._do.linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
+        qkv_NX = self._linear(self._do.norm(hidden_NH, layer.attention_norm), layer.qkv)
         qkv_NGXD = qkv_NX.view(len(qkv_NX), -1, heads, sizes.head_dim)
         attended_NX = self._do.attend(qkv_NGXD, layer.head_norms, self._cache.layer(layer.number))
-        found_NH = self._do.linear(attended_NX, layer.projection)
+        found_NH = self._linear(attended_NX, layer.projection)
         if tensor.size() > 1:
             dist.all_reduce(found_NH, group=tensor)
         return found_NH
+
+    def _linear(self, values_NX: torch.Tensor, weights: Weights) -> torch.Tensor:
+        rounded_NX = values_NX if self._round_inputs is None else self._round_inputs(values_NX)
+        return self._do.linear(rounded_NX, weights)
 
     def _mix(self, layer: Layer, hidden_NH: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the experts add [N, H], and which they were [N, K]."""
@@ -140,12 +167,11 @@ class LeanForward:
         weights_NK, routes_NK = self._route(layer.router, normed_NH)
         return self._ranks.mix(self._do, layer.experts, normed_NH, weights_NK, routes_NK, most), routes_NK
 
-    def _route(self, router_EH: torch.Tensor, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(self, router: Weights, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate weights and experts [N, K], best first, as megatron-core's topk_routing_with_score_function."""
         config, topk = self._model.config, self._model.architecture.num_experts_per_tok
-        dtype = {"fp32": torch.float32, "fp64": torch.float64, None: hidden_NH.dtype}[config.moe_router_dtype]
-        linear = self._do.linear if dtype is hidden_NH.dtype else F.linear
-        scores_NE = linear(hidden_NH.to(dtype), router_EH.to(dtype))
+        dtype = self._router_dtype
+        scores_NE = self._router_do.linear(hidden_NH.to(dtype), router)
         if config.moe_router_pre_softmax:
             scores_NE = torch.softmax(scores_NE, dim=-1, dtype=torch.float32).to(dtype)
             weights_NK, routes_NK = scores_NE.topk(topk, dim=1)
@@ -157,7 +183,8 @@ class LeanForward:
         """Behind each token, over the whole vocabulary."""
         gpt, tensor = self._model.gpt_chunks[-1], self._model.groups.tensor
         normed_NH = self._do.norm(hidden_NH, gpt.decoder.final_layernorm.weight)
-        return gather_vocab(self._do.linear(normed_NH, output_weight(gpt)), tensor)[:, : self._model.vocab]
+        assert self._output is not None
+        return gather_vocab(self._do.linear(normed_NH, self._output), tensor)[:, : self._model.vocab]
 
 
 def gather_vocab(logits_NV: torch.Tensor, tensor: dist.ProcessGroup) -> torch.Tensor:

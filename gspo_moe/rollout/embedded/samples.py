@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gspo_moe.errors import RolloutError
 from gspo_moe.model.cache import KVCache
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.routing.recorder import RoutePass
@@ -179,6 +180,24 @@ class Samples:
             if len(ids) == end or strings.ended(ids):
                 return len(ids)
         return 0
+
+
+def misfit(requests: Sequence[Request], params: SamplingParams, positions: int, room: int) -> RolloutError | None:
+    """What is wrong with the first of these requests that has no answer; room: tokens that a prefill pack takes."""
+    for request in requests:
+        length = len(request.prompt_ids)
+        if not length:
+            return RolloutError(f"prompt {request.uid} is empty; give at least one token")
+        if length + params.max_response_tokens > positions:
+            return RolloutError(
+                f"prompt {request.uid} has {length} tokens and rollout.max_response_tokens is "
+                f"{params.max_response_tokens}, more than the model's {positions} positions; lower one of them"
+            )
+        if length > room:
+            return RolloutError(
+                f"prompt {request.uid} has {length} tokens, more than schedule.micro_batch_tokens={room}; raise it"
+            )
+    return None
 
 
 def in_batches(requests: Sequence[Request], most: int) -> list[list[tuple[int, Request, range]]]:

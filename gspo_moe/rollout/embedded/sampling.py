@@ -10,6 +10,8 @@ import hashlib
 import numpy as np
 import torch
 
+from gspo_moe.kernels import decode
+
 BLOCK = 256
 BELOW_ONE = 1.0 - 2.0**-53
 
@@ -33,13 +35,16 @@ def sample(
     top_p. Temperature 0 takes the likeliest token and reports log-probs at temperature 1.
     """
     greedy = temperature == 0.0
+    whole = greedy or (top_p == 1.0 and not top_k)
+    if whole and decode.suits(logits_NV):
+        return decode.draw(logits_NV, uniforms_N, temperature)
     scaled_NV = logits_NV.float() if greedy or temperature == 1.0 else logits_NV.float() / temperature
     below_NV = scaled_NV - scaled_NV.amax(dim=-1, keepdim=True)
     blocks_NBC = _blocks(below_NV)
     sums_NB = blocks_NBC.sum(dim=2).double()
     if greedy:
         tokens_N = below_NV.argmax(dim=-1)
-    elif top_k or top_p < 1.0:
+    elif not whole:
         tokens_N = _from_likeliest(below_NV, sums_NB.sum(dim=1, keepdim=True), uniforms_N, top_p, top_k)
     else:
         # Among NaN it may find a place behind the vocabulary's end.

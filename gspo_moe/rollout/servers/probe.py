@@ -48,6 +48,8 @@ class Probe:
         largest = 0.0
         scores: dict[tuple[int, ...], list[float]] = {}
         for number, answer in enumerate(on_main(answers)):
+            if not answer.token_ids:
+                raise RolloutError(f"server {number} gave the probe 0 tokens ({answer.finish}); restart it")
             if answer.token_ids not in scores:
                 scored = self.score(model, self.prompt_ids + answer.token_ids)
                 scores[answer.token_ids] = scored[-len(answer.token_ids) :]

@@ -41,7 +41,7 @@ IDENTITY = {
     "algorithm.kl": "coeff estimator",
     "chat": "system thinking variables special_tokens",
     "rollout": "prompts_per_step samples_per_prompt temperature top_p top_k max_response_tokens max_turns stop "
-    "max_prompt_tokens long_prompts engine max_staleness stragglers",
+    "max_prompt_tokens long_prompts numerics engine max_staleness stragglers",
     "task": "name options environment.name environment.options",
     "task.data": "held_out columns system template shuffle on_bad_record",
     "task.reward": "name options sum failure_reward",

@@ -16,6 +16,7 @@ from gspo_moe.model.forward import run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.planning.memory import Memory, estimate, shard_parameters
+from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer
 from tests.unit.training.test_rl import opened
@@ -80,8 +81,10 @@ def kept_bytes(trainer: Trainer, tokens: int) -> int:
     return saved.bytes
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_what_training_holds_is_what_was_estimated(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "numerics"), [("fp32", "trainer"), ("bf16", "trainer"), ("fp32", "fp8_rounded")])
+def test_what_training_holds_is_what_was_estimated(
+    dtype: str, numerics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held: list[int] = []
     select = KVCache.select
 
@@ -91,8 +94,8 @@ def test_what_training_holds_is_what_was_estimated(dtype: str, tmp_path: Path, m
         held.append(before + cache_bytes(cache))
 
     monkeypatch.setattr(KVCache, "select", watched)
-    overrides = (SIZES, "algorithm.mini_batches=1", f"model.dtype={dtype}", "routing.record=false")
-    with opened(tmp_path, *overrides) as trainer:
+    overrides = (SIZES, "algorithm.mini_batches=1", f"model.dtype={dtype}", f"rollout.numerics={numerics}")
+    with opened(tmp_path, *overrides, "routing.record=false") as trainer:
         model, config = trainer.session.model, trainer.session.config
         result = rl_step(trainer)
         prompts = [len(trainer.session.plan.renderer.prompt(group.prompt)) for group in result.batch.groups]
@@ -103,6 +106,10 @@ def test_what_training_holds_is_what_was_estimated(dtype: str, tmp_path: Path, m
         assert sum(weight.main_grad.nbytes for weight in weights) == found.gradients
         assert optimizer_bytes(trainer) == found.optimizer
         assert held == [found.kv_cache]
+        engine = trainer.session.answerer.engine
+        assert isinstance(engine, MegatronEngine)
+        copied = [] if engine._rounded is None else [*engine._rounded.model.chunks[0].parameters()]
+        assert sum(weight.nbytes for weight in copied) == found.rollout_copy
         tokens = 256
         ratio = kept_bytes(trainer, tokens) / (found.activations * tokens / config.schedule.micro_batch_tokens)
         assert 1 / ACTIVATION_FACTOR < ratio < ACTIVATION_FACTOR

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gspo_moe.errors import DataError, RolloutError
-from gspo_moe.rollout.bank import Bank, describe_bank, read_bank, write_bank
+from gspo_moe.config.loading import load_config
+from gspo_moe.errors import ConfigError, DataError, RolloutError
+from gspo_moe.rollout.bank import SAMPLING, Bank, check_bank, describe_bank, read_bank, write_bank
 from gspo_moe.types import Message, Prompt, Reward, Rollout, RolloutGroup, Turn
 
 
@@ -93,3 +94,16 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(DataError, match="no bank of this version"):
         read_bank(file)
+
+
+def test_a_bank_that_was_sampled_with_other_numerics_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bank.safetensors"
+    settings = ["rollout.prompts_per_step=1", "schedule.steps=1", "algorithm.mini_batches=1", f"rollout.bank={path}"]
+    plain, rounded = (load_config(None, [*settings, f"rollout.numerics={one}"]) for one in ("trainer", "bf16"))
+    sampling = {key: getattr(plain.rollout, key) for key in SAMPLING} | {"vocab_size": 400}
+    older = {key: value for key, value in sampling.items() if key != "numerics"}
+    for made_with in (sampling, older):
+        write_bank(path, Bank(bank(routes=False).groups, made_with))
+        check_bank(plain, 400)
+        with pytest.raises(ConfigError, match=r"rollout\.numerics is trainer there and bf16 here; make one"):
+            check_bank(rounded, 400)

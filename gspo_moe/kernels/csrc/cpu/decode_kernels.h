@@ -1,8 +1,8 @@
-// Kernels of decode steps in float32, for token_kernels.h's instruction sets: products of a few rows, where a library
-// would first copy the weights into an order of its own, and attention of one new token a row of a cache.
+// Kernels of decode steps in float32, for token_kernels.h's instruction sets: norm, gate, and attention of one new token
+// a row of a cache.
 //
-// A product's rows and weights both lie along the inputs, so that it is dot products: accumulators of some rows by four
-// outputs stay in registers, and their lanes are added up once at the end.
+// Queries and keys both lie along a head, so that scores are dot products: accumulators of some rows by four outputs
+// stay in registers, and their lanes are added up once at the end.
 
 namespace {
 
@@ -20,6 +20,16 @@ GSPO_INLINE void sums_of_4(const Floats parts[4], float* sums) {
 #define GSPO_IN_REGISTER(vector)
 #endif
 
+// found[m, n] = sum over k of rows[m][k] * weight[n, k].
+struct Product {
+  const float* const* rows_M;
+  int64_t num_rows;
+  const float* weight_NK;
+  int64_t inputs;
+  float* found_MN;
+  int64_t found_stride;
+};
+
 constexpr int kOutputs = 4;
 constexpr int kRows = 6;
 constexpr int kAtOnce = kLanes == 16 ? 4 : 2;  // outputs of kRows rows, for which registers are left
@@ -32,7 +42,7 @@ __attribute__((noinline)) float rest_of_dot(const float* a, const float* b, int6
 
 // ahead: weights that will be needed next, which come from memory meanwhile; the processor foresees no page's begin.
 template <int kM, int kN>
-GSPO_INLINE void tile(const GspoProduct* args, int64_t row, int64_t output, const float* ahead) {
+GSPO_INLINE void tile(const Product* args, int64_t row, int64_t output, const float* ahead) {
   const int64_t inputs = args->inputs;
   const float* const weight = args->weight_NK + output * inputs;
   Floats parts[kM * kN] = {};
@@ -72,7 +82,7 @@ float dot(const float* a, const float* b, int64_t count) {
 }
 
 // Outputs of rows begin to end; fresh: the weights have yet to come from memory.
-GSPO_INLINE void product_of(const GspoProduct* args, int64_t begin, int64_t end, int64_t first, int64_t last, bool fresh) {
+GSPO_INLINE void product_of(const Product* args, int64_t begin, int64_t end, int64_t first, int64_t last, bool fresh) {
   int64_t output = first;
   for (; output + kOutputs <= last; output += kOutputs) {
     const bool foresee = fresh && output + 2 * kOutputs <= last;
@@ -94,7 +104,7 @@ GSPO_INLINE void product_of(const GspoProduct* args, int64_t begin, int64_t end,
   }
 }
 
-void product(const GspoProduct* args, int64_t first, int64_t last) {
+void product(const Product* args, int64_t first, int64_t last) {
   // As many rows at once as leave room for weights in the first-level cache.
   const int64_t fit = 24576 / (int64_t)sizeof(float) / (args->inputs > 0 ? args->inputs : 1) / kRows * kRows;
   const int64_t rows = fit > kRows ? fit : kRows;
@@ -210,7 +220,7 @@ void attend(const GspoDecodeAttention* args, int64_t first, int64_t last) {
     normalize(qkv + queries * size, args->key_norm_D, args->epsilon, keys + position * size, size);
     turn(keys + position * size, cosine, sine, size);
     memcpy(values + position * size, qkv + (queries + 1) * size, sizeof(float) * size);
-    const GspoProduct product_args = {rows, queries, keys, size, scores, capacity};
+    const Product product_args = {rows, queries, keys, size, scores, capacity};
     product(&product_args, 0, seen);
     for (int64_t query = 0; query < queries; ++query) {
       float* const weights = scores + query * capacity;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -17,7 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 18;  // multiplications that a thread takes at least
-constexpr int64_t kBlock = 64;       // outputs at once
 
 const GspoCpuKernels& cpu() {
   const GspoCpuKernels* const kernels = gspo_cpu_kernels(std::getenv("GSPO_MOE_CPU"));
@@ -34,6 +34,8 @@ void check(const Tensor& tensor, int64_t dims, const char* name) {
 void check_sizes(bool fit) { STD_TORCH_CHECK(fit, "the sizes of a decode op's arguments do not fit each other"); }
 
 int64_t grain(int64_t multiplications) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiplications)); }
+
+int64_t panels_of(int64_t outputs) { return (outputs + GSPO_PANEL - 1) / GSPO_PANEL; }
 
 std::vector<const float*> rows_of(const Tensor& matrix) {
   std::vector<const float*> rows(matrix.size(0));
@@ -55,28 +57,66 @@ Tensor norm(const Tensor& values, const Tensor& weight, double epsilon) {
   return found;
 }
 
-Tensor linear(const Tensor& values, const Tensor& weight) {
-  check(values, 2, "values");
-  check(weight, 2, "weight");
-  check_sizes(values.size(1) == weight.size(1));
-  const int64_t outputs = weight.size(0);
-  auto found = torch::stable::new_empty(values, {values.size(0), outputs});
-  const auto rows = rows_of(values);
-  const auto product = cpu().product;
-  // By way of a block whose rows lie beside each other: those of a wide output would all fall on one set of the cache.
-  torch::stable::parallel_for(0, outputs, grain(values.numel()), [&](int64_t first, int64_t last) {
-    std::vector<float> block(rows.size() * kBlock);
-    for (int64_t start = first; start < last; start += kBlock) {
-      const int64_t count = std::min(last - start, kBlock);
-      const GspoProduct args = {rows.data(), values.size(0), weight.const_data_ptr<float>() + start * weight.size(1),
-                                weight.size(1), block.data(), kBlock};
-      product(&args, 0, count);
-      for (size_t row = 0; row < rows.size(); ++row) {
-        std::copy_n(block.data() + row * kBlock, count, found.mutable_data_ptr<float>() + row * outputs + start);
+// Of weights [..., O, K] the panels [..., P, K, 16].
+Tensor pack(const Tensor& weight) {
+  STD_TORCH_CHECK(
+      weight.dim() >= 2 && weight.is_contiguous() && weight.scalar_type() == ScalarType::Float,
+      "weight must be float32, contiguous and have at least 2 dimensions");
+  const int64_t last = weight.dim() - 1, outputs = weight.size(last - 1), inputs = weight.size(last);
+  const int64_t panels = panels_of(outputs);
+  std::vector<int64_t> sizes;
+  int64_t count = 1;
+  for (int64_t dim = 0; dim < last - 1; ++dim) sizes.push_back(weight.size(dim)), count *= weight.size(dim);
+  sizes.insert(sizes.end(), {panels, inputs, GSPO_PANEL});
+  auto packed = torch::stable::new_empty(weight, sizes);
+  torch::stable::parallel_for(0, count * panels, grain(inputs), [&](int64_t first, int64_t end) {
+    for (int64_t panel = first; panel < end; ++panel) {
+      const int64_t output = panel % panels * GSPO_PANEL, here = std::min<int64_t>(GSPO_PANEL, outputs - output);
+      const float* const from = weight.const_data_ptr<float>() + (panel / panels * outputs + output) * inputs;
+      float* const to = packed.mutable_data_ptr<float>() + panel * inputs * GSPO_PANEL;
+      for (int64_t input = 0; input < inputs; ++input) {
+        for (int64_t each = 0; each < GSPO_PANEL; ++each) {
+          to[input * GSPO_PANEL + each] = each < here ? from[each * inputs + input] : 0.0f;
+        }
       }
     }
   });
+  return packed;
+}
+
+Tensor linear(const Tensor& values, const Tensor& panels, int64_t outputs) {
+  check(values, 2, "values");
+  check(panels, 3, "panels");
+  check_sizes(values.size(1) == panels.size(1) && panels.size(2) == GSPO_PANEL && panels.size(0) == panels_of(outputs));
+  auto found = torch::stable::new_empty(values, {values.size(0), outputs});
+  const auto rows = rows_of(values);
+  const GspoPanels args = {rows.data(), values.size(0), panels.const_data_ptr<float>(), panels.size(1), outputs,
+                           found.mutable_data_ptr<float>(), outputs};
+  const auto run = cpu().panels;
+  torch::stable::parallel_for(0, panels.size(0), grain(values.numel() * GSPO_PANEL), [&](int64_t first, int64_t last) {
+    run(&args, first, last);
+  });
   return found;
+}
+
+std::tuple<Tensor, Tensor> draw(const Tensor& logits, const Tensor& uniforms, double temperature) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  STD_TORCH_CHECK(
+      logits.dim() == 2 && logits.scalar_type() == ScalarType::Float && vocab > 0 && logits.stride(1) == 1,
+      "logits must be float32 [N, V] with adjacent columns");
+  STD_TORCH_CHECK(
+      uniforms.dim() == 1 && uniforms.scalar_type() == ScalarType::Double && uniforms.is_contiguous() &&
+          uniforms.size(0) == rows,
+      "uniforms must be float64 [N]");
+  auto tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
+  auto log_probs = torch::stable::new_empty(logits, {rows});
+  const bool greedy = temperature == 0.0;
+  const GspoDraw args = {logits.const_data_ptr<float>(), logits.stride(0), vocab, greedy ? 1.0f : (float)(1.0 / temperature),
+                         greedy ? nullptr : uniforms.const_data_ptr<double>(), tokens.mutable_data_ptr<int64_t>(),
+                         log_probs.mutable_data_ptr<float>()};
+  const auto run = cpu().draw;
+  torch::stable::parallel_for(0, rows, grain(8 * vocab), [&](int64_t first, int64_t last) { run(&args, first, last); });
+  return {tokens, log_probs};
 }
 
 Tensor attention(
@@ -133,20 +173,21 @@ struct ByExpert {
   }
 };
 
+// Panels of both layers [E, P, K, 16].
 Tensor experts(
     const Tensor& values, const Tensor& shares, const Tensor& routes, const Tensor& first_layer,
     const Tensor& second_layer, int64_t start) {
   check(values, 2, "values");
   check(shares, 2, "shares");
-  check(first_layer, 3, "first_layer");
-  check(second_layer, 3, "second_layer");
+  check(first_layer, 4, "first_layer");
+  check(second_layer, 4, "second_layer");
   STD_TORCH_CHECK(
       routes.dim() == 2 && routes.scalar_type() == ScalarType::Long && routes.is_contiguous(), "routes must be int64 [R, K]");
   const int64_t count = first_layer.size(0), hidden = values.size(1), width = second_layer.size(2), topk = routes.size(1);
   check_sizes(
       shares.size(0) == values.size(0) && shares.size(1) == topk && routes.size(0) == values.size(0) &&
-      first_layer.size(1) == 2 * width && first_layer.size(2) == hidden && second_layer.size(0) == count &&
-      second_layer.size(1) == hidden);
+      first_layer.size(1) == panels_of(2 * width) && first_layer.size(2) == hidden && first_layer.size(3) == GSPO_PANEL &&
+      second_layer.size(0) == count && second_layer.size(1) == panels_of(hidden) && second_layer.size(3) == GSPO_PANEL);
   const ByExpert by(routes, start, count);
   const int64_t rows = by.choices.size();
   const GspoCpuKernels& kernels = cpu();
@@ -155,17 +196,19 @@ Tensor experts(
   const std::unique_ptr<float[]> found(new float[rows * hidden]);
   const auto run = [&](int64_t expert, float* both, float* inner, const float** inners) {
     const int64_t begin = by.ends[expert], here = by.ends[expert + 1] - begin;
-    const GspoProduct first = {inputs.data() + begin, here, first_layer.const_data_ptr<float>() + expert * 2 * width * hidden,
-                               hidden, both, 2 * width};
-    kernels.product(&first, 0, 2 * width);
+    const GspoPanels first = {inputs.data() + begin, here,
+                              first_layer.const_data_ptr<float>() + expert * first_layer.size(1) * hidden * GSPO_PANEL,
+                              hidden, 2 * width, both, 2 * width};
+    kernels.panels(&first, 0, first_layer.size(1));
     for (int64_t row = 0; row < here; ++row) {
       inners[row] = inner + row * width;
       const float share = shares.const_data_ptr<float>()[by.choices[begin + row]];
       kernels.gate(both + row * 2 * width, share, inner + row * width, width);
     }
-    const GspoProduct second = {inners, here, second_layer.const_data_ptr<float>() + expert * hidden * width, width,
-                                found.get() + begin * hidden, hidden};
-    kernels.product(&second, 0, hidden);
+    const GspoPanels second = {inners, here,
+                               second_layer.const_data_ptr<float>() + expert * second_layer.size(1) * width * GSPO_PANEL,
+                               width, hidden, found.get() + begin * hidden, hidden};
+    kernels.panels(&second, 0, second_layer.size(1));
   };
   torch::stable::parallel_for(0, count, grain(rows * 3 * width * hidden / count), [&](int64_t first, int64_t last) {
     int64_t most = 0;
@@ -186,7 +229,9 @@ Tensor experts(
 
 STABLE_TORCH_LIBRARY_IMPL(gspo_moe, CPU, library) {
   library.impl("decode_norm", TORCH_BOX(&norm));
+  library.impl("decode_pack", TORCH_BOX(&pack));
   library.impl("decode_linear", TORCH_BOX(&linear));
+  library.impl("decode_draw", TORCH_BOX(&draw));
   library.impl("decode_attention", TORCH_BOX(&attention));
   library.impl("decode_experts", TORCH_BOX(&experts));
 }

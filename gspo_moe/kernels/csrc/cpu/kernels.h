@@ -4,14 +4,28 @@
 
 #include "../cuda/api.h"
 
-// found[m, n] = sum over k of rows[m][k] * weight[n, k], float32.
-struct GspoProduct {
+enum { GSPO_PANEL = 16 };  // outputs of a panel
+
+// found[m, n] = sum over k of rows[m][k] * weight[n, k], float32. A panel has the weights of GSPO_PANEL outputs for one
+// input, then for the next; the last one is filled up with zeros.
+struct GspoPanels {
   const float* const* rows_M;  // K adjacent elements each
   int64_t num_rows;            // M
-  const float* weight_NK;
-  int64_t inputs;              // K
+  const float* panels_PKN;
+  int64_t inputs, outputs;     // K, N of all panels
   float* found_MN;
   int64_t found_stride;        // elements from a row to the next
+};
+
+// One token of each row of logits under softmax(logits * inverse_temperature): the first whose cumulative share exceeds
+// the row's uniform number, without such numbers the likeliest; and its log-prob. NaN where a logit is not finite.
+struct GspoDraw {
+  const float* logits_NV;
+  int64_t row_stride, vocab;
+  float inverse_temperature;
+  const double* uniforms_N;  // or null
+  int64_t* tokens_N;
+  float* log_probs_N;
 };
 
 // One new token a row of a cache, float32: norms of queries and keys, rotation, its key and value into the cache, and
@@ -73,8 +87,10 @@ struct GspoCpuKernels {
   // grad_weight: written, of these rows alone.
   void (*rms_norm_backward)(const GspoRmsNormBackward* args, float* grad_weight, int64_t first, int64_t last);
   void (*rotary)(const GspoRotary* args, int64_t first, int64_t last);
-  // Outputs first to last.
-  void (*product)(const GspoProduct* args, int64_t first, int64_t last);
+  // Panels first to last.
+  void (*panels)(const GspoPanels* args, int64_t first, int64_t last);
+  // Rows first to last.
+  void (*draw)(const GspoDraw* args, int64_t first, int64_t last);
   void (*normalize)(const float* values, const float* weight, float epsilon, float* found, int64_t count);
   // found = silu(first half of both) * its second half * share, `width` elements.
   void (*gate)(const float* both, float share, float* found, int64_t width);

@@ -336,7 +336,8 @@ void accumulate(float* total, const void* part, int64_t element_type, int64_t fi
 }  // namespace
 
 #include "decode_kernels.h"
+#include "panel_kernels.h"
 
 const GspoCpuKernels GSPO_KERNELS = {
     GSPO_NAME, token_stats, token_backward, accumulate, rms_norm, rms_norm_backward, rotary,
-    product, normalize, gate, attend};
+    panels, draw, normalize, gate, attend};

@@ -3,12 +3,19 @@ import math
 import pytest
 import torch
 
+from gspo_moe.kernels import decode
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
 
 # Probabilities 0.4, 0.1, 0.3, 0.2 and the bounds of their cumulative sum.
 PROBS = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
 EVERY = {0, 1, 2, 3}
 LAST = 1 - 2**-53
+
+
+@pytest.fixture(params=["kernels", "operators"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "operators":
+        monkeypatch.setattr(decode, "suits", lambda weight: False)
 
 
 def tokens(
