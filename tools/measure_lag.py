@@ -88,7 +88,7 @@ class EmbeddedServers:
             one.log_probs[:tokens],
             one.finish if whole else "abort",
             self._engine.version,
-            one.routes.numpy()[: asked + min(tokens, len(one.log_probs)) - 1],
+            None if one.routes is None else one.routes.numpy()[: asked + min(tokens, len(one.log_probs)) - 1],
         )
 
     def close(self) -> None:
@@ -140,14 +140,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     steps, accuracy = train(options.config, options.overrides, options.max_staleness, options.tokens)
-    found = {"accuracy": accuracy, "lag": mean(each.get("lag/mean", 0.0) for each in steps), "by_lag": []}
+    found = {
+        "accuracy": accuracy,
+        "lag": mean(each.get("lag/mean", 0.0) for each in steps),
+        "clipped": mean(each["clip_fraction/sequence"] for each in steps),
+        "by_lag": [],
+    }
     print(" ".join(f"{name:>17}" for name in ("lag", *COLUMNS)))
     for lag in range(options.max_staleness + 1):
         keys = {name: key.format(lag) for name, key in COLUMNS.items()}
         row = {name: mean([each[key] for each in steps if key in each] or [float("nan")]) for name, key in keys.items()}
         found["by_lag"].append(row)
         print(f"{lag:17d} " + " ".join(f"{value:17.3g}" for value in row.values()))
-    print(f"mean lag {found['lag']:.2f}, held-out accuracy {accuracy:.3f}")
+    print(f"mean lag {found['lag']:.2f}, clipped {found['clipped']:.1%}, held-out accuracy {accuracy:.3f}")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

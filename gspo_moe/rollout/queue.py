@@ -89,7 +89,9 @@ class GroupQueue:
             ready = self._ready()
             if len(ready) == self._pace.prompts:
                 break
-            for group in everyones(self._source.take(), self._ranks):
+            took = everyones(self._source.take(), self._ranks)
+            assert took, "the source has nothing of what it was asked for"
+            for group in took:
                 if group.prompt.uid in self._asked:
                     self._asked[group.prompt.uid].group = group
         for group in ready:

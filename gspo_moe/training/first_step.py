@@ -6,10 +6,11 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from gspo_moe.config.schema import Config
 from gspo_moe.training.session import Session
 
 # Of mismatch/k3 at equal weights, where neither side is coarser; measured in docs/asynchrony.md.
-ALLOWED = {"fp32": 1e-6, "bf16": 1e-2}
+ALLOWED = {"fp32": 1e-6, "bf16": 1e-2, "fp8_rounded": 5e-2}
 _log = logging.getLogger(__name__)
 
 
@@ -20,7 +21,7 @@ def tell_first_step(session: Session, metrics: Mapping[str, float]) -> None:
     """
     if session.config.stage != "rl" or session.config.rollout.bank is not None or not session.groups.is_main:
         return
-    engine = session.config.model.dtype if session.servers is None else session.servers.dtype
+    engine = session.servers.dtype if session.servers is not None else _embedded(session.config)
     said, is_fine = verdict(metrics["mismatch/k3"], session.config.rollout.engine, engine, session.config.model.dtype)
     if not is_fine:
         _log.warning("%s", said)
@@ -28,9 +29,16 @@ def tell_first_step(session: Session, metrics: Mapping[str, float]) -> None:
         print(said, file=sys.stderr, flush=True)
 
 
+def _embedded(config: Config) -> str:
+    return config.model.dtype if config.rollout.numerics == "trainer" else config.rollout.numerics
+
+
 def verdict(k3: float, name: str, engine: str, trainer: str) -> tuple[str, bool]:
-    """In words, and whether it is what these numerics allow. engine, trainer: "fp32", or what is coarser."""
-    allowed = ALLOWED["fp32" if (engine, trainer) == ("fp32", "fp32") else "bf16"]
+    """In words, and whether it is what these numerics allow. engine, trainer: their numerics, words
+    of `ALLOWED`; what is none of them is taken for bf16.
+    """
+    both = f"{engine} {trainer}".split()
+    allowed = max(ALLOWED.get(one, ALLOWED["bf16"]) for one in both)
     said = f"first step: mismatch/k3 {k3:.2g} nats a token, {name} ({engine}) against the trainer ({trainer})"
     if k3 <= allowed:
         return f"{said}: as these numerics allow (up to {allowed:g})", True

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds, before an Ask is asked again
 KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps just as a request is on its way
+KEEP_ALIVE_SECONDS = 2.0  # less than servers', which would else close a connection that is just used again
 HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
 
 
@@ -166,9 +167,9 @@ class Fleet:
 
     async def _give_back(self, link: Link) -> None:
         self._counters.end(time.monotonic())
+        link.under_way -= 1  # before anything that a cancelled Ask leaves undone
         async with self._changed:
-            link.under_way -= 1
-            self._changed.notify()
+            self._changed.notify_all()
 
     async def _everywhere(self, post: Post) -> list[Any]:
         if post.version is not None:
@@ -199,9 +200,12 @@ class Fleet:
             return await link.send(post, self._limits.load)
 
     async def _look_after(self) -> None:
-        while True:
-            await asyncio.sleep(self._limits.health)
-            await asyncio.gather(*map(self._look_at, self._links))
+        async def again_and_again(link: Link) -> None:
+            while True:
+                await asyncio.sleep(self._limits.health)
+                await self._look_at(link)
+
+        await asyncio.gather(*map(again_and_again, self._links))
 
     async def _look_at(self, link: Link) -> None:
         """Lets a healthy server in, once it has the newest weights, and takes out one that is not healthy."""
@@ -221,11 +225,15 @@ class Fleet:
             self._changed.notify_all()
 
     async def _catch_up(self, link: Link) -> None:
-        """Raises ServerDown where it has other weights than the newest, and this process cannot give it those."""
+        """Raises ServerDown where it has other weights than the newest, and this process cannot give it those now."""
         dialect, posts, newest = self._dialect, list(self._weights), self._version
-        if posts and (newest is None or posts[-1].version == newest):
+        if posts and newest is not None and posts[-1].version != newest:
+            raise ServerDown(f"{link.url} waits until the weights of version {posts[-1].version} are out")
+        if posts:
             for post in (dialect.pause(), *posts, dialect.resume()):
                 await link.send(post, self._limits.load)
+            if (self._weights, self._version) != (posts, newest):
+                raise ServerDown(f"{link.url} has weights that others have followed meanwhile")
         elif newest is not None:
             version = dialect.version(await link.send(dialect.weights(), HEALTH_SECONDS))
             if version != newest:

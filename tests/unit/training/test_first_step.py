@@ -20,6 +20,8 @@ from gspo_moe.training.first_step import tell_first_step, verdict
         (1e-4, "fp32", "bf16", True),
         (1e-4, "bf16 and fp32", "fp32", True),
         (0.3, "bf16", "bf16", False),
+        (0.03, "fp8_rounded", "fp32", True),
+        (0.03, "bf16", "fp32", False),
         (float("nan"), "fp32", "fp32", False),
     ],
 )
@@ -33,7 +35,7 @@ def session(servers: str | None, **rollout: Any) -> Any:
     return SimpleNamespace(
         config=SimpleNamespace(
             stage="rl",
-            rollout=SimpleNamespace(**{"bank": None, "engine": "vllm", **rollout}),
+            rollout=SimpleNamespace(**{"bank": None, "engine": "vllm", "numerics": "trainer", **rollout}),
             model=SimpleNamespace(dtype="fp32"),
             logging=SimpleNamespace(progress=True),
         ),
