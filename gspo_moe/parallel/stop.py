@@ -29,12 +29,12 @@ STDERR = 2
 
 def raise_everywhere(error: GspoMoeError | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
-    if not _largest(error is not None):
+    if not largest(error is not None):
         return
     raise next(each for each in gather_objects(error) if each is not None)
 
 
-def _largest(value: int) -> int:
+def largest(value: int) -> int:
     """The largest of all ranks' values. Collective."""
     if dist.get_world_size() == 1:
         return value
@@ -78,7 +78,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Raises Interrupted on every rank where any of them got a signal. Collective, but for outside of `with`."""
-        received = _largest(self._received) if self._entered else 0
+        received = largest(self._received) if self._entered else 0
         if received:
             raise Interrupted(f"ended by {signal.Signals(received).name}", received)
 

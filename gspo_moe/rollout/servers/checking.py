@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer
+from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, ServerDown
 
 FINISHES = ("stop", "length", "abort")
 
@@ -142,13 +142,15 @@ def _check_end(ask: Ask, finish: Any, token_ids: tuple[int, ...]) -> None:
 
 def _version(ask: Ask, versions: Sequence[Any]) -> int:
     found = list(dict.fromkeys(map(str, versions)))
-    version = number_of(found[0]) if len(found) == 1 else None
-    if version is None:
+    if len(found) != 1:
         raise bad(
             ask,
             f"its server calls the weights that sampled it {' and '.join(found) or 'nothing'}, where one number of "
             "updates was to be told; weights are the trainer's alone to publish, while the server is paused",
         )
+    version = number_of(found[0])
+    if version is None:
+        raise ServerDown(f"a server calls its weights {found[0]}, as one does that was started again")
     return version
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gspo_moe.errors import RolloutError
@@ -128,6 +128,8 @@ class Fleet:
                         f"the last time of {link.url}"
                     ) from None
                 self._counters.retries += 1
+                if isinstance(fault, BadAnswer):  # which the same random numbers would give again
+                    ask = replace(ask, params=replace(ask.params, seed=f"{ask.params.seed}/again"))
             finally:
                 await self._give_back(link)
             await asyncio.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))

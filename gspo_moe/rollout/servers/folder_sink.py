@@ -54,7 +54,7 @@ class FolderSink:
             self._servers.everywhere(self._dialect.pause())
             load_everywhere(self._servers, self._dialect, str(folder), version)
             self._servers.everywhere(self._dialect.resume())
-            prune(self._shared)
+            prune(self._shared, folder)
 
         on_main(push)
         difference = self._probe.check(model, version)
@@ -62,10 +62,11 @@ class FolderSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
 
-def prune(shared: Path) -> None:
-    """Removes all versions but the newest, and what writers that were killed have left."""
+def prune(shared: Path, newest: Path) -> None:
+    """Keeps `newest` and the one before; those behind it are of a past that did not last."""
     found = sorted(path for path in shared.iterdir() if _NAME.fullmatch(path.name))
-    for path in [*found[:-KEPT], *shared.glob(".version-*")]:
+    kept = [path for path in found if path <= newest][-KEPT:]
+    for path in [*(path for path in found if path not in kept), *shared.glob(".version-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -9,14 +9,12 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer
-from gspo_moe.errors import ConfigError
-from gspo_moe.parallel.reduce import gather_objects
-from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.servers.checking import Sizes
 from gspo_moe.rollout.servers.fleet import Fleet, Limits
 from gspo_moe.rollout.servers.records import Dialect, Served
 from gspo_moe.rollout.servers.sglang import SGLang
 from gspo_moe.rollout.servers.startup import Expected, check_servers
+from gspo_moe.rollout.servers.syncing import on_main
 from gspo_moe.rollout.servers.vllm import Vllm
 
 if TYPE_CHECKING:
@@ -42,23 +40,21 @@ def open_servers(config: Config, architecture: Architecture, tokenizer: Tokenize
     Raises ConfigError, on every rank, as `check_servers` does.
     """
     servers, dialect = config.rollout.servers, make_dialect(config, architecture, tokenizer)
-    fleet, found, fault = None, list[Served](), None
+    fleet = None
     if groups.model.rank() == 0:
         fleet = Fleet(servers.urls, dialect, limits_of(servers, groups.data_context.size()))
-    if groups.is_main:
+
+    def checked() -> list[Served]:
         assert fleet is not None
         expected = Expected(architecture, tokenizer, config.rollout.temperature, config.rollout.truncates)
-        try:
-            found = check_servers(fleet, servers, dialect, expected)
-        except ConfigError as error:
-            fault = error
+        return check_servers(fleet, servers, dialect, expected)
+
     try:
-        raise_everywhere(fault)
-    except ConfigError:
+        found = on_main(checked)
+    except Exception:
         if fleet is not None:
             fleet.close()
         raise
-    found = gather_objects(found)[0]
     limits = [one.positions for one in found if one.positions is not None]
     dtypes = {one.dtype for one in found}
     return Opened(fleet, dialect, min([architecture.max_positions, *limits]), " and ".join(sorted(dtypes)))

@@ -50,6 +50,11 @@ class Probe:
         for number, answer in enumerate(on_main(answers)):
             if not answer.token_ids:
                 raise RolloutError(f"server {number} gave the probe 0 tokens ({answer.finish}); restart it")
+            if answer.version != version:
+                raise RolloutError(
+                    f"server {number} answers with weights of version {answer.version}, and was sent {version}; restart "
+                    "it"
+                )
             if answer.token_ids not in scores:
                 scored = self.score(model, self.prompt_ids + answer.token_ids)
                 scores[answer.token_ids] = scored[-len(answer.token_ids) :]

@@ -40,7 +40,8 @@ class SGLang:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "max_new_tokens": ask.max_tokens,
-            "stop_token_ids": sorted(params.stop_ids),  # ignore_eos would have it ignore them too
+            "stop_token_ids": sorted(params.stop_ids),
+            "ignore_eos": not params.stop_ids,  # where there are any it would have it ignore them too
         }
         if self.seeded:
             sampling["sampling_seed"] = seed_of(ask)

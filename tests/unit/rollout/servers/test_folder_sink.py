@@ -84,11 +84,16 @@ def test_a_server_that_refuses_ends_the_run(tmp_path: Path) -> None:
         sink(Servers(handle), tmp_path).publish(model, 3)
 
 
-def test_pruning_keeps_the_newest_two_and_what_is_not_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("newest", "kept"), [(10, ["version-00000009", "version-00000010"]), (2, ["version-00000002"])]
+)
+def test_pruning_keeps_the_newest_the_one_before_and_what_is_not_ours(
+    tmp_path: Path, newest: int, kept: list[str]
+) -> None:
     for name in ("version-00000002", "version-00000010", "version-00000009", ".version-00000003.partial", "notes"):
         (tmp_path / name).mkdir()
-    prune(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "version-00000009", "version-00000010"]
+    prune(tmp_path, tmp_path / f"version-{newest:08d}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", *kept]
 
 
 def joined(number: int, holders: tuple[tuple[int, ...], ...]) -> Joined:
