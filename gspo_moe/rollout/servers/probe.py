@@ -52,8 +52,8 @@ class Probe:
                 raise RolloutError(f"server {number} gave the probe 0 tokens ({answer.finish}); restart it")
             if answer.version != version:
                 raise RolloutError(
-                    f"server {number} answers with weights of version {answer.version}, and was sent {version}; restart "
-                    "it"
+                    f"server {number} answers with weights of version {answer.version}, and was sent {version}; "
+                    "restart it"
                 )
             if answer.token_ids not in scores:
                 scored = self.score(model, self.prompt_ids + answer.token_ids)

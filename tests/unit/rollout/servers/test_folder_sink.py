@@ -93,7 +93,7 @@ def test_pruning_keeps_the_newest_the_one_before_and_what_is_not_ours(
     for name in ("version-00000002", "version-00000010", "version-00000009", ".version-00000003.partial", "notes"):
         (tmp_path / name).mkdir()
     prune(tmp_path, tmp_path / f"version-{newest:08d}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", *kept]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", *(f"version-{each:08d}" for each in kept)]
 
 
 def joined(number: int, holders: tuple[tuple[int, ...], ...]) -> Joined:
