@@ -128,7 +128,7 @@ class Fleet:
                         f"the last time of {link.url}"
                     ) from None
                 self._counters.retries += 1
-                if isinstance(fault, BadAnswer):  # which the same random numbers would give again
+                if isinstance(fault, BadAnswer) and failures > 1:  # as the same random numbers would give again
                     ask = replace(ask, params=replace(ask.params, seed=f"{ask.params.seed}/again"))
             finally:
                 await self._give_back(link)

@@ -59,7 +59,7 @@ def test_chosen_positions_have_the_logits_of_a_whole_pack(model: Model) -> None:
 
 
 def test_a_prefill_makes_the_logits_that_it_samples_from_and_no_others() -> None:
-    sizes, length = architecture(vocab_size=16384, num_hidden_layers=1), 120
+    sizes, length = architecture(vocab_size=16384, num_hidden_layers=1, max_position_embeddings=256), 240
     (prompt,) = random_sequences(sizes, [length])
     asked = requests(samples=1, prompts=[tuple(prompt.tolist())])
     with built(sizes, layout(), RandomSource(sizes, seed=2)) as model, memory_profile() as profile:

@@ -16,7 +16,7 @@ import pytest
 
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.servers.checking import Sizes, seed_of
-from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, Post
+from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, Post, ServerDown
 from gspo_moe.rollout.servers.sglang import SGLang
 from gspo_moe.rollout.servers.vllm import Vllm
 from gspo_moe.rollout.stop_strings import StopStrings
@@ -154,7 +154,6 @@ DAMAGES: list[tuple[Damage, str]] = [
     (put(*CHOICE, "finish_reason", "stop"), r"it ended at token 152, and the run's end tokens are \[9\]"),
     (put(*CHOICE, "token_ids", 1, 9), "it has 6 tokens, and token 2 is 9, an end token of the run"),
     (put(*CHOICE, "weight_versions", None), "calls the weights that sampled it nothing"),
-    (put(*CHOICE, "weight_versions", 0, "version", "default"), "calls the weights that sampled it default"),
     (put(*CHOICE, "routed_experts", None), "it has no routes of experts, which were asked for"),
     (put(*CHOICE, "routed_experts", "!"), "its routed_experts are no array in base64"),
     (put(*CHOICE, "routed_experts", npy(np.ones((15, 3, 2), int))), r"routes are int64 \[15, 3, 2\], and 17 tokens"),
@@ -291,7 +290,6 @@ def test_answers_of_sglang_are_read() -> None:
         ({"output_token_logprobs": [[-0.5, 17, None]]}, "it has 1 log-probs for 2 tokens"),
         ({"output_token_logprobs": [[-0.5, 17, None], [-1.0, 5, None]]}, "its log-probs are of the tokens"),
         ({"finish_reason": None}, "it has no finish_reason.type"),
-        ({"weight_version": "default"}, "calls the weights that sampled it default"),
         ({"routed_experts": "AAAA"}, r"its routed_experts are no int32 \[\*, 3, 2\]"),
         ({"routed_experts": None}, "it has no routes of experts"),
     ],
@@ -307,7 +305,10 @@ def test_what_sglang_is_sent() -> None:
     assert (body["input_ids"], body["return_logprob"], body["return_routed_experts"]) == ([1, 2, 3], True, True)
     sampling = body["sampling_params"]
     assert (sampling["top_k"], sampling["top_p"], sampling["stop_token_ids"]) == (-1, 0.9, [4])
-    assert "ignore_eos" not in sampling
+    assert sampling["ignore_eos"] is False  # which would have it ignore the end tokens too
+    unending = SGLANG.ask(replace(sglang_ask(), params=replace(sglang_ask().params, stop_ids=frozenset()))).body
+    assert unending is not None
+    assert unending["sampling_params"]["ignore_eos"] is True
     (load,) = SGLANG.load_folder("/w/version-00000003", 3)
     assert load == Post(
         "/update_weights_from_disk",
@@ -335,3 +336,13 @@ def test_sglang_that_gives_log_probs_of_another_temperature_is_refused(
     served = SGLANG.served([info, server, likeliest(1.0), likeliest(scaled_by)], 0.5, True)
     assert (served.keys["vocab_size"], served.dtype, served.positions, len(served.faults)) == (512, "fp32", 99, faults)
     assert all("SGLANG_RETURN_ORIGINAL_LOGPROB" in fault for fault in served.faults)
+
+
+def test_a_server_without_the_trainers_weights_is_down() -> None:
+    request, body = recorded("generate_length")
+    restarted = copy.deepcopy(body)
+    put(*CHOICE, "weight_versions", 0, "version", "default")(restarted)
+    with pytest.raises(ServerDown, match="a server calls its weights default"):
+        VLLM.answer(asked(request, frozenset({9}), routes=True), restarted)
+    with pytest.raises(ServerDown, match="a server calls its weights default"):
+        SGLANG.answer(sglang_ask(), sglang_answer(weight_version="default"))

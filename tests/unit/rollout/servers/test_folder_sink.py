@@ -84,11 +84,9 @@ def test_a_server_that_refuses_ends_the_run(tmp_path: Path) -> None:
         sink(Servers(handle), tmp_path).publish(model, 3)
 
 
-@pytest.mark.parametrize(
-    ("newest", "kept"), [(10, ["version-00000009", "version-00000010"]), (2, ["version-00000002"])]
-)
+@pytest.mark.parametrize(("newest", "kept"), [(10, [9, 10]), (2, [2])])
 def test_pruning_keeps_the_newest_the_one_before_and_what_is_not_ours(
-    tmp_path: Path, newest: int, kept: list[str]
+    tmp_path: Path, newest: int, kept: list[int]
 ) -> None:
     for name in ("version-00000002", "version-00000010", "version-00000009", ".version-00000003.partial", "notes"):
         (tmp_path / name).mkdir()
