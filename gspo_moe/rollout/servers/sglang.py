@@ -77,7 +77,7 @@ class SGLang:
             name=str(info["model_path"]),
             keys=keys,
             dtype=dtype,
-            routes=bool(server["enable_return_routed_experts"]),
+            routes=bool(server.get("enable_return_routed_experts")),
             positions=None if positions is None else int(positions),
             faults=faults,
         )

@@ -110,7 +110,7 @@ def test_routes_that_a_server_does_not_report_are_missed_before_the_first_step(t
     try:
         check([plain.url])
         with pytest.raises(
-            ConfigError, match="it reports no routes of experts.*start it with --enable-return-routed-exp"
+            ConfigError, match=r"it reports no routes of experts.*start it with --enable-return-routed-exp"
         ):
             check([plain.url], routes=True)
     finally:
