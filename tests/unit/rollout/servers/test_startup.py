@@ -31,7 +31,8 @@ def check(
     **sizes: int,
 ) -> list[Any]:
     fleet = Fleet(urls, TINY, Limits(health=0.1))
-    expected = Expected(architecture(**sizes), tokenizer or Letters(), temperature, routes=routes)
+    tokens: Any = tokenizer or Letters()
+    expected = Expected(architecture(**sizes), tokens, temperature, routes=routes)
     try:
         return check_servers(fleet, ServersConfig(urls=tuple(urls), start_seconds=seconds), TINY, expected)
     finally:
@@ -71,7 +72,7 @@ def test_a_server_that_is_late_is_waited_for(tiny_models: tuple[Path, Path], sta
         ),
     ],
 )
-def test_another_model_is_refused(sizes: dict[str, int], message: str, stand_ins: list[Running]) -> None:
+def test_another_model_is_refused(sizes: dict[str, Any], message: str, stand_ins: list[Running]) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"it serves another model ({message}")) as caught:
         check([one.url for one in stand_ins], **sizes)
     assert len(str(caught.value).splitlines()) == 2
