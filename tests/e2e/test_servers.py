@@ -43,7 +43,7 @@ def write_config(folder: Path) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with its tokenizer, as a run exports it."""
     folder = tmp_path_factory.mktemp("model")
-    few = ("schedule.steps=1", "schedule.sft_batch=4", "evaluation.prompts=0", "checkpoint.keep=0")
+    few = ("model.preset=tiny", "schedule.steps=1", "schedule.sft_batch=4", "evaluation.prompts=0", "checkpoint.keep=0")
     succeed(
         gspo_moe(
             "train", write_config(folder), "stage=sft", *SMALL_MODEL, *TASK, *few, f"logging.run_dir={folder}/run"
@@ -136,7 +136,7 @@ def test_a_server_that_dies_at_its_start_ends_the_command(model: Path, tmp_path:
 
 def test_a_server_of_another_model_ends_the_run_before_its_first_step(server: Server, tmp_path: Path) -> None:
     given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
-    other = ("model.overrides.num_hidden_layers=3", "model.overrides.hidden_size=32")
+    other = ("model.preset=tiny", "model.overrides.num_hidden_layers=3", "model.overrides.hidden_size=32")
     outcome = Program(
         gspo_moe("train", write_config(tmp_path), *STEPS, *given, *other, "logging.run_dir=run"), tmp_path
     ).finish()

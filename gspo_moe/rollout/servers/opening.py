@@ -46,7 +46,8 @@ def open_servers(config: Config, architecture: Architecture, tokenizer: Tokenize
 
     def checked() -> list[Served]:
         assert fleet is not None
-        expected = Expected(architecture, tokenizer, config.rollout.temperature, config.rollout.truncates)
+        rollout, routes = config.rollout, config.routing.reports_engine_routes
+        expected = Expected(architecture, tokenizer, rollout.temperature, rollout.truncates, routes)
         return check_servers(fleet, servers, dialect, expected)
 
     try:

@@ -14,11 +14,11 @@ import pytest
 
 from gspo_moe.rollout.servers.checking import Sizes
 from gspo_moe.rollout.servers.vllm import Vllm
-from tests.qwen3 import SIZES, architecture, reference_model
+from tests.qwen3 import architecture, reference_model
 from tests.support.stand_in import Running
 
 URL = "GSPO_MOE_VLLM_URL"
-TINY = Vllm(Sizes(vocab=SIZES["vocab_size"], layers=2, experts=8, topk=2))
+TINY = Vllm(Sizes(vocab=architecture().vocab_size, layers=2, experts=8, topk=2))
 
 
 @dataclass(frozen=True)
