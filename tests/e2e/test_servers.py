@@ -33,12 +33,23 @@ class Server:
     url: str
 
 
+def write_config(folder: Path) -> Path:
+    file = folder / "config.yaml"
+    file.write_text("task: {name: sort_letters}\n")
+    return file
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with its tokenizer, as a run exports it."""
     folder = tmp_path_factory.mktemp("model")
-    few = ("schedule.steps=1", "schedule.sft_batch=4", "evaluation.prompts=0", "checkpoint.keep=0")
-    succeed(gspo_moe("train", "stage=sft", *SMALL_MODEL, *TASK, *few, f"logging.run_dir={folder}/run"), folder)
+    few = ("model.preset=tiny", "schedule.steps=1", "schedule.sft_batch=4", "evaluation.prompts=0", "checkpoint.keep=0")
+    succeed(
+        gspo_moe(
+            "train", write_config(folder), "stage=sft", *SMALL_MODEL, *TASK, *few, f"logging.run_dir={folder}/run"
+        ),
+        folder,
+    )
     return folder / "run" / "hf"
 
 
@@ -70,7 +81,12 @@ def check(run: Path) -> None:
 
 def test_a_run_of_one_process(server: Server, tmp_path: Path) -> None:
     given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
-    succeed(gspo_moe("train", *STEPS, *given, f"model={{hf: {server.model}}}", "logging.run_dir=run"), tmp_path)
+    succeed(
+        gspo_moe(
+            "train", write_config(tmp_path), *STEPS, *given, f"model={{hf: {server.model}}}", "logging.run_dir=run"
+        ),
+        tmp_path,
+    )
     check(tmp_path / "run")
 
 
@@ -87,7 +103,7 @@ def test_one_command_starts_trainer_and_servers(model: Path, tmp_path: Path) -> 
     serve = f"{sys.executable} {STAND_IN} {{model}} --port {{port}} --routes"
     command: list[str | Path] = ["bash", ROOT / "launch" / "with_servers.sh", "--model", model, "--servers", "2"]
     command += ["--port", str(free_port()), "--server-command", serve, "--nproc-per-node", "1"]
-    run = ("train", *STEPS, f"model={{hf: {model}}}", "logging.run_dir=run")
+    run = ("train", write_config(tmp_path), *STEPS, f"model={{hf: {model}}}", "logging.run_dir=run")
     outcome = succeed([*command, "--", *run], tmp_path, GSPO_MOE_PYTHON=sys.executable)
     assert "2 vllm up (http://127.0.0.1:" in outcome.stderr
     assert metrics_by_step(tmp_path / "run")[2]["rollout/servers/up"] == 2
@@ -120,8 +136,10 @@ def test_a_server_that_dies_at_its_start_ends_the_command(model: Path, tmp_path:
 
 def test_a_server_of_another_model_ends_the_run_before_its_first_step(server: Server, tmp_path: Path) -> None:
     given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
-    other = ("model.overrides.num_hidden_layers=3", "model.overrides.hidden_size=32")
-    outcome = Program(gspo_moe("train", *STEPS, *given, *other, "logging.run_dir=run"), tmp_path).finish()
+    other = ("model.preset=tiny", "model.overrides.num_hidden_layers=3", "model.overrides.hidden_size=32")
+    outcome = Program(
+        gspo_moe("train", write_config(tmp_path), *STEPS, *given, *other, "logging.run_dir=run"), tmp_path
+    ).finish()
     assert outcome.code == 2
     assert "it serves another model (" in outcome.stderr
     assert "num_hidden_layers is 2 there and 3 here" in outcome.stderr

@@ -39,15 +39,7 @@ class TinyModel:
         self.config = self._model.config
 
     def load(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        found: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            found |= load_file(file)
-        other = TinyModel(folder)
-        assert found, f"{folder} holds no weights"
-        assert {**other.config.to_dict(), "dtype": 0}.keys() == {**self.config.to_dict(), "dtype": 0}.keys()
-        self._model = other._model
+        self._model = TinyModel(folder)._model
 
     @torch.no_grad()
     def next(self, token_ids: list[int]) -> torch.Tensor:
@@ -131,8 +123,9 @@ class StandIn:
         return web.json_response({"object": "list", "data": [{"id": name, "root": name, "max_model_len": longest}]})
 
     async def _info(self, request: web.Request) -> web.Response:
-        config = {"logprobs_mode": self._mode, "dtype": "torch.float32", "hf_config": str(self._model.config)}
-        return web.json_response({"vllm_config": {"model_config": config}})
+        config = {"logprobs_mode": self._mode, "dtype": "torch.float32", "model": str(self._folder)}
+        aux = {"enable_return_routed_experts": self._routes}
+        return web.json_response({"vllm_config": {"model_config": config, "aux_output_config": aux}})
 
     async def _weights(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self._version})

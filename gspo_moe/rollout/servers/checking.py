@@ -1,11 +1,13 @@
-"""What every answer must be before anything is learnt from it, whatever kind of server it comes from. Pure."""
+"""What every answer must be before anything is learnt from it, whatever kind of server it comes from."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,12 @@ def until_stop_string(ask: Ask, answer: Answer) -> Answer:
 def number_of(version: Any) -> int | None:
     """The trainer's number of a version as a server calls it; None for what servers call weights of their own."""
     return int(version) if isinstance(version, str) and version.isdecimal() else None
+
+
+def config_in(folder: str) -> dict[str, Any]:
+    """The config.json of a server's model, where this machine sees it too; a server does not tell it."""
+    file = Path(folder) / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def field(ask: Ask, body: Any, *path: str | int) -> Any:

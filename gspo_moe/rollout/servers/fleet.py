@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds, before an Ask is asked again
+KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps just as a request is on its way
 HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
 
 
@@ -260,4 +261,5 @@ async def _session() -> aiohttp.ClientSession:
     import aiohttp
 
     # `concurrency` is the limit, and each request has its own time.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))

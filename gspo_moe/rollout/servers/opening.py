@@ -47,7 +47,8 @@ def open_servers(config: Config, architecture: Architecture, tokenizer: Tokenize
         fleet = Fleet(servers.urls, dialect, limits_of(servers, groups.data_context.size()))
     if groups.is_main:
         assert fleet is not None
-        expected = Expected(architecture, tokenizer, config.rollout.temperature, config.rollout.truncates)
+        rollout, routes = config.rollout, config.routing.reports_engine_routes
+        expected = Expected(architecture, tokenizer, rollout.temperature, rollout.truncates, routes)
         try:
             found = check_servers(fleet, servers, dialect, expected)
         except ConfigError as error:

@@ -77,13 +77,15 @@ class Post:
 class Served:
     """What a server says of itself.
 
-    name: where its model comes from. keys: as HF's config.json has them, all that it tells. dtype: "fp32", or another's
-    name. positions: the longest sequence, None where it does not tell. faults: in its settings, with their fixes.
+    name: where its model comes from. keys: of its config.json, none where it is not seen from here. dtype: "fp32", or
+    another's name. routes: whether it can report them. positions: the longest sequence, None where it does not tell.
+    faults: in its settings, with their fixes.
     """
 
     name: str
     keys: Mapping[str, Any]
     dtype: str
+    routes: bool
     positions: int | None = None
     faults: tuple[str, ...] = ()
 

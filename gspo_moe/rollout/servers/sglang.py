@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gspo_moe.rollout.servers.checking import Raw, Sizes, bad, checked, field, number_of, seed_of
+from gspo_moe.rollout.servers.checking import Raw, Sizes, bad, checked, config_in, field, number_of, seed_of
 from gspo_moe.rollout.servers.records import Answer, Ask, Post, Served
 
 LIKELIEST = 5  # tokens whose log-probs tell of which temperature they are
@@ -71,11 +69,18 @@ class SGLang:
 
     def served(self, bodies: Sequence[Any], temperature: float, truncates: bool) -> Served:
         info, server, *measured = bodies
-        keys = {"architectures": info.get("architectures")} | _config_in(Path(info["model_path"]))
+        keys = {"architectures": info.get("architectures")} | config_in(info["model_path"])
         faults = tuple(_log_prob_fault(measured[0], measured[1], temperature)) if measured else ()
         positions = server.get("context_length")
         dtype = "fp32" if server["dtype"] == "float32" else str(server["dtype"])
-        return Served(str(info["model_path"]), keys, dtype, None if positions is None else int(positions), faults)
+        return Served(
+            name=str(info["model_path"]),
+            keys=keys,
+            dtype=dtype,
+            routes=bool(server.get("enable_return_routed_experts")),
+            positions=None if positions is None else int(positions),
+            faults=faults,
+        )
 
     def tokenize(self, text: str) -> Post:
         return Post("/v1/tokenize", {"prompt": text, "add_special_tokens": False})
@@ -110,12 +115,6 @@ class SGLang:
         except (binascii.Error, TypeError, ValueError) as error:
             wanted = f"[*, {self.sizes.layers}, {self.sizes.topk}]"
             raise bad(ask, f"its routed_experts are no int32 {wanted} ({error})") from None
-
-
-def _config_in(folder: Path) -> dict[str, Any]:
-    """The config.json of a server's model where this machine sees it too."""
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _likeliest(sizes: Sizes, temperature: float) -> Post:

@@ -26,12 +26,13 @@ SAMPLE = "Sort 3, 1 and 2: café, naïve; 東京 {x} = [0.5]\n"
 
 @dataclass(frozen=True)
 class Expected:
-    """What the trainer has. temperature, truncates: of training's samples; by top-k or top-p."""
+    """What the trainer has. temperature, truncates: of training's samples; by top-k or top-p. routes: it wants them."""
 
     architecture: Architecture
     tokenizer: Tokenizer
     temperature: float = 1.0
     truncates: bool = False
+    routes: bool = False
 
 
 def check_servers(fleet: Fleet, servers: ServersConfig, dialect: Dialect, expected: Expected) -> list[Served]:
@@ -60,6 +61,11 @@ def check_servers(fleet: Fleet, servers: ServersConfig, dialect: Dialect, expect
             continue
         found.append(served)
         words = [*served.faults, *differences(served, expected.architecture)]
+        if expected.routes and not served.routes:
+            words.append(
+                "it reports no routes of experts, which routing.engine_routes and routing.replay=r3 want; start it "
+                "with --enable-return-routed-experts"
+            )
         words += _other_tokens(expected.tokenizer, None if tokens is None else tokens[number])
         faults += [f"{url} ({served.name}): {fault}" for fault in words]
     if faults:

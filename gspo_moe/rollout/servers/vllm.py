@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gspo_moe.rollout.servers.checking import Raw, Sizes, bad, checked, field, number_of, seed_of
+from gspo_moe.rollout.servers.checking import Raw, Sizes, bad, checked, config_in, field, number_of, seed_of
 from gspo_moe.rollout.servers.records import Answer, Ask, Post, Served
 
 NO_LOG_PROB = -9999.0  # what vLLM writes for a log-prob that is not finite
@@ -63,9 +62,16 @@ class Vllm:
 
     def served(self, bodies: Sequence[Any], temperature: float, truncates: bool) -> Served:
         models, info = bodies
-        found = _served(models, info)
-        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
-        return replace(found, faults=tuple(_log_prob_fault(mode, temperature, truncates)))
+        model, config = models["data"][0], info["vllm_config"]["model_config"]
+        dtype = str(config["dtype"]).removeprefix("torch.")
+        return Served(
+            name=config["model"],
+            keys=config_in(config["model"]),
+            dtype="fp32" if dtype == "float32" else dtype,
+            routes=info["vllm_config"]["aux_output_config"]["enable_return_routed_experts"],
+            positions=int(model["max_model_len"]),
+            faults=tuple(_log_prob_fault(config["logprobs_mode"], temperature, truncates)),
+        )
 
     def tokenize(self, text: str) -> Post:
         return Post("/tokenize", {"prompt": text, "add_special_tokens": False})
@@ -112,16 +118,6 @@ def _routes(ask: Ask, text: Any) -> np.ndarray | None:
     except (binascii.Error, TypeError, ValueError, EOFError, OSError) as error:
         raise bad(ask, f"its routed_experts are no array in base64 ({error})") from None
     return np.asarray(found)
-
-
-def _served(models: Any, info: Any) -> Served:
-    model = models["data"][0]
-    config = info["vllm_config"]["model_config"]
-    shown = config["hf_config"]  # as transformers prints it: the class, and what differs from its defaults
-    keys = json.loads(shown[shown.index("{") :])
-    dtype = str(config["dtype"]).removeprefix("torch.")
-    name = str(model.get("root") or model["id"])
-    return Served(name, keys, "fp32" if dtype == "float32" else dtype, int(model["max_model_len"]))
 
 
 def _log_prob_fault(mode: Any, temperature: float, truncates: bool) -> Iterator[str]:

@@ -24,6 +24,7 @@ def test_the_client_side_loads_without_megatron() -> None:
     assert rollout.__file__ is not None
     names = [path.stem for path in Path(rollout.__file__).parent.glob("*.py")]
     assert {"engine", "answers", "bank"} <= set(names)
+    names += ["servers.engine", "servers.opening"]
     done = subprocess.run([sys.executable, "-c", LOADED, *names], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

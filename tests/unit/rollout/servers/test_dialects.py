@@ -215,15 +215,15 @@ def test_answers_end_at_stop_strings_with_what_belongs_to_their_tokens() -> None
     assert VLLM.answer(before, rest).token_ids == (ids[3],) * 6
 
 
-INFO = {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs", "dtype": "torch.bfloat16", "hf_config": (
-    'Qwen3MoeConfig {\n  "architectures": ["Qwen3MoeForCausalLM"],\n  "vocab_size": 512\n}\n')}}}  # fmt: skip
-
-
-def test_vllm_says_what_it_serves() -> None:
-    _, models = recorded("models")
-    served = VLLM.served([models, INFO], 1.0, False)
-    assert (served.name, served.positions, served.dtype) == ("/tmp/vtiny/a", 512, "bfloat16")
-    assert served.keys == {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 512}
+def test_vllm_says_what_it_serves(tmp_path: Path) -> None:
+    (_, models), (_, info) = recorded("models"), recorded("server_info")
+    served = VLLM.served([models, info], 1.0, False)
+    assert (served.name, served.positions, served.dtype, served.routes) == ("/tmp/vtiny/a", 512, "fp32", True)
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    info["vllm_config"]["model_config"].update(model=str(tmp_path), dtype="torch.bfloat16")
+    served = VLLM.served([models, info], 1.0, False)
+    assert (served.name, served.keys, served.dtype) == (str(tmp_path), {"vocab_size": 512}, "bfloat16")
+    assert VLLM.questions(1.0)[1].path == json.loads((RECORDED / "server_info.json").read_text())["path"]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,8 @@ def test_vllm_says_what_it_serves() -> None:
     ],
 )
 def test_log_probs_of_another_distribution_are_refused(temperature: float, truncates: bool, wanted: set[str]) -> None:
-    _, models = recorded("models")
+    (_, models), (_, info) = recorded("models"), recorded("server_info")
     for mode in ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"):
-        info = copy.deepcopy(INFO)
         info["vllm_config"]["model_config"]["logprobs_mode"] = mode
         faults = VLLM.served([models, info], temperature, truncates).faults
         assert bool(faults) == (mode not in wanted)
@@ -331,7 +330,7 @@ def test_sglang_that_gives_log_probs_of_another_temperature_is_refused(
 
     assert len(SGLANG.questions(1.0)) == 2
     assert len(SGLANG.questions(0.5)) == 4
-    server = {"dtype": "float32", "context_length": 99}
+    server = {"dtype": "float32", "context_length": 99, "enable_return_routed_experts": False}
     served = SGLANG.served([info, server, likeliest(1.0), likeliest(scaled_by)], 0.5, True)
     assert (served.keys["vocab_size"], served.dtype, served.positions, len(served.faults)) == (512, "fp32", 99, faults)
     assert all("SGLANG_RETURN_ORIGINAL_LOGPROB" in fault for fault in served.faults)

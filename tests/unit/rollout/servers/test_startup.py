@@ -12,6 +12,7 @@ from gspo_moe.config.loading import load_config
 from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.records import Post
 from gspo_moe.rollout.servers.startup import SAMPLE, Expected, check_servers
 from tests.launch import free_port
 from tests.policy import Letters
@@ -21,10 +22,16 @@ from tests.unit.rollout.servers.conftest import TINY
 
 
 def check(
-    urls: list[str], *, tokenizer: Any = None, temperature: float = 1.0, seconds: float = 5.0, **sizes: int
+    urls: list[str],
+    *,
+    tokenizer: Any = None,
+    temperature: float = 1.0,
+    seconds: float = 5.0,
+    routes: bool = False,
+    **sizes: int,
 ) -> list[Any]:
     fleet = Fleet(urls, TINY, Limits(health=0.1))
-    expected = Expected(architecture(**sizes), tokenizer or Letters(), temperature)
+    expected = Expected(architecture(**sizes), tokenizer or Letters(), temperature, routes=routes)
     try:
         return check_servers(fleet, ServersConfig(urls=tuple(urls), start_seconds=seconds), TINY, expected)
     finally:
@@ -98,11 +105,25 @@ def test_log_probs_of_another_distribution_are_refused(stand_ins: list[Running])
         check([stand_ins[0].url], temperature=0.8)
 
 
+def test_routes_that_a_server_does_not_report_are_missed_before_the_first_step(tiny_models: tuple[Path, Path]) -> None:
+    plain = Running(tiny_models[0])
+    try:
+        check([plain.url])
+        with pytest.raises(
+            ConfigError, match=r"it reports no routes of experts.*start it with --enable-return-routed-exp"
+        ):
+            check([plain.url], routes=True)
+    finally:
+        plain.stop()
+
+
 def test_what_is_no_server_of_ours_is_refused(stand_ins: list[Running], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(stand_ins[0].server._model), "config", None, raising=False)
-    stand_ins[0].server._model.config = type("Config", (), {"max_position_embeddings": 1, "__str__": lambda _: "?"})()
+    monkeypatch.setattr(type(TINY), "questions", lambda *_: (Post("/weight_info"), Post("/weight_info")))
+    with pytest.raises(ConfigError, match=r"does not describe itself as expected \(KeyError: .*start vllm as launch/"):
+        check([stand_ins[0].url])
+    monkeypatch.setattr(type(TINY), "questions", lambda *_: (Post("/nothing"),))
     with pytest.raises(
-        ConfigError, match=r"does not describe itself as expected \(ValueError: .*start vllm as launch/"
+        ConfigError, match=r"HTTP 404: .*start vllm as launch/with_servers\.sh does, in development mode"
     ):
         check([stand_ins[0].url])
 
