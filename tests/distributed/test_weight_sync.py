@@ -50,7 +50,7 @@ def test_every_layout_writes_the_same_folder(tmp_path: Path) -> None:
     for world_size, layouts in LAYOUTS.items():
         for number, parallel in enumerate(layouts):
             assert contents(tmp_path / f"{world_size}-{number}") == expected, parallel
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in (tmp_path / "1-0").glob("*.safetensors"):
         found |= load_file(file)
         assert file.stat().st_size < FILE_BYTES + 10_000
@@ -61,7 +61,7 @@ def test_every_layout_writes_the_same_folder(tmp_path: Path) -> None:
 
 def receive(requests: Any, answers: Any) -> None:
     """A server's worker, in a process of its own: does what it is asked and tells what it has got."""
-    group, tensors = None, {}
+    group, tensors = None, dict[str, torch.Tensor]()
     for path, body in iter(requests.get, None):
         if path == "/init_weight_transfer_engine":
             info = body["init_info"]

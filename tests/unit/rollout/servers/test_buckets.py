@@ -12,7 +12,7 @@ def test_tensors_of_all_shapes_and_dtypes_come_back_bit_for_bit() -> None:
     tensors = {
         str(n): torch.randn(shape).to(dtype) for n, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     }
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for heads, bucket in buckets(tensors.items(), max_bytes=90):
         assert bucket.numel() <= 90 or len(heads) == 1
         received = empty_bucket(heads, torch.device("cpu")).copy_(bucket)

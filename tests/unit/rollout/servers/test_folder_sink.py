@@ -1,7 +1,6 @@
 """The folder sink: what servers are told, in which order, and what stands on the disk meanwhile."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def sink(servers: Servers, shared: Path) -> FolderSink:
 
 
 def test_servers_take_each_whole_version_while_they_pause(tmp_path: Path) -> None:
-    seen: list[tuple[str, Any]] = []
+    seen: list[tuple[int, torch.Tensor]] = []
 
     def handle(number: int, post: Post) -> None:
         if post.path == "/load":
