@@ -33,7 +33,14 @@ STEPS = (
 @pytest.fixture
 def server(quickstart: FinishedRun, tmp_path: Path) -> Iterator[str]:
     port, script = free_port(), ROOT / "tests" / "support" / "stand_in.py"
-    command = [sys.executable, script, quickstart.path / "cold_start" / "hf", "--port", str(port), "--routes"]
+    command: list[str | Path] = [
+        sys.executable,
+        script,
+        quickstart.path / "cold_start" / "hf",
+        "--port",
+        str(port),
+        "--routes",
+    ]
     program = Program(command, tmp_path, PYTHONPATH=":".join([str(ROOT), *sys.path]))
     yield f"http://127.0.0.1:{port}"
     program.kill()
