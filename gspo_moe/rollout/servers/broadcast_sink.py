@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -69,13 +69,14 @@ class BroadcastSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
     def _begin(self, backend: str) -> None:
-        if self._joined is None:
-            self._joined = self._join(backend)
+        counts = [self._transfer.worker_count(body) for body in self._servers.everywhere(self._transfer.workers())]
+        if self._joined is None or self._joined[0].world_size != 1 + sum(counts):  # a server has gone since
+            self._joined = self._join(backend, counts)
         self._servers.everywhere(self._dialect.pause())
         self._everywhere(self._transfer.begin())
 
-    def _join(self, backend: str) -> tuple[Meeting, dist.ProcessGroup]:
-        counts = [self._transfer.worker_count(body) for body in self._servers.everywhere(self._transfer.workers())]
+    def _join(self, backend: str, counts: Sequence[int]) -> tuple[Meeting, dist.ProcessGroup]:
+        """counts: of each server's workers."""
         meeting = Meeting(self._address, _free_port(), 1 + sum(counts), backend, TIMEOUT_SECONDS)
         posts = [self._transfer.join(meeting, 1 + sum(counts[:number])) for number in range(len(counts))]
         with ThreadPoolExecutor(max_workers=1) as pool:
