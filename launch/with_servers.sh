@@ -70,7 +70,7 @@ command_of() { # NUMBER PORT: fills `serve`, and `around`, its environment
         around+=(VLLM_SERVER_DEV_MODE=1)
         serve=("$python" -m vllm.entrypoints.cli.main serve "${option[model]}" --host 127.0.0.1 --port "$2"
             --tensor-parallel-size $((each > 0 ? each : 1))
-            --worker-extension-cls gspo_moe.rollout.servers.worker.Extension "${more[@]}")
+            --worker-extension-cls gspo_moe.rollout.servers.worker.Extension --enable-scale-out "${more[@]}")
     else
         serve=("$python" -m sglang.launch_server --model-path "${option[model]}" --host 127.0.0.1 --port "$2"
             --tp-size $((each > 0 ? each : 1)) "${more[@]}")
