@@ -93,9 +93,9 @@ def test_a_run_of_one_process(server: Server, tmp_path: Path) -> None:
 def test_a_run_of_two_processes(server: Server, tmp_path: Path) -> None:
     given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
     command = torchrun(
-        2, "-m", "gspo_moe", "train", *STEPS, *given, f"model={{hf: {server.model}}}", "parallel.expert=2"
+        2, "-m", "gspo_moe", "train", write_config(tmp_path), *STEPS, *given, f"model={{hf: {server.model}}}"
     )
-    succeed([*command, "logging.run_dir=run"], tmp_path)
+    succeed([*command, "parallel.expert=2", "logging.run_dir=run"], tmp_path)
     check(tmp_path / "run")
 
 

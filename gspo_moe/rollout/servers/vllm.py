@@ -1,7 +1,7 @@
 """How vLLM is spoken to: pure, after the sources of version 0.32, whose answers are the tests' fixtures.
 
 `/inference/v1/generate` takes and gives token ids alone, and says which weights sampled which tokens; what changes
-weights and tells of the server needs VLLM_SERVER_DEV_MODE=1 in its environment.
+weights and tells of the server needs VLLM_SERVER_DEV_MODE=1 in its environment, the former --enable-scale-out.
 """
 
 from __future__ import annotations
