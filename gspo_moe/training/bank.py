@@ -30,6 +30,18 @@ def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
     if fault is not None:
         raise ConfigError(fault)
     config, session = plan.config, open_session(plan)
+    try:
+        kept = _answered(plan, session)
+    finally:
+        session.close()
+    if session.groups.is_main:
+        sampling = {key: getattr(config.rollout, key) for key in SAMPLING}
+        write_bank(path, Bank(tuple(kept), sampling | {"vocab_size": plan.tokenizer.vocab_size}))
+    return len(kept)
+
+
+def _answered(plan: Plan, session: Session) -> list[RolloutGroup]:
+    config = plan.config
     session.publish(0)
     source, kept = PromptSource(plan.task.prompts, "train"), list[RolloutGroup]()
     queue = session.queue(source)
@@ -40,11 +52,7 @@ def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
             source.done(group.prompt for group in groups)
             kept += _with_routes_on_main(session, groups)
             progress.update(step + 1, {})
-    session.close()
-    if session.groups.is_main:
-        sampling = {key: getattr(config.rollout, key) for key in SAMPLING}
-        write_bank(path, Bank(tuple(kept), sampling | {"vocab_size": plan.tokenizer.vocab_size}))
-    return len(kept)
+    return kept
 
 
 def _with_routes_on_main(session: Session, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

@@ -48,6 +48,8 @@ def check_servers(fleet: Fleet, servers: ServersConfig, dialect: Dialect, expect
         answers = [fleet.everywhere(question) for question in dialect.questions(expected.temperature)]
     except RolloutError as error:
         raise ConfigError(f"rollout.servers.urls: {error}; {_STARTED.format(dialect.name)}") from None
+    if any(len(of_all) < len(urls) for of_all in answers):
+        raise ConfigError("rollout.servers.urls: a server went away while it was asked what it serves; start it again")
     tokens = _tokens(fleet, dialect)
     found, faults = list[Served](), list[str]()
     for number, url in enumerate(urls):
@@ -66,7 +68,9 @@ def check_servers(fleet: Fleet, servers: ServersConfig, dialect: Dialect, expect
                 "it reports no routes of experts, which routing.engine_routes and routing.replay=r3 want; start it "
                 "with --enable-return-routed-experts"
             )
-        words += _other_tokens(expected.tokenizer, None if tokens is None else tokens[number])
+        words += _other_tokens(
+            expected.tokenizer, None if tokens is None or len(tokens) < len(urls) else tokens[number]
+        )
         faults += [f"{url} ({served.name}): {fault}" for fault in words]
     if faults:
         raise ConfigError("\n".join(f"rollout.servers.urls: {fault}" for fault in faults))
@@ -98,12 +102,12 @@ def _unreachable(url: str, why: str, seconds: float) -> str:
     )
 
 
-def _tokens(fleet: Fleet, dialect: Dialect) -> list[Any] | None:
-    """Of the sample, by each server's tokenizer; None where one has none, whose answers need none."""
+def _tokens(fleet: Fleet, dialect: Dialect) -> list[Any]:
+    """Of the sample, by each server's tokenizer; nothing where one has none, whose answers need none."""
     try:
         return fleet.everywhere(dialect.tokenize(SAMPLE))
     except RolloutError:
-        return None
+        return []
 
 
 def _other_tokens(tokenizer: Tokenizer, body: Any) -> Iterator[str]:
