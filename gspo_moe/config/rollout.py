@@ -17,7 +17,10 @@ HOTTEST = 1000.0  # temperatures beyond it only flatten float32's last digits
 class ServersConfig(Section):
     """Rollout servers, where `rollout.engine` is of them.
 
-    urls: of each, http://HOST:PORT. folder: that trainer and servers see alike, for weights; null is run_dir/weights.
+    urls: of each, http://HOST:PORT. sync: how they get new weights, by files, by NCCL (gloo where there is no GPU), or
+    by CUDA IPC where vLLM's servers are on the trainer's GPUs.
+    folder: that trainer and servers see alike, for weights; null is run_dir/weights.
+    address: at which servers reach the first rank for a broadcast; null is torchrun's master address, or this machine.
     start_seconds: for all of them to be there. timeout_seconds: for one answer, its wait for its turn included.
     retries: of one answer, elsewhere where it can be. concurrency: answers that one server works on at once.
     health_seconds: between two looks at each. outage_seconds: without any server, before the run ends.
@@ -25,7 +28,9 @@ class ServersConfig(Section):
     """
 
     urls: tuple[str, ...] = ()
+    sync: Literal["folder", "broadcast", "ipc"] = "folder"
     folder: str | None = None
+    address: str | None = None
     start_seconds: PositiveFloat = 60.0
     timeout_seconds: PositiveFloat = 1800.0
     retries: NonNegativeInt = 8

@@ -68,6 +68,14 @@ def servers_are_named_for_their_engine(config: Config) -> Iterator[str]:
         )
 
 
+def servers_can_take_weights(config: Config) -> Iterator[str]:
+    if config.rollout.engine == "sglang" and config.rollout.servers.sync == "ipc":
+        yield (
+            "rollout.servers.sync=ipc is for vLLM, as SGLang takes IPC handles in its own library's format; set "
+            "rollout.servers.sync to folder or broadcast"
+        )
+
+
 def servers_wait_for_rl(config: Config) -> Iterator[str]:
     if config.rollout.engine != "megatron":
         yield (
@@ -141,6 +149,7 @@ RULES = (
     groups_can_be_compared,
     router_shift_is_recorded,
     servers_are_named_for_their_engine,
+    servers_can_take_weights,
     servers_tell_our_log_probs,
     bank_has_each_prompt,
     answers_can_differ,

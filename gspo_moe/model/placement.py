@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ class Placement:
         self._mine: dict[_Key, LocalTensor] = {
             (local.entry.hf_names, local.entry.index): local for local in local_tensors(model)
         }
-        self._device = next(model.chunks[0].parameters()).device
+        self.device = next(model.chunks[0].parameters()).device
         holders: dict[_Key, list[int]] = {}
         entries: dict[tuple[str, ...], tuple[Entry, torch.dtype]] = {}
         mine = [(local.entry, read(local.parameter).dtype) for local in self._mine.values()]
@@ -83,9 +83,22 @@ class Placement:
                 if holder != to:
                     dist.send(shard.contiguous(), dst=to)
             elif to == dist.get_rank():
-                shard = torch.empty(joined.entry.shape, dtype=joined.dtype, device=self._device)
+                shard = torch.empty(joined.entry.shape, dtype=joined.dtype, device=self.device)
                 dist.recv(shard, src=holder)
             if shard is not None and to == dist.get_rank():
                 shards.append(shard)
         if shards:
             yield from zip(joined.names, joined.entry.merge(shards), strict=True)
+
+
+def in_runs(joined: Sequence[Joined], max_bytes: int) -> list[list[Joined]]:
+    """Cuts the tensors into runs of at most `max_bytes`, or of one parameter's."""
+    runs: list[list[Joined]] = [[]]
+    used = 0
+    for one in joined:
+        if runs[-1] and used + one.nbytes > max_bytes:
+            runs.append([])
+            used = 0
+        runs[-1].append(one)
+        used += one.nbytes
+    return runs

@@ -44,16 +44,17 @@ def buckets(
     used = 0
     for name, tensor in tensors:
         if held and (used + tensor.nbytes > max_bytes or tensor.dtype != held[0].dtype):
-            yield heads, _flat(held)
+            yield heads, flat(held)
             heads, held, used = [], [], 0
         heads.append(head_of(name, tensor))
         held.append(tensor)
         used += tensor.nbytes
     if held:
-        yield heads, _flat(held)
+        yield heads, flat(held)
 
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their bytes, one behind the other; uint8 [bytes]."""
     return torch.cat([tensor.detach().flatten().view(torch.uint8) for tensor in tensors])
 
 

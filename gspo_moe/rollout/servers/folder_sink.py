@@ -21,7 +21,7 @@ from gspo_moe.errors import RolloutError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import METADATA, file_name, write_config, write_index
-from gspo_moe.model.placement import Joined, Placement
+from gspo_moe.model.placement import Joined, Placement, in_runs
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Servers
@@ -77,7 +77,7 @@ def write_folder(model: Model, folder: Path, file_bytes: int = FILE_BYTES) -> in
     written.
     """
     placement = Placement(model)
-    files = in_files(placement.joined, file_bytes)
+    files = in_runs(placement.joined, file_bytes)
     partial = stage(folder)
     on_main(lambda: _attempt(folder, lambda: stage_folder(folder)))
     _raise_together(folder, _write_files(placement, files, partial))
@@ -90,19 +90,6 @@ def write_folder(model: Model, folder: Path, file_bytes: int = FILE_BYTES) -> in
 
     on_main(lambda: _attempt(folder, finish))
     return total
-
-
-def in_files(joined: Sequence[Joined], file_bytes: int) -> list[list[Joined]]:
-    """Cuts the tensors into runs of at most `file_bytes`, or of one parameter's."""
-    files: list[list[Joined]] = [[]]
-    used = 0
-    for one in joined:
-        if files[-1] and used + one.nbytes > file_bytes:
-            files.append([])
-            used = 0
-        files[-1].append(one)
-        used += one.nbytes
-    return files
 
 
 def writers(files: Sequence[Sequence[Joined]]) -> list[int]:

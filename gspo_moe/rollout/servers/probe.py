@@ -15,7 +15,7 @@ from gspo_moe.rollout.servers.records import Answer, Ask, Dialect, Servers
 from gspo_moe.rollout.servers.syncing import on_main
 
 PROMPT_TOKENS, SAMPLED_TOKENS = 32, 16
-# Of the mean difference in nats a token: vLLM in fp32 differs from the trainer in fp32 by 1e-6, in bf16 by 1e-2.
+# Of the mean difference in nats a token: vLLM in fp32 differs from a trainer in fp32 by 1e-6; bf16 by guess, untried.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1}
 
 Score = Callable[[Any, tuple[int, ...]], list[float]]
@@ -48,6 +48,8 @@ class Probe:
         largest = 0.0
         scores: dict[tuple[int, ...], list[float]] = {}
         for number, answer in enumerate(on_main(answers)):
+            if not answer.token_ids:
+                raise RolloutError(f"server {number} gave the probe 0 tokens ({answer.finish}); restart it")
             if answer.token_ids not in scores:
                 scored = self.score(model, self.prompt_ids + answer.token_ids)
                 scores[answer.token_ids] = scored[-len(answer.token_ids) :]

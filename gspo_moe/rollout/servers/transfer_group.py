@@ -19,7 +19,7 @@ ROOT = 0  # the trainer
 def join_transfer_group(
     address: str, port: int, *, rank: int, world_size: int, name: Any, backend: str, timeout_seconds: float
 ) -> dist.ProcessGroup:
-    """Waits until all `world_size` processes are there. Rank 0 listens on the port. backend: nccl or gloo. name: a string."""
+    """Waits until all `world_size` processes are there. Rank 0 listens. backend: nccl or gloo. name: a string."""
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = next(rendezvous(f"tcp://{address}:{port}", rank, world_size, timeout=timeout))
     store.set_timeout(timeout)
@@ -30,8 +30,8 @@ def join_transfer_group(
     return group
 
 
-def broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int) -> None:
+def start_broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, root: int) -> dist.Work:
     """root: a rank of this group."""
     options = dist.BroadcastOptions()
     options.rootRank = root
-    group.broadcast([tensor], options).wait()
+    return group.broadcast([tensor], options)

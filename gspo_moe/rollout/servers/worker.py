@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from gspo_moe.rollout.servers.buckets import TensorHead, empty_bucket, views
-from gspo_moe.rollout.servers.transfer_group import ROOT, broadcast, join_transfer_group
+from gspo_moe.rollout.servers.transfer_group import ROOT, join_transfer_group, start_broadcast
 
 BACKEND = "gspo_moe"  # what `--weight-transfer-config '{"backend": "gspo_moe"}'` names
 
@@ -153,7 +153,7 @@ class BroadcastEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         parts = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
         heads = [TensorHead(name, dtype, tuple(shape)) for name, dtype, shape in parts]
         bucket = empty_bucket(heads, self.device)
-        broadcast(bucket, self._group, ROOT)
+        start_broadcast(bucket, self._group, ROOT).wait()
         self.model.load_weights(zip(update_info.names, views(bucket, heads), strict=True))
 
     def finish_weight_update(self) -> None:

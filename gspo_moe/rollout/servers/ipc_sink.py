@@ -1,0 +1,115 @@
+"""New weights for vLLM servers on the trainer's own GPUs, each bucket in a buffer that they open by CUDA IPC.
+
+After vLLM 0.32's documented `ipc` weight transfer (`--weight-transfer-config '{"backend": "ipc"}'`, and
+VLLM_ALLOW_INSECURE_SERIALIZATION=1 in the servers' environment), packed. On GPUs this has not been run.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gspo_moe.model.build import Model
+from gspo_moe.model.placement import Joined, Placement, in_runs
+from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.rollout.servers.broadcast_sink import BUCKET_BYTES
+from gspo_moe.rollout.servers.buckets import TensorHead, flat
+from gspo_moe.rollout.servers.probe import Probe
+from gspo_moe.rollout.servers.records import Dialect, Post, Servers
+from gspo_moe.rollout.servers.syncing import MAIN, on_main
+
+Export = Callable[[torch.Tensor], dict[str, Any]]
+
+
+def export_cuda(buffer: torch.Tensor) -> dict[str, Any]:
+    """What another process on the same GPU opens the buffer with, by the GPU's name."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, arguments = reduce_tensor(buffer)
+    return {str(torch.cuda.get_device_properties(buffer.device).uuid): arguments}
+
+
+class IpcSink:
+    """A WeightSink. servers: used on the first rank alone; each of their GPUs is one of the trainer's, too."""
+
+    def __init__(
+        self,
+        servers: Servers,
+        dialect: Dialect,
+        probe: Probe,
+        bucket_bytes: int = BUCKET_BYTES,
+        export: Export = export_cuda,
+    ) -> None:
+        self._servers, self._dialect, self._probe = servers, dialect, probe
+        self._bucket_bytes, self._export = bucket_bytes, export
+        self._joined = False
+
+    @torch.no_grad()
+    def publish(self, model: Model, version: int) -> dict[str, float]:
+        """Metrics of the sync. Collective. Raises RolloutError as the other sinks do."""
+        start = time.perf_counter()
+        placement = Placement(model)
+        on_main(self._begin)
+        nbytes = self._send(placement)
+
+        def finish() -> None:
+            self._servers.everywhere(Post("/finish_weight_update", {"weight_version": str(version)}))
+            self._servers.everywhere(self._dialect.resume())
+
+        on_main(finish)
+        difference = self._probe.check(model, version)
+        seconds = time.perf_counter() - start
+        return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
+
+    def _begin(self) -> None:
+        if not self._joined:
+            self._servers.everywhere(Post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
+            self._joined = True
+        self._servers.everywhere(self._dialect.pause())
+        self._servers.everywhere(Post("/start_weight_update", {}))
+
+    def _send(self, placement: Placement) -> int:
+        """The bytes sent. Collective."""
+        largest = max([self._bucket_bytes, *(joined.nbytes for joined in placement.joined)])
+        buffer = torch.empty(largest, dtype=torch.uint8, device=placement.device)
+        handles: dict[str, Any] = {}
+        for exported in gather_objects(self._export(buffer)):
+            handles |= exported
+        for run in in_runs(placement.joined, self._bucket_bytes):
+            heads = _heads(run)
+            size = sum(head.nbytes for head in heads)
+            tensors = [tensor for joined in run for _, tensor in placement.fetch(joined, MAIN)]
+            if tensors:
+                buffer[:size].copy_(flat(tensors))
+            dist.broadcast(buffer[:size], src=MAIN)
+            if buffer.is_cuda:
+                torch.cuda.synchronize()
+            dist.barrier()  # servers read any rank's buffer
+            on_main(partial(self._servers.everywhere, _update(heads, handles)))
+        return sum(joined.nbytes for joined in placement.joined)
+
+
+def _heads(run: Sequence[Joined]) -> list[TensorHead]:
+    return [
+        TensorHead(name, str(joined.dtype).removeprefix("torch."), shape)
+        for joined in run
+        for name, shape in zip(joined.names, joined.entry.hf_shapes, strict=True)
+    ]
+
+
+def _update(heads: Sequence[TensorHead], handles: dict[str, Any]) -> Post:
+    info = {
+        "names": [head.name for head in heads],
+        "dtype_names": [head.dtype for head in heads],
+        "shapes": [list(head.shape) for head in heads],
+        "tensor_sizes": [head.nbytes for head in heads],
+        "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
+    }
+    return Post("/update_weights", {"update_info": info})
