@@ -33,6 +33,7 @@ SIZES = architecture(
 OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init", "--max-num-seqs", "16", "--block-size", "32"),
     *("--num-gpu-blocks-override", "24"),  # fewer than the tests' answers need together, so that some are preempted
+    *("--max-num-batched-tokens", "256"),  # fewer than a few prompts have, so that some are read in parts
     *("--max-model-len", "512", "--enable-scale-out", "--enable-return-routed-experts"),
     *("--worker-extension-cls", "gspo_moe.rollout.servers.worker.Extension"),
     *("--weight-transfer-config", '{"backend": "gspo_moe"}'),

@@ -119,6 +119,14 @@ def test_routes_stay_aligned_through_preemption(running: Running) -> None:
     assert running.metric("vllm:num_preemptions_total") > before
 
 
+def test_prompts_in_several_parts_are_sampled_by_their_seed(running: Running) -> None:
+    _, reference = publish(running, seed=11)
+    asks = [ask(f"part{n}", prompt(150, seed=40 + n), max_tokens=4) for n in range(4)]  # more than a pass takes
+    together = check_all(running, reference, asks)
+    alone = [check_all(running, reference, [one])[0] for one in asks]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+
+
 def test_a_folder_and_a_broadcast_bring_the_trainers_weights(running: Running) -> None:
     tokens = prompt(21, seed=3)
     version, reference = publish(running, seed=2)

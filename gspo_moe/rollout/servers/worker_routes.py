@@ -7,7 +7,9 @@ vLLM 0.32 records each MoE layer's top-k, keeps them with the blocks of the pref
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +58,8 @@ def record_routes() -> None:
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = sample(self, grammar_output)
+        with _unfinished_prompts_draw_nothing(self):
+            output = sample(self, grammar_output)
         if self.aux_connector is not None and self.aux_pending is not None:
             pending, self.aux_pending = self.aux_pending, None
             assert output.req_ids == pending.request_ids
@@ -68,6 +71,22 @@ def record_routes() -> None:
     CPUModelRunner.initialize_kv_cache = initialize_kv_cache
     CPUModelRunner.execute_model = execute_model
     CPUModelRunner.sample_tokens = sample_tokens
+
+
+@contextlib.contextmanager
+def _unfinished_prompts_draw_nothing(runner: Any) -> Iterator[None]:
+    """Keeps seeded generators from the rows whose token is thrown away, as their prompt goes on in the next pass.
+
+    vLLM turns such a generator back after the draw, which a CPU's cannot be, so that a prompt in two parts ends the
+    server.
+    """
+    batch = runner.input_batch
+    mask = runner.discard_request_mask.np[: batch.num_reqs]
+    held = {index: batch.generators.pop(index) for index in list(batch.generators) if mask[index]}
+    try:
+        yield
+    finally:
+        batch.generators.update(held)
 
 
 def _rows(runner: Any) -> Rows:
