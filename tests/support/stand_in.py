@@ -171,7 +171,7 @@ class StandIn:
         prompt, params = body["token_ids"], body["sampling_params"]
         if max(prompt) >= self._model.config.vocab_size:
             return web.json_response({"error": {"message": "token outside of the vocabulary"}}, status=400)
-        if len(prompt) + params["max_tokens"] > self._model.config.max_position_embeddings:
+        if len(prompt) >= self._model.config.max_position_embeddings:
             return web.json_response({"error": {"message": "longer than the context"}}, status=400)
         choice = await self._sampled(prompt, params)
         return await self._damaged(request, {"model": str(self._folder), "choices": [choice]})
@@ -181,7 +181,8 @@ class StandIn:
         if "seed" in params:
             generator.manual_seed(params["seed"])
         ids, content, finish, pauses = list[int](), list[dict[str, Any]](), "length", self._pauses
-        while len(ids) < params["max_tokens"]:
+        room = self._model.config.max_position_embeddings - len(prompt)
+        while len(ids) < min(params["max_tokens"], room):
             token, log_prob = pick(self._model.next(prompt + ids), params, self._mode, generator)
             ids.append(token)
             content.append({"token_id": token, "logprob": log_prob})

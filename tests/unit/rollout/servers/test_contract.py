@@ -179,8 +179,16 @@ def test_it_tells_which_model_it_serves(side: Side) -> None:
     assert f"num_experts is {side.sizes.num_experts} there and {other.num_experts} here" in fault
 
 
+def test_answers_that_the_context_cuts_off_are_refused(side: Side) -> None:
+    longest = side.sizes.max_positions
+    with pytest.raises(
+        RolloutError, match=f"it was cut off behind 3 of 5 tokens, {longest - 3} tokens of prompt before"
+    ):
+        side.answer(side.ask(5, prompt=longest - 3))
+
+
 def test_what_cannot_be_asked_is_refused_at_once(side: Side) -> None:
     before = time.monotonic()
     with pytest.raises(RolloutError, match="HTTP 400"):
-        side.answer(side.ask(side.sizes.max_positions))
+        side.answer(side.ask(1, prompt=side.sizes.max_positions + 1))
     assert time.monotonic() - before < 30

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_without_any_server_the_run_ends_and_says_why(stand_ins: list[Running], 
 def test_what_a_server_refuses_is_not_asked_again(stand_ins: list[Running], fleet: Make) -> None:
     both = fleet(stand_ins)
     with pytest.raises(RolloutError, match=r"was answered with HTTP 400: .*longer than the context"):
-        both.submit(asks(1, tokens=1000)[0]).result(60)
+        both.submit(replace(asks(1)[0], token_ids=(3,) * 200)).result(60)
     with pytest.raises(RolloutError, match="was answered with HTTP 404"):
         both.everywhere(Post("/nothing"))
     assert both.take_counters().retries == 0
