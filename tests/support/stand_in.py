@@ -22,6 +22,7 @@ import torch
 from aiohttp import web
 
 NO_LOG_PROB = -9999.0
+_LOADING = threading.Lock()  # transformers changes settings of the process while it loads
 # What `/stand_in/fault` orders for the next `count` answers; "unavailable" is of every path.
 FAULTS = (
     "no_log_probs", "too_many_log_probs", "nan", "token", "too_long", "garbage", "cut", "error", "hang", "old_version",
@@ -35,7 +36,8 @@ class TinyModel:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with _LOADING:
+            self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.config = self._model.config
 
     def load(self, folder: Path) -> None:
