@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.program import ROOT, SMALL_MODEL, TASK, Program, gspo_moe, metrics_by_step, succeed, torchrun
-from tests.launch import free_port
+from tests.launch import free_port, free_ports
 
 STAND_IN = ROOT / "tests" / "support" / "stand_in.py"
 STEPS = (
@@ -102,7 +102,7 @@ def test_a_run_of_two_processes(server: Server, tmp_path: Path) -> None:
 def test_one_command_starts_trainer_and_servers(model: Path, tmp_path: Path) -> None:
     serve = f"{sys.executable} {STAND_IN} {{model}} --port {{port}} --routes"
     command: list[str | Path] = ["bash", ROOT / "launch" / "with_servers.sh", "--model", model, "--servers", "2"]
-    command += ["--port", str(free_port()), "--server-command", serve, "--nproc-per-node", "1"]
+    command += ["--port", str(free_ports(2)), "--server-command", serve, "--nproc-per-node", "1"]
     run = ("train", write_config(tmp_path), *STEPS, f"model={{hf: {model}}}", "logging.run_dir=run")
     outcome = succeed([*command, "--", *run], tmp_path, GSPO_MOE_PYTHON=sys.executable)
     assert "2 vllm up (http://127.0.0.1:" in outcome.stderr
