@@ -215,7 +215,7 @@ class Microbatch:
     input_ids_T, target_ids_T, position_ids_T: int64; positions restart at 0 with each sequence.
     cu_seqlens: int64 [N + 1], bounds of the sequences in T.
     response_mask_T: float32, 1 where the *target* is a response token.
-    response_positions_M: int64, where response_mask_T is 1, known on the host without a wait.
+    response_positions_M: int64, where response_mask_T is 1.
     route_mask_T: bool, True where the *input* is a response token (SPEC section 4).
     advantages_N, rewards_N: float32.
     rollout_log_probs_T: float32, the engine's log-prob of the target; 0 off the response.

@@ -127,7 +127,9 @@ class TaskPool:
         def start(items: list[Item]) -> Started:
             return self._schedule(self._running_pool(), give_reward, items)
 
-        begun = self._begun[_uids(prompts)] = Begun(prompts, self._grouped(prompts), start)
+        begun = Begun(prompts, self._grouped(prompts), start)
+        with self._lock:
+            self._begun[_uids(prompts)] = begun
 
         def over(index: int, turns: Conversation) -> None:
             with self._lock:
@@ -204,11 +206,12 @@ class TaskPool:
         """For each group its outcomes, or what ended it."""
         if not groups:
             return []
-        pool = self._running_pool()  # before `started` is read, which a broken pool's end empties
-        given = [
-            started[number] if number in started else self._schedule(pool, job, [items[index] for index in group])
-            for number, group in enumerate(groups)
-        ]
+        with self._lock:
+            pool = self._running_pool()  # before `started` is read, which a broken pool's end empties
+            given = [
+                started[number] if number in started else self._schedule(pool, job, [items[index] for index in group])
+                for number, group in enumerate(groups)
+            ]
         while wait([one for one in given if isinstance(one, Future)], POLL_SECONDS).not_done and pool.active:
             pass
         lost = BrokenProcessPool("the pool broke before this item was handed to a worker")

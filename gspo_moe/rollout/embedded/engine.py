@@ -27,14 +27,14 @@ from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import most
-from gspo_moe.parallel.stop import StopSignals, raise_everywhere
+from gspo_moe.parallel.stop import StopSignals, largest, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
 from gspo_moe.rollout.embedded.expert_ranks import experts_holders
 from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.lean import LeanForward, gather_vocab, lean_obstacle
 from gspo_moe.rollout.embedded.numerics import RoundedCopy
-from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches, misfit
+from gspo_moe.rollout.embedded.samples import Sample, Samples, cut_routes, in_batches, in_packs, misfit
 from gspo_moe.rollout.embedded.sampling import sample, uniforms
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams
 from gspo_moe.routing.comparison import gather_layers
@@ -44,6 +44,7 @@ from gspo_moe.types import Rollout
 logger = logging.getLogger(__name__)
 Tell = Callable[[Samples, Sequence[int]], None]
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
+MEETING_TOKENS = 4 * CHECK_TOKENS
 # Tokens decoded between two looks for answers that ended: a GPU would be waited for, a CPU would decode for nothing.
 ENDS_INTERVAL = {"cpu": 1, "cuda": 8}
 
@@ -68,7 +69,9 @@ class MegatronEngine:
         self._rounded = rounded
         self._model = model if rounded is None else rounded.model
         self._ranks = model.groups.data_context
-        self._in_unison = len(set(experts_holders(model.groups))) > 1  # they decode each token together
+        # They decode each token together where they share experts, or megatron-core's own dispatch counts their tokens.
+        counted = model.config.moe_token_dispatcher_type == "allgather" and lean_obstacle(self._model) is not None
+        self._in_unison = counted or len(set(experts_holders(model.groups))) > 1
         self._stop = stop or StopSignals()
         self._fault: RolloutError | None = None
         self._max_batch = max_batch
@@ -159,8 +162,12 @@ class MegatronEngine:
         params: SamplingParams,
         tell: Tell | None,
     ) -> None:
-        """Samples from the logits [N, V] behind the prompts, and goes on until every rank's samples have ended."""
-        decoder = self._decoder(cache)
+        """Samples from the logits [N, V] behind the prompts, until all of these samples have ended.
+
+        Collective over the ranks that decode together, and over all of them every `MEETING_TOKENS` and at the end, so
+        that none waits longer than a collective may for one whose samples are longer.
+        """
+        decoder: Decoder | None = None
         keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]
         uniforms_RS = uniforms(keys, params.max_response_tokens).T.contiguous().to(self._device)
         groups = self._model.groups
@@ -168,6 +175,8 @@ class MegatronEngine:
         assert together is not None
         fullest = self._fullest(samples)
         for step in range(params.max_response_tokens):
+            if step and step % MEETING_TOKENS == 0 and not self._in_unison:
+                largest(1)
             if step and step % CHECK_TOKENS == 0 and self._stop.asked(together):
                 break
             if samples.active:
@@ -180,11 +189,14 @@ class MegatronEngine:
                 fullest = 0 if last else self._fullest(samples)
             if not fullest:
                 break
+            decoder = decoder or self._decoder(cache)
             fed = StepInput(samples.newest_N, samples.positions_N, samples.used, fullest)
             output = decoder.step(fed)
             logits = output.logits_NV
             if output.routes_NLK is not None and samples.active:
                 samples.keep_routes(output.routes_NLK)
+        while not self._in_unison and largest(0):
+            pass
         if samples.broken:
             self._fault = RolloutError(
                 "the model's logits are not finite, so nothing can be sampled; go on from a checkpoint before the "
@@ -240,14 +252,7 @@ class MegatronEngine:
 
     def _prefill(self, requests: list[Request], cache: KVCache, record: RoutePass | None) -> torch.Tensor | None:
         """Fills each request's row; logits [N, V] behind each prompt on the last stage."""
-        packs: list[list[int]] = [[]]
-        room = self._prefill_tokens
-        for row, request in enumerate(requests):
-            if len(request.prompt_ids) > room:
-                packs.append([])
-                room = self._prefill_tokens
-            packs[-1].append(row)
-            room -= len(request.prompt_ids)
+        packs = in_packs(requests, self._prefill_tokens)
         packs += [[] for _ in range(most(len(packs), self._ranks) - len(packs))]
         inputs = [self._prefill_input([(row, requests[row].prompt_ids) for row in pack], cache) for pack in packs]
         logits = self._logits(inputs, [item.cu_seqlens[1:] - 1 for item in inputs], record)

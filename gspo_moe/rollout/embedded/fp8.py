@@ -2,8 +2,8 @@
 
 Scales are powers of two, the smallest that bring a block's largest value to at most 448. So a rounded value has four
 significant bits, is exact in bfloat16, and a bfloat16 product of such values, added up in float32, is the block-scaled
-FP8 product. A block's scale decides only what becomes of values 2^15 times smaller than its largest: blocks of a tensor
-rank's shard, as here, or of the whole weight give the same values but for those.
+FP8 product. A block's scale decides only what becomes of values 2^13.8 times smaller than its largest: blocks of a
+tensor rank's shard, as here, or of the whole weight give the same values but for those.
 
 Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2: weights by 128 x 128, activations by 1 x 128) with the scales of
 DeepSeek-V3.1 (`scale_fmt: ue8m0`), as vLLM computes them for DeepGEMM: `per_block_cast_to_fp8(use_ue8m0=True)` of

@@ -54,7 +54,16 @@ class RoundedCopy:
         for chunk, ours in zip(policy.gpt_chunks, self.model.gpt_chunks, strict=True):
             weights = dict(chunk.named_parameters())
             for name, copied in ours.named_parameters():
-                copied.copy_(round_weight(weights[name]) if id(copied) in self._rounded else weights[name])
+                if id(copied) not in self._rounded:
+                    copied.copy_(weights[name])
+                    continue
+                # One matrix at a time: rounding takes some of them in float32.
+                for one, source in zip(_matrices(copied), _matrices(weights[name]), strict=True):
+                    one.copy_(round_weight(source))
+
+
+def _matrices(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(-1, *weight.shape[-2:])
 
 
 def rounded_copy(config: Config, policy: Model) -> RoundedCopy | None:

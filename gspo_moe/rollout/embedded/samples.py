@@ -217,6 +217,19 @@ def in_batches(requests: Sequence[Request], most: int) -> list[list[tuple[int, R
     return batches
 
 
+def in_packs(requests: Sequence[Request], most: int) -> list[list[int]]:
+    """The places of requests, in order, cut into packs of at most `most` tokens of prompts; one at least."""
+    packs: list[list[int]] = [[]]
+    room = most
+    for place, request in enumerate(requests):
+        if len(request.prompt_ids) > room:
+            packs.append([])
+            room = most
+        packs[-1].append(place)
+        room -= len(request.prompt_ids)
+    return packs
+
+
 def cut_routes(record: RoutePass | None, lengths: Sequence[int]) -> list[torch.Tensor]:
     """This stage's routes of a pass, cut into pieces of these lengths; none unless it was recorded."""
     packs = [] if record is None else record.recordings()

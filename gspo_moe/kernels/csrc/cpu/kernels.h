@@ -18,7 +18,7 @@ struct GspoPanels {
 };
 
 // One token of each row of logits under softmax(logits * inverse_temperature): the first whose cumulative share exceeds
-// the row's uniform number, without such numbers the likeliest; and its log-prob. NaN where a logit is not finite.
+// the row's uniform number, without such numbers the likeliest; and its log-prob. NaN where one is NaN or +inf, or all are -inf.
 struct GspoDraw {
   const float* logits_NV;
   int64_t row_stride, vocab;
