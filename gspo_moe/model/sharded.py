@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -85,7 +84,9 @@ def read_shards(path: Path, shards: Mapping[P, Shard]) -> dict[P, torch.Tensor]:
     pieces = [piece for parameter, shard in shards.items() for piece in stored(with_data(shard, found[parameter]))]
     wanted = {str(number): _by_itself(piece) for number, piece in enumerate(pieces)}
     with checkpoint_errors(path, "loaded", COPY_AGAIN):
-        dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+        from gspo_moe.model.reading import load  # not above: see `checkpoint_errors`
+
+        load(wanted, path, validate_access_integrity=False)
     return found
 
 
@@ -101,7 +102,9 @@ def _by_itself(piece: ShardedTensor) -> ShardedTensor:
 def stored_tensors(path: Path) -> dict[str, ShardedTensor]:
     """Key, shape and dtype of every weight in a checkpoint, without its data."""
     with checkpoint_errors(path, "loaded", COPY_AGAIN):
-        found = dist_checkpointing.load_tensors_metadata(str(path))
+        from gspo_moe.model.reading import load_tensors_metadata  # not above: see `checkpoint_errors`
+
+        found = load_tensors_metadata(path)
     return {key: tensor for key, tensor in found.items() if not key.startswith(OPTIMIZER)}
 
 

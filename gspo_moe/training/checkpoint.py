@@ -8,7 +8,6 @@ every rank is done, so a run killed at any moment leaves the newest complete one
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
 from dataclasses import asdict, dataclass
@@ -110,10 +109,11 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
 
     Raises CheckpointError where the checkpoint is of another architecture or dtype, or damaged.
     """
-    # By this name megatron-core 0.19 asks for it, without an import of its own (`platform.deferred`).
-    importlib.import_module("torch.distributed.checkpoint")
+    # Here, not above: torch's reader takes a second to import.
+    from gspo_moe.model.reading import load, load_common
+
     with checkpoint_errors(path, "loaded", _FIX):
-        common = dist_checkpointing.load_common_state_dict(str(path))
+        common = load_common(path)
     if "progress" not in common:
         raise CheckpointError(f"{path} was not written by gspo_moe; give another logging.run_dir")
     with checkpoint_errors(path, "loaded", _FIX):
@@ -124,7 +124,7 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
     if not same_layout:
         del state["rng"]
     with checkpoint_errors(path, "loaded", _FIX), uncollected():
-        found = dist_checkpointing.load(state, str(path))
+        found = load(state, path)
     for number, parameter in enumerate(weight_shards(model)):
         parameter.copy_(found["weights"][str(number)])
     progress = Progress(**common["progress"])
