@@ -59,6 +59,10 @@ class CheckpointError(GspoMoeError, RuntimeError):
     """A checkpoint that is missing, incomplete or does not fit this run."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not as it was written, or is not what stood there."""
+
+
 class KernelError(GspoMoeError, RuntimeError):
     """A kernel that is missing, was built for another machine, or got arguments it cannot take."""
 

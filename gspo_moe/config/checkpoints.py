@@ -15,7 +15,10 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first: folders named `step_` and eight digits, and nothing else."""
+    """The complete checkpoints in `folder`, oldest first: folders named `step_` and eight digits, and nothing else.
+
+    A symbolic link counts, wherever it leads, so that it is told of when it is to be read.
+    """
     return _folders(folder, _COMPLETE)
 
 
@@ -30,5 +33,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a checkpoint, so that no run goes on from it or removes it; where it is then."""
+    taken = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while taken.exists() or taken.is_symlink():
+        number += 1
+        taken = checkpoint.with_name(f"{checkpoint.name}.damaged{number}")
+    checkpoint.rename(taken)
+    return taken
+
+
 def _folders(folder: Path, name: re.Pattern[str]) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if name.fullmatch(path.name) and path.is_dir())
+    named = (path for path in folder.glob("step_*") if name.fullmatch(path.name))
+    return sorted(path for path in named if path.is_dir() or path.is_symlink())

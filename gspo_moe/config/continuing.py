@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from gspo_moe.config.migration import migrated
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.files import write_whole
+from gspo_moe.manifest import read_manifest
 from gspo_moe.section import Section
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 FINISHED_FILE = "finished"  # of a run without checkpoints, whose last one would else tell
 INPUTS_FILE = "inputs.json"
+RUN = "run"  # a key there
 # A name stands for all below it; every key that none of these holds is part of the run's identity.
 # How and where the work is done.
 WORK = (
@@ -100,12 +103,25 @@ def _kept_nothing(folder: Path) -> bool:
 
 
 def record_run(config: Config) -> None:
-    """Writes what later starts are held against: the config, and digests of the data that it names."""
+    """Writes what later starts are held against: the config, digests of the data that it names, the run's own name."""
     save_config(config, config.run_path / CONFIG_FILE)
     values = _leaves(config.model_dump(mode="json"))
+    run = recorded_run(config.run_path) or _run_of_checkpoint(config.run_path) or uuid.uuid4().hex
     digests = {key: digest(Path(values[key])) for key in DATA if values[key] is not None}
     digests |= {key: digest_of_records(values[key]) for key in RECORDS if values.get(key)}
-    write_whole(config.run_path / INPUTS_FILE, json.dumps(digests, indent=1) + "\n")
+    write_whole(config.run_path / INPUTS_FILE, json.dumps({RUN: run, **digests}, indent=1) + "\n")
+
+
+def recorded_run(folder: Path) -> str | None:
+    """By which name the run in `folder` marks its checkpoints; None where none was recorded yet."""
+    return _read_digests(folder / INPUTS_FILE).get(RUN)
+
+
+def _run_of_checkpoint(folder: Path) -> str | None:
+    """The same, by its newest checkpoint, which was found whole before: of a run whose record is lost."""
+    newest = newest_checkpoint(folder / "checkpoints")
+    manifest = None if newest is None else read_manifest(newest)
+    return None if manifest is None else manifest.about.get("run")
 
 
 def changes(folder: Path, config: Config, free: Sequence[str]) -> list[str]:

@@ -64,8 +64,10 @@ class CheckpointConfig(Section):
     """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay.
 
     keep: 0 writes none, whatever `interval` is: a run that ends early is lost, and none can be gone on with.
+    on_damage: of the newest one: `error` ends the start; `previous` moves it aside and goes on from the one before.
     """
 
     interval: NonNegativeInt = 0
     keep: NonNegativeInt = 2
+    on_damage: Literal["error", "previous"] = "error"
     export_hf: bool = True

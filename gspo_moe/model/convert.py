@@ -46,6 +46,7 @@ from gspo_moe.model.sharded import (
     weight_shards,
     with_data,
 )
+from gspo_moe.model.verifying import add_manifest, check_checkpoint, check_export
 from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_tensors, value_problems
 from gspo_moe.model.writing import write_streaming
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
@@ -108,6 +109,7 @@ def hf_to_megatron(conversion: Conversion) -> int:
     source = SafetensorsSource(conversion.source)
     check_shapes(conversion.architecture, source)
     items = _whole_model(conversion, conversion.dtype or _dtype(source.is_bf16))
+    check_export(conversion.source)
     with _staged(conversion, items) as folder, _progress(conversion) as bar:
         _write_megatron(own_share(items), source, folder, bar)
         return _compare(items, folder, source, conversion, bar)
@@ -122,6 +124,7 @@ def megatron_to_hf(conversion: Conversion) -> int:
     """
     dtypes = {tensor.dtype for tensor in stored_tensors(conversion.source).values()}
     items = _whole_model(conversion, conversion.dtype or _dtype(dtypes == {torch.bfloat16}))
+    check_checkpoint(conversion.source)
     check_stored(conversion.source, [item.shard for item in items], conversion.architecture)
     with _staged(conversion, items) as folder, _progress(conversion) as bar:
         _write_hf(items, conversion, folder, bar)
@@ -172,6 +175,8 @@ def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
     if is_main:
         write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
         write_tokenizer(partial, conversion.tokenizer)
+    add_manifest(partial, {})
+    if is_main:
         replace_folder(partial, target)
     dist.barrier()
 

@@ -15,9 +15,10 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.data.end_tokens import GENERATION_FILE
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
-from gspo_moe.files import replace_folder, stage_folder
+from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import Model
 from gspo_moe.model.placement import Placement, Reader, itself
+from gspo_moe.model.verifying import add_manifest
 from gspo_moe.model.weights import INDEX_FILE, SINGLE_FILE
 
 MAIN = 0
@@ -48,10 +49,12 @@ def export_hf(
         _write_weights(whole_tensors(model), partial, max_shard_bytes)
         write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
         write_tokenizer(partial, tokenizer)
-        replace_folder(partial, folder)
     else:
         for _ in whole_tensors(model):
             raise AssertionError("only the first rank gets whole tensors")
+    add_manifest(stage(folder), {})
+    if dist.get_rank() == MAIN:
+        replace_folder(stage(folder), folder)
     dist.barrier()
 
 

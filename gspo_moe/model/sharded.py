@@ -20,6 +20,7 @@ from gspo_moe.config.architecture import Architecture
 from gspo_moe.errors import CheckpointError, GspoMoeError
 from gspo_moe.model.build import Model
 from gspo_moe.model.names import VALUE_HEAD
+from gspo_moe.model.verifying import COPY_AGAIN, check_checkpoint
 from gspo_moe.model.weights import problem_list
 from gspo_moe.parallel.reduce import gather_objects
 
@@ -27,7 +28,6 @@ Shard: TypeAlias = ShardedTensor | ShardedTensorFactory
 P = TypeVar("P", bound=torch.Tensor)
 
 MISFIT = "these tensors do not fit the model; give a complete checkpoint of it"
-COPY_AGAIN = "copy it again, or give another one"
 OPTIMIZER = "optimizer."  # what every key of the optimizer's tensors begins with
 
 
@@ -59,6 +59,7 @@ def load_stored_weights(model: Model, path: Path) -> None:
     A value head that the checkpoint does not hold stays as it is. Raises CheckpointError where it cannot be read or
     holds other tensors than the model's, or values that are not finite in that dtype; the message names up to ten.
     """
+    check_checkpoint(path)
     shards = weight_shards(model)
     if VALUE_HEAD not in stored_tensors(path):
         shards = {parameter: shard for parameter, shard in shards.items() if shard.key != VALUE_HEAD}

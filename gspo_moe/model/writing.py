@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from gspo_moe.model.sharded import Shard, checkpoint_errors, stored, stored_shape
+from gspo_moe.model.verifying import MARK
 
 FORMAT = ("torch_dist", 1)
 
@@ -56,7 +57,7 @@ def write_streaming(folder: Path, shards: Iterable[Shard], make: Callable[[Shard
         # With nothing copied ahead, the writer holds one tensor of each key at most.
         _write(folder, _Planner(pieces, make), per_thread_copy_ahead=0)
         if dist.get_rank() == 0:
-            torch.save({}, folder / "common.pt")
+            torch.save({MARK: True}, folder / "common.pt")
             save_config(CheckpointingConfig(*FORMAT), str(folder))
     dist.barrier()
 

@@ -19,7 +19,7 @@ from gspo_moe.data.tokenizers import own_tokenizer
 from gspo_moe.errors import DataError, RolloutError
 from gspo_moe.files import write_whole
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.weights import SafetensorsSource, load_weights
+from gspo_moe.model.initial import load_hf
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
 from gspo_moe.platform import choose_backends, device, megatron_version
@@ -59,7 +59,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     groups = initialize(layout, config.seed, config.parallel.timeout_minutes)
     model = build_model(config, architecture, groups, vocab=vocab)
     assert config.model.hf is not None
-    load_weights(model, SafetensorsSource(Path(config.model.hf)))
+    load_hf(model, Path(config.model.hf))
     sequences = [line.token_ids for line in lines]
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
     _check_finite(records, data)

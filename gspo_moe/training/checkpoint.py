@@ -23,19 +23,20 @@ from gspo_moe.config.architecture import Architecture, architecture_from_hf
 from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, unfinished_checkpoints
 from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.data.tokenizers import Tokenizer
-from gspo_moe.errors import CheckpointError
+from gspo_moe.errors import CheckpointError, DamagedCheckpoint
 from gspo_moe.files import replace_folder
 from gspo_moe.garbage import uncollected
 from gspo_moe.model.build import Model
 from gspo_moe.model.hf import write_config
 from gspo_moe.model.sharded import checkpoint_errors, weight_shards
+from gspo_moe.model.verifying import MARK, add_manifest, check_checkpoint
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.training.optimizer import Optimizer
 
 _log = logging.getLogger(__name__)
 _FIX = (
-    "start from its weights alone with model.checkpoint, or, if its files are damaged, delete it to go on from the one "
-    "before"
+    "start from its weights alone with model.checkpoint, or, if its files are damaged, copy them again, or move it "
+    "elsewhere to go on from the one before"
 )
 
 
@@ -65,10 +66,11 @@ def save_checkpoint(
     progress: Progress,
     keep: int,
     tokenizer: Tokenizer | None = None,
+    run: str | None = None,
 ) -> Path:
     """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks.
 
-    tokenizer: whose end tokens its config.json names.
+    tokenizer: whose end tokens its config.json names. run: whose checkpoint it is; the first rank's counts.
     Nothing but what `config/checkpoints.py` names is counted or removed.
     """
     # Here, not above: torch's writer takes a second to import, which is not to delay a run's first step.
@@ -86,15 +88,18 @@ def save_checkpoint(
     state["adam_steps"] = optimizer.adam_steps
     state["layout"] = asdict(model.groups.layout)
     state["dtype"] = str(model.config.params_dtype)
+    state[MARK] = True
     try:
         with uncollected():
             dist_checkpointing.save(state, str(partial), InProcessSave())
+        if model.groups.is_main:
+            write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
+        add_manifest(partial, {"run": run, "name": target.name})
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
         raise
     dist.barrier()
     if model.groups.is_main:
-        write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
         replace_folder(partial, target)
         for old in checkpoints(folder)[:-keep]:
             if not old.is_symlink():  # which no run makes
@@ -104,11 +109,16 @@ def save_checkpoint(
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, model: Model, optimizer: Optimizer) -> Progress:
+def load_checkpoint(path: Path, model: Model, optimizer: Optimizer, run: str | None = None) -> Progress:
     """Puts a checkpoint's state into model and optimizer, whatever layout wrote it. Collective over all ranks.
 
-    Raises CheckpointError where the checkpoint is of another architecture or dtype, or damaged.
+    run: whose checkpoint it must be, where it tells and that is known; the first rank's counts.
+    Raises CheckpointError where the checkpoint is of another architecture or dtype, DamagedCheckpoint where its files
+    are not those that the run wrote there; then nothing was loaded.
     """
+    if path.is_symlink():
+        raise DamagedCheckpoint(f"{path} is a symbolic link, which no run makes; put the checkpoint itself there")
+    check_checkpoint(path, {"run": run, "name": path.name})
     # Here, not above: torch's reader takes a second to import.
     from gspo_moe.model.reading import load, load_common
 

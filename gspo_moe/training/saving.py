@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gspo_moe.config.checkpoints import checkpoint_name, newest_checkpoint
+from gspo_moe.config.continuing import recorded_run
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.training.checkpoint import save_checkpoint
@@ -46,6 +47,7 @@ def save(trainer: Trainer, log: RunLog) -> Path | None:
             trainer.progress,
             session.config.checkpoint.keep,
             session.plan.tokenizer,
+            recorded_run(session.run_path) if session.groups.is_main else None,
         )
     log.metrics(trainer.progress.step, session.timers.take())
     return saved

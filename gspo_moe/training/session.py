@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.checkpoints import checkpoints
+from gspo_moe.config.continuing import recorded_run
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
@@ -40,9 +41,10 @@ from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import is_batched
-from gspo_moe.training.checkpoint import Progress, load_checkpoint
+from gspo_moe.training.checkpoint import Progress
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
+from gspo_moe.training.resuming import load_newest
 from gspo_moe.training.servers import make_sink
 from gspo_moe.types import Prompt, RolloutGroup
 
@@ -255,9 +257,14 @@ def open_trainer(session: Session) -> Trainer:
         plan = session.plan
         reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)
-    newest = newest_checkpoint(trainer.checkpoints)
-    if newest is not None:
-        trainer.progress = load_checkpoint(newest, session.model, optimizer)
+    if checkpoints(trainer.checkpoints):
+        trainer.progress = load_newest(
+            trainer.checkpoints,
+            session.model,
+            optimizer,
+            recorded_run(session.run_path) if session.groups.is_main else None,
+            config.checkpoint.on_damage,
+        )
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
     session.publish(trainer.progress.policy_version)

@@ -19,7 +19,7 @@ FLOORS = (
     {"kernels", "data", "tasks", "observability", "planning"},
     {"platform", "config"},
     {"packages", "algorithms"},
-    {"section"},
+    {"section", "manifest"},
     {"types", "external", "files", "last_words"},
     {"errors", "garbage"},
     {"__init__"},

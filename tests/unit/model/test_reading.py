@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
+from gspo_moe.manifest import Manifest, measured, names_in, write_manifest
 from gspo_moe.model.build import Model
 from gspo_moe.model.reading import load_common, load_tensors_metadata
 from gspo_moe.model.sharded import load_stored_weights, stored_tensors
@@ -98,6 +99,8 @@ def test_a_payload_does_not_run(
     with trained(Config(), layout()) as (model, optimizer):
         folder = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), keep=1)
         plant(folder, Payload(sign))
+        about = {"run": None, "name": folder.name}
+        write_manifest(folder, Manifest(measured(folder, names_in(folder)), about))  # whoever means harm can
         for read in reads:
             with pytest.raises(CheckpointError, match=f"{folder.name} cannot be loaded"):
                 read(folder, model, optimizer)

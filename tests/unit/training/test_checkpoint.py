@@ -257,7 +257,7 @@ def test_damaged_files_are_a_checkpoint_error(
         (damaged / file).unlink()
         if kept is not None:
             (damaged / file).write_bytes(content[: int(kept * len(content))])
-        with pytest.raises(CheckpointError, match=r"copy cannot be loaded .* delete it to go on from the one before"):
+        with pytest.raises(CheckpointError, match="damaged, and nothing of it was loaded"):
             load_checkpoint(damaged, *policy)
         shutil.rmtree(damaged)
 

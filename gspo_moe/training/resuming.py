@@ -1,0 +1,48 @@
+"""From which checkpoint a run goes on: its newest one, or with `checkpoint.on_damage=previous` the newest whole one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from gspo_moe.config.checkpoints import checkpoints, set_aside
+from gspo_moe.errors import DamagedCheckpoint
+from gspo_moe.model.build import Model
+from gspo_moe.training.checkpoint import Progress, load_checkpoint
+from gspo_moe.training.optimizer import Optimizer
+
+_log = logging.getLogger(__name__)
+
+
+def load_newest(
+    folder: Path, model: Model, optimizer: Optimizer, run: str | None, on_damage: Literal["error", "previous"]
+) -> Progress:
+    """Loads the newest checkpoint of `folder`, which holds one. Collective over all ranks.
+
+    run: as `load_checkpoint` has it. on_damage: `checkpoint.on_damage`.
+    Raises CheckpointError as `load_checkpoint` does. A damaged one is moved aside, and a warning tells of it, where
+    `on_damage` allows and there is one before; otherwise DamagedCheckpoint says what can be done.
+    """
+    while True:
+        *before, newest = checkpoints(folder)
+        try:
+            return load_checkpoint(newest, model, optimizer, run)
+        except DamagedCheckpoint as error:
+            if on_damage == "error" or not before:
+                raise DamagedCheckpoint(f"{error}\n{_fix(before)}") from error
+            dist.barrier()  # every rank knows the list before it changes
+            if dist.get_rank() == 0:
+                _log.warning("%s\nIt is moved to %s, and the run goes on from %s", error, set_aside(newest), before[-1])
+            dist.barrier()
+
+
+def _fix(before: list[Path]) -> str:
+    if not before:
+        return "There is none before it: put an undamaged copy there, or name another logging.run_dir to start anew"
+    return (
+        f"Put an undamaged copy there, or go on from {before[-1].name} with checkpoint.on_damage=previous, which moves "
+        "the damaged one aside"
+    )
