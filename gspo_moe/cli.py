@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from gspo_moe import __version__, garbage
 from gspo_moe.errors import ConfigError, GspoMoeError, RunError
 from gspo_moe.evaluation.command import add_generate
-from gspo_moe.files import no_room, reader_is_gone
+from gspo_moe.files import reader_is_gone
 from gspo_moe.last_words import (
     LAUNCHER_ERROR_FILE,
     complain,
-    full_disk,
+    of_the_system,
     under_launcher,
     wait_for_another_ranks_cause,
 )
@@ -86,9 +86,9 @@ def _attempt(options: argparse.Namespace) -> GspoMoeError | None:
             raise
         return missing
     except Exception as error:
-        full = no_room(error)
-        if full is not None:
-            return full_disk(full)
+        known = of_the_system(error)
+        if known is not None:
+            return known
         wait_for_another_ranks_cause(error)
         raise
     return None

@@ -6,12 +6,14 @@ A run killed at any moment leaves what stood there before, or all of the new; a 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import shutil
 import socket
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -29,13 +31,24 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], object], *, 
     partial = path.with_name(f"{path.name}{own}.partial")
     try:
         if callable(content):
-            content(partial)
+            with usual_mode(partial):
+                content(partial)
         else:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def usual_mode(file: Path) -> Iterator[None]:
+    """Whoever writes the file meanwhile, it gets the mode that the umask gives; safetensors' own is 0600."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    file.unlink()
+    yield
+    file.chmod(mode)
 
 
 def stage(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -11,12 +12,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from gspo_moe.errors import GspoMoeError, OutputError
+from gspo_moe.errors import ConfigError, GspoMoeError, OutputError
+from gspo_moe.files import no_room
 from gspo_moe.garbage import imports
 
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
 PEER_GRACE_SECONDS = 5.0
+REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
+LONGEST_NAME = 100  # in messages
 
 
 def full_disk(error: OSError) -> OutputError:
@@ -26,6 +30,18 @@ def full_disk(error: OSError) -> OutputError:
         f"{error.strerror}{where}; make room and start the same command again: whole files and checkpoints are left as "
         "they were, and a run goes on from its newest one"
     )
+
+
+def of_the_system(error: Exception) -> GspoMoeError | None:
+    """What to say of a full disk and of a path that the system refuses, however good its use; None of anything else."""
+    full = no_room(error)
+    if full is not None:
+        return full_disk(full)
+    if not isinstance(error, OSError) or error.errno not in REFUSED or error.filename is None:
+        return None
+    name = str(error.filename)
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}... ({len(name)} characters)"
+    return ConfigError(f"{shown}: {error.strerror}; name another path, or see to its permissions")
 
 
 def wait_for_another_ranks_cause(error: Exception) -> None:

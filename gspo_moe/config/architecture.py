@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field
 
 from gspo_moe.config.hf_keys import HF_ARCHITECTURE, check_keys
 from gspo_moe.config.rope import Yarn, read_rope
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
+from gspo_moe.plain_json import read_object
+from gspo_moe.section import Section
 
 # What transformers takes for keys that a config.json leaves out.
 HF_DEFAULTS = {"norm_topk_prob": False, "max_position_embeddings": 32_768}
 
+Size = Annotated[int, Field(gt=0, lt=1 << 31)]
+Small = Annotated[float, Field(gt=0, le=1)]
 
-class Architecture(BaseModel):
+
+class Architecture(Section):
     """One Qwen3 MoE decoder: GQA with q/k RMSNorm, RoPE, SwiGLU experts, top-k softmax routing, no shared expert.
 
     Names are HF's where HF has one; `head_dim` is free of `hidden_size / num_attention_heads`.
@@ -26,33 +30,24 @@ class Architecture(BaseModel):
     Built from user input by `validated`, which turns sizes that do not divide into a ConfigError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    moe_intermediate_size: PositiveInt
-    num_experts: PositiveInt
-    num_experts_per_tok: PositiveInt
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    moe_intermediate_size: Size
+    num_experts: Size
+    num_experts_per_tok: Size
     norm_topk_prob: bool = True
-    rope_theta: PositiveFloat = 1_000_000.0
+    rope_theta: Annotated[float, Field(gt=0, le=1e12)] = 1_000_000.0
     rope_scaling: Yarn | None = None
-    rms_norm_eps: PositiveFloat = 1e-6
-    max_position_embeddings: PositiveInt = 40_960
+    rms_norm_eps: Small = 1e-6
+    max_position_embeddings: Size = 40_960
     tie_word_embeddings: bool = False
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: Small = 0.02
 
-    @model_validator(mode="after")
-    def _sizes_divide(self) -> Architecture:
-        found = list(self._faults())
-        if found:
-            raise ValueError("\n".join(found))
-        return self
-
-    def _faults(self) -> Iterator[str]:
+    def faults(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
             yield (
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -167,13 +162,12 @@ def architecture_from_hf(path: str | Path) -> Architecture:
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; give the folder of an HF checkpoint of {HF_ARCHITECTURE}")
     try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
+        hf = read_object(file)
     except ValueError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); export the model again") from error
-    if not isinstance(hf, dict):
-        raise ConfigError(f"{file} holds no keys with values; export the model again")
+        raise ConfigError(f"{file} is not JSON of a config ({error}); export the model again") from error
     check_keys(hf, Architecture.model_fields, file)
     _take_num_experts(hf, file)
+    _check_end_tokens(hf, file)
     values = HF_DEFAULTS | {name: hf[name] for name in Architecture.model_fields if name in hf}
     values["rope_theta"], values["rope_scaling"] = read_rope(hf, file)
     hidden, heads = hf.get("hidden_size"), hf.get("num_attention_heads")
@@ -183,6 +177,15 @@ def architecture_from_hf(path: str | Path) -> Architecture:
     if missing:
         raise ConfigError(f"{file} lacks {', '.join(missing)}; it is no complete config of {HF_ARCHITECTURE}")
     return validated(Architecture, values, prefix=f"{file}: ")
+
+
+def _check_end_tokens(hf: dict[str, Any], file: Path) -> None:
+    given, vocab_size = hf.get("eos_token_id"), hf.get("vocab_size")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise ConfigError(f"{file}: eos_token_id={given!r} is neither an id nor a list of ids; correct it")
+    if type(vocab_size) is int and max(ids, default=0) >= max(vocab_size, 1):
+        raise ConfigError(f"{file}: eos_token_id={given!r} is outside vocab_size={vocab_size}; correct it")
 
 
 def _take_num_experts(hf: dict[str, Any], file: Path) -> None:

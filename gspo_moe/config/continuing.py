@@ -20,6 +20,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.files import write_whole
 from gspo_moe.manifest import read_manifest
+from gspo_moe.plain_json import read_object
 from gspo_moe.section import Section
 
 CONFIG_FILE = "config.yaml"
@@ -162,8 +163,8 @@ def _mappings(section: Section, prefix: str = "") -> Iterator[str]:
 def _read_digests(file: Path) -> dict[str, str]:
     """By key of `DATA`; empty where a version that kept none wrote the run."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
+        return read_object(file) if file.is_file() else {}
+    except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}); delete it, and paths are compared instead") from None
 
 

@@ -82,6 +82,8 @@ def check_keys(hf: Mapping[str, Any], fields: Mapping[str, Any], file: Path) -> 
     fields: names that become fields of the architecture. Raises ConfigError that names key, value and fix.
     """
     names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{file}: architectures={names!r} is no list of names; give [{HF_ARCHITECTURE!r}]")
     if HF_ARCHITECTURE not in names and hf.get("model_type") != "qwen3_moe":
         raise ConfigError(f"{file} describes {names or hf.get('model_type')}; only {HF_ARCHITECTURE} is supported")
     for key, value in hf.items():

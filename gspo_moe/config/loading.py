@@ -15,9 +15,10 @@ import yaml
 
 from gspo_moe.config.migration import migrated
 from gspo_moe.config.schema import Config
-from gspo_moe.config.validation import validated
+from gspo_moe.config.validation import shortened, validated
 from gspo_moe.errors import ConfigError
 from gspo_moe.files import write_whole
+from gspo_moe.plain_json import DEEPEST, check_characters
 
 FLOAT = re.compile(
     r"^[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
@@ -30,15 +31,58 @@ SCALARS_1_2 = (
     ("float", FLOAT, FLOAT_START),
     ("merge", re.compile(r"^<<$"), ["<"]),
 )
+MOST_VALUES = 100_000
+LONGEST_OVERRIDE = 200  # in messages
 
 # Sections that a name alone may stand for, and the key that it is.
 NAMED_ALONE = {"model": "preset", "task.reward": "name", "task.environment": "name"}
 
 
 class _Loader(yaml.SafeLoader):
+    """Refuses what no config says: deep nesting, a node within itself, aliases that multiply, half of a character."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._around: list[yaml.Node] = []  # the nodes that the present one is within
+        self._sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        around = self._around if parent is None else [*self._around, parent]
+        if len(around) > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"more than {DEEPEST} deep", mark)
+        self._around, outside = around, self._around
+        node = super().compose_node(parent, index)
+        self._around = outside
+        if node in around:
+            raise yaml.composer.ComposerError(None, None, "a value stands within itself", mark)
+        if node is not None and self._size(node) > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"aliases make more than {MOST_VALUES} values of it", mark)
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        """Values in it, those of an alias each time; of the nodes within it they are known."""
+        if node not in self._sizes:
+            inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+            each = [one for pair in inner for one in (pair if isinstance(pair, tuple) else (pair,))]
+            self._sizes[node] = 1 + sum(map(self._size, each))
+        return self._sizes[node]
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            if isinstance(node, yaml.ScalarNode):
+                check_characters(node.value)
+                if "\0" in node.value:
+                    raise ValueError("a null character")
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:  # of a tag, or of a number of 5,000 digits
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shortened(node.value)} cannot be read as {node.tag} ({error})", node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
@@ -106,7 +150,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__} {values!r}; expected sections, such as `model: tiny`")
+        raise ConfigError(
+            f"{path} holds {type(values).__name__} {shortened(values)}; expected sections, such as `model: tiny`"
+        )
     return values
 
 
@@ -121,11 +167,18 @@ def _parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error}; mend the YAML") from None
 
 
+def _cut(override: str) -> str:
+    text = repr(override)
+    return text if len(text) <= LONGEST_OVERRIDE else text[:LONGEST_OVERRIDE] + "..."
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     *sections, name = dotted.strip().split(".")
     if not equals or not all((*sections, name)):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value; write for example seed=2")
+        raise ConfigError(f"override {_cut(override)} is not of the form section.key=value; write for example seed=2")
+    if len(sections) > DEEPEST:
+        raise ConfigError(f"override {_cut(override)} has {len(sections)} sections; no key lies as deep")
     here = values
     for depth, section in enumerate(sections):
         inner = here.get(section)
@@ -136,9 +189,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             inner = {}
         if not isinstance(inner, dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(sections[: depth + 1])}={inner!r} is a value, not a section; "
-                "override the value itself"
+                f"override {_cut(override)}: {'.'.join(sections[: depth + 1])}={shortened(inner)} is a value, not a "
+                "section; override the value itself"
             )
         here[section] = dict(inner)
         here = here[section]
-    here[name] = _parse(text, f"override {override!r}")
+    here[name] = _parse(text, f"override {_cut(override)}")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from gspo_moe.config.validation import validated
 from gspo_moe.errors import ConfigError
+from gspo_moe.section import Section
 
 DEFAULT_THETA = 10_000.0  # what transformers takes for a config.json without one
 SPELLINGS = ("rope_parameters", "rope_scaling")
@@ -21,7 +22,7 @@ SPELLINGS = ("rope_parameters", "rope_scaling")
 _SHARED = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
-class Yarn(BaseModel):
+class Yarn(Section):
     """YaRN (arXiv 2309.00071), as transformers 5 reads it; `model.rope` has the formulas.
 
     factor: how many times as many positions. original_max_position_embeddings: positions before.
@@ -30,11 +31,9 @@ class Yarn(BaseModel):
     attention_factor: of cosines and sines; None for what `factor`, and `mscale` and `mscale_all_dim` if both, give.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     rope_type: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1.0)
-    original_max_position_embeddings: PositiveInt
+    factor: float = Field(ge=1.0, le=1e6)
+    original_max_position_embeddings: Annotated[int, Field(gt=0, lt=1 << 31)]
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
     attention_factor: PositiveFloat | None = None
@@ -83,7 +82,12 @@ def read_rope(hf: Mapping[str, Any], file: Path) -> tuple[float, Yarn | None]:
     original = rope.setdefault("original_max_position_embeddings", longest)
     # transformers reads a factor of null, but no missing one, as the ratio of the two lengths.
     spelled = [name for name in SPELLINGS if hf.get(name)]
-    if "factor" not in rope and any("factor" in hf[name] for name in spelled) and longest and original:
+    if "factor" not in rope and any("factor" in hf[name] for name in spelled):
+        if type(longest) is not int or type(original) is not int or original < 1:
+            raise ConfigError(
+                f"{file}: max_position_embeddings={longest!r} and original_max_position_embeddings={original!r} are no "
+                "two whole numbers, whose ratio a factor of null stands for; give the factor"
+            )
         rope["factor"] = longest / original
     return theta, validated(Yarn, rope, prefix=f"{file}: {spelled[0]}.")
 

@@ -110,7 +110,7 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _line(schema: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
     dotted = ".".join(str(part) for part in detail["loc"])
     value, message = detail["input"], detail["msg"]
-    key = f"{prefix}{dotted}={_short(value)}"
+    key = f"{prefix}{dotted}={shortened(value)}"
     if detail["type"] == "extra_forbidden":
         meant = meant_key(schema, dotted)
         if meant is None:
@@ -132,6 +132,7 @@ def _line(schema: type[BaseModel], detail: ErrorDetails, prefix: str) -> str:
     return f"{key}: expected {message.removeprefix('Input should be ')}"
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """For a message: its first 60 characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

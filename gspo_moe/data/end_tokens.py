@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gspo_moe.errors import DataError
+from gspo_moe.plain_json import read_object
 
 GENERATION_FILE = "generation_config.json"
 EOS_ID_FILES = (GENERATION_FILE, "config.json")  # the second counts where the first names none
@@ -51,6 +51,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        return read_object(file)
+    except ValueError as error:
         raise DataError(f"{file} is no JSON object ({error}); export the tokenizer again") from error

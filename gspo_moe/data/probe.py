@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gspo_moe.errors import DataError
 from gspo_moe.files import write_whole
+from gspo_moe.plain_json import parse_json
 from gspo_moe.types import TrainingSample
 
 FILE = "probe.jsonl"
@@ -33,7 +34,7 @@ def probe_set(
 
 def _read(path: Path) -> list[TrainingSample]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [TrainingSample(tuple(line["token_ids"]), tuple(line["response_mask"])) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); delete it, and the probe set is drawn anew") from error

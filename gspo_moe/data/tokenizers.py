@@ -142,8 +142,11 @@ class SentencePieceTokenizer:
         """
         ends = read_end_tokens(Path(path).parent, model_folder)
         try:
-            return cls(Path(path).read_bytes(), ends)
-        except (OSError, RuntimeError) as error:
+            content = Path(path).read_bytes()
+            if not content:
+                raise OSError("it is empty")
+            return cls(content, ends)
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last of pieces that are no text
             raise DataError(f"{path} is no readable SentencePiece model ({error}); give another file") from error
 
     def encode(self, text: str) -> list[int]:

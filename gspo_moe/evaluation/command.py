@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -63,6 +62,7 @@ def _config(path: str | None, model: str | None, overrides: Sequence[str]) -> Co
 
 
 def _prompt(text: str | None, file: str | None) -> Prompt:
+    from gspo_moe.plain_json import check_characters, read_json
     from gspo_moe.tasks.messages import read_messages, read_tools
     from gspo_moe.types import Prompt
 
@@ -70,8 +70,9 @@ def _prompt(text: str | None, file: str | None) -> Prompt:
         assert text is not None, "argparse asks for one of them"
         return Prompt("generate/0", sys.stdin.read() if text == "-" else text, "generate")
     try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = read_json(Path(file))
+        check_characters(values)
+    except ValueError as error:
         raise DataError(f"--messages {file} cannot be read as JSON ({error}); give a list of messages") from None
     record = values if isinstance(values, dict) else {"messages": values}
     messages = read_messages(record.get("messages"), f"--messages {file}: messages")

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checks import check_files
@@ -33,7 +32,7 @@ from gspo_moe.data.tokenizers import Tokenizer, own_tokenizer
 from gspo_moe.errors import CheckpointError, DataError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import build_model
-from gspo_moe.model.hf import FILE_BYTES, METADATA, file_name, write_config, write_index, write_tokenizer
+from gspo_moe.model.hf import FILE_BYTES, file_name, save_tensors, write_config, write_index, write_tokenizer
 from gspo_moe.model.items import Item, for_each_batch, in_batches, make_item, own_share
 from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.sharded import (
@@ -224,7 +223,7 @@ def _write_hf(items: Sequence[Item], conversion: Conversion, folder: Path, bar: 
 
     def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
         problems.extend(not_finite(tensors.items()))
-        save_file(tensors, folder / file_name(number, len(batches)), metadata=METADATA)
+        save_tensors(tensors, folder / file_name(number, len(batches)))
         bar.advance(task, len(tensors))
 
     for_each_batch(conversion.source, batches, write)

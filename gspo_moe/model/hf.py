@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from gspo_moe import __version__
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.data.end_tokens import GENERATION_FILE
+from gspo_moe.data.end_tokens import GENERATION_FILE, read_json
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.errors import DataError
-from gspo_moe.files import replace_folder, stage, stage_folder
+from gspo_moe.files import replace_folder, stage, stage_folder, usual_mode
 from gspo_moe.model.build import Model
 from gspo_moe.model.placement import Placement, Reader, itself
 from gspo_moe.model.verifying import add_manifest
@@ -91,12 +91,18 @@ def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, ma
     names_in: list[list[str]] = []
     total_bytes = 0
     for batch in _batches(tensors, max_shard_bytes):
-        save_file(batch, folder / f"{len(names_in)}.safetensors", metadata=METADATA)
+        save_tensors(batch, folder / f"{len(names_in)}.safetensors")
         names_in.append(list(batch))
         total_bytes += sum(tensor.nbytes for tensor in batch.values())
     for number in range(len(names_in)):
         (folder / f"{number}.safetensors").rename(folder / file_name(number, len(names_in)))
     write_index(folder, names_in, total_bytes)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """A safetensors file as transformers reads it."""
+    with usual_mode(file):
+        save_file(dict(tensors), file, metadata=METADATA)
 
 
 def file_name(number: int, count: int) -> str:
@@ -146,8 +152,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
         return
     tokenizer.save(folder)
     file = folder / GENERATION_FILE
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    _write_json(file, {**settings, "eos_token_id": _eos_token_id(tokenizer)})
+    _write_json(file, {**read_json(file), "eos_token_id": _eos_token_id(tokenizer)})
 
 
 def _eos_token_id(tokenizer: Tokenizer) -> int | list[int]:

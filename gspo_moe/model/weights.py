@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.model.build import Model
 from gspo_moe.model.fused import as_stored, fused_name, fused_part
 from gspo_moe.model.names import EMBEDDING, LM_HEAD, VALUE_HEAD, Entry, Place, entry_of, hf_shapes
+from gspo_moe.plain_json import read_object
 from gspo_moe.platform import device
 
 SINGLE_FILE = "model.safetensors"
@@ -93,15 +93,25 @@ class SafetensorsSource:
                 f"{self._folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give an HF checkpoint's folder"
             )
         try:
-            file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{index} is no index of safetensors ({error!r}); copy it again") from error
+            file_of = read_object(index).get("weight_map")
+        except ValueError as error:
+            raise DataError(f"{index} is no index of safetensors ({error}); copy it again") from error
+        if not isinstance(file_of, dict) or not file_of or not all(map(_is_file_name, file_of.values())):
+            raise DataError(
+                f"{index} is no index of safetensors: its weight_map must name for each tensor a file of its folder; "
+                "copy it again"
+            )
         held = {(name, file) for file in set(file_of.values()) for name in self._open(file).keys()}  # noqa: SIM118
         problems = [f"{name}: in {file}, not in the index" for name, file in sorted(held - file_of.items())]
         problems += [f"{name}: not in {file}, where the index has it" for name, file in sorted(file_of.items() - held)]
         if problems:
             raise _error(index, "it and its files do not agree; copy the checkpoint again", problems)
         return file_of
+
+
+def _is_file_name(value: Any) -> bool:
+    """Of the same folder: an index must not lead out of it."""
+    return isinstance(value, str) and value == Path(value).name != "" and "\0" not in value
 
 
 class RandomSource:

@@ -9,6 +9,7 @@ from typing import Any
 
 from gspo_moe.errors import DataError
 from gspo_moe.files import write_whole
+from gspo_moe.plain_json import parse_json
 
 
 class JsonLines:
@@ -44,15 +45,19 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     *lines, last = path.read_bytes().split(b"\n")
     for number, line in enumerate([*lines, last] if last else lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             if number > len(lines):
                 return records, [f"{path}, line {number}: the last line is torn and was left out"]
             raise DataError(f"{path}, line {number} is not JSON: {line[:60]!r}; mend or remove that line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or not _is_step(record.get("step")):
             raise DataError(f"{path}, line {number} is not an object with an integer step; mend or remove that line")
         records.append(record)
     return records, []
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -77,6 +77,10 @@ def read_layers(path: Path) -> Series:
     try:
         tensors = load_file(path)
         names = [name.removesuffix("/steps") for name in tensors if name.endswith("/steps")]
-        return {name: (tensors[f"{name}/steps"], tensors[f"{name}/values"]) for name in sorted(names)}
-    except (SafetensorError, KeyError) as error:
+        found = {name: (tensors[f"{name}/steps"], tensors[f"{name}/values"]) for name in sorted(names)}
+        for name, (steps, values) in found.items():
+            if steps.dtype != np.int64 or steps.ndim != 1 or values.ndim < 2 or len(steps) != len(values):
+                raise ValueError(f"{name} has no row of values a step")
+        return found
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DataError(f"{path} is damaged ({error}); delete it: the run's other files do not need it") from error

@@ -18,6 +18,7 @@ from gspo_moe.observability.layers import FILE, read_layers
 NOT_METRICS = ("step", "time")
 STARTS_FILE = "starts.jsonl"
 FINAL_SHARE = 0.1
+LATEST = 253_402_214_400  # seconds: the end of the year 9999, and of dates
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,27 @@ def load_run(path: str | Path) -> Run:
     for record in records:
         for name, value in record.items():
             if name not in NOT_METRICS:
-                if not isinstance(value, int | float | None):
-                    raise DataError(f"{metrics}, step {record['step']}: {name} is {value!r}, no number; mend that line")
+                if not _is_number(value):
+                    given = f"{name[:60]} is {repr(value)[:60]}"
+                    raise DataError(f"{metrics}, step {record['step']}: {given}, no number; mend that line")
                 by_name.setdefault(name, {})[record["step"]] = math.nan if value is None else value
     series = {name: _arrays(values) for name, values in by_name.items()}
     config_file = folder / "config.yaml"
     config = read_yaml(config_file) if config_file.is_file() else {}
     layers = read_layers(folder / FILE) if (folder / FILE).is_file() else {}
-    times = [record["time"] for record in records if isinstance(record.get("time"), int | float)]
+    times = [record["time"] for record in records if _is_time(record.get("time"))]
     starts, torn = read_json_lines(folder / STARTS_FILE) if (folder / STARTS_FILE).is_file() else ([], [])
     span = (min(times), max(times)) if times else None
     return Run(folder, config, (*problems, *torn), series, layers, span, tuple(starts))
+
+
+def _is_number(value: Any) -> bool:
+    """Or null, which stands for a value that was not finite."""
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LATEST
 
 
 def _arrays(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ A study is a folder `<study>/<arm>/seed<k>/` of ordinary runs, perhaps with a su
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.observability import Run, load_run
 from gspo_moe.observability.jsonl import read_json_lines
+from gspo_moe.plain_json import read_object
 
 METRICS_FILE = "metrics.jsonl"
 SEED_FOLDER = re.compile(r"seed(\d+)")
@@ -148,11 +149,15 @@ def _summary(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        problems.append(f"{path} is torn; arms stand in order of their names and the first one is the baseline")
+        summary = read_object(path)
+        if not isinstance(summary.get("arms", {}), dict | list):
+            raise ValueError("its arms are neither named nor listed")
+    except ValueError as error:
+        problems.append(
+            f"{path} is torn or damaged ({error}); arms stand in order of their names and the first one is the baseline"
+        )
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return summary
 
 
 def _unused(name: str, folder: Path, found: dict[str, list[Path]]) -> str:
@@ -180,11 +185,26 @@ def _read(folder: Path, problems: list[str]) -> Cell | None:
         try:
             samples, torn = read_json_lines(file)
             problems += torn
+            whole = [sample for sample in samples if _is_sample(sample)]
+            if len(whole) < len(samples):
+                problems.append(f"{file}: {len(samples) - len(whole)} lines that are no samples are left out")
+            samples = whole
         except DataError as error:
             problems.append(f"samples left out: {error}")
     match = SEED_FOLDER.fullmatch(folder.name)
     seed = int(match[1]) if match else run.config.get("seed", 0)
     return Cell(seed if isinstance(seed, int) else 0, run, tuple(samples))
+
+
+def _is_sample(sample: dict[str, Any]) -> bool:
+    """Whether it has the forms that pages read; a file of another hand may have any."""
+    said = [sample.get(name) or [] for name in ("messages", "turns")]
+    parts = sample.get("reward_parts") or {}
+    numbers = [sample.get(name) for name in ("reward", "advantage")]
+    numbers += parts.values() if isinstance(parts, dict) else [parts]
+    return all(isinstance(one, list) and all(isinstance(each, dict) for each in one) for one in said) and all(
+        one is None or (isinstance(one, int | float) and math.isfinite(one)) for one in numbers
+    )
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from gspo_moe.observability.summary import short_count
 from gspo_moe.report.collect import Arm, Cell
 
 UNKNOWN = "not recorded"
+UNREADABLE = "not readable in config.yaml or starts.jsonl"
 # Sizes of `layout` that say nothing where they are 1, in the order in which they are named.
 AXES = ("tensor", "context", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 # What makes a run another seed of the same, and where it lies.
@@ -36,23 +37,33 @@ class Fact:
 
 def facts(arms: Sequence[Arm]) -> tuple[Fact, ...]:
     """Of every arm: model, task, objective, batch, dates, device, layout, versions."""
-    of_cells = [[_facts(cell) for cell in arm.cells] for arm in arms]
+    of_cells = [[_told(cell) for cell in arm.cells] for arm in arms]
     names = list(of_cells[0][0])
     rows = [Fact(name, tuple(_joined([cell[name] for cell in cells]) for cells in of_cells)) for name in names]
     return (*rows, Fact("run", tuple(run_dates(arm.cells) for arm in arms)))
 
 
-def _facts(cell: Cell) -> dict[str, str]:
+def _told(cell: Cell) -> dict[str, str]:
+    """Every fact; one that a damaged config has no such form for says so."""
     config, start = cell.run.config, cell.run.starts[-1] if cell.run.starts else {}
-    return {
-        "model": _model(config, start),
-        "task": _task(_section(config, "task")),
-        "objective": _objective(config),
-        "batch": _batch(config),
-        "layout": _layout(config, start),
-        "device": str(start.get("device", UNKNOWN)),
-        "versions": ", ".join(f"{name} {value}" for name, value in _section(start, "versions").items()) or UNKNOWN,
+    facts = {
+        "model": lambda: _model(config, start),
+        "task": lambda: _task(_section(config, "task")),
+        "objective": lambda: _objective(config),
+        "batch": lambda: _batch(config),
+        "layout": lambda: _layout(config, start),
+        "device": lambda: str(start.get("device", UNKNOWN)),
+        "versions": lambda: (
+            ", ".join(f"{name} {value}" for name, value in _section(start, "versions").items()) or UNKNOWN
+        ),
     }
+    found = {}
+    for name, fact in facts.items():
+        try:
+            found[name] = fact()
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            found[name] = UNREADABLE
+    return found
 
 
 def _model(config: Mapping[str, Any], start: Mapping[str, Any]) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
+from gspo_moe.files import write_whole
 from gspo_moe.report.collect import Collection
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 COLUMNS = ("arm", "seed", "metric", "step", "value")
 
 
 def write_csv(path: Path, collection: Collection) -> int:
-    """Writes every value of every run in full precision, NaN as `nan`; returns how many lines follow the header."""
+    """Writes every value of every run in full precision, NaN as `nan`; returns how many lines follow the header.
+
+    A name that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
     lines = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for arm in collection.arms:
@@ -22,8 +27,15 @@ def write_csv(path: Path, collection: Collection) -> int:
                 for name in cell.run.names:
                     steps, values = cell.run.series[name]
                     writer.writerows(
-                        (arm.name, cell.seed, name, step, value)
+                        (_inert(arm.name), cell.seed, _inert(name), step, value)
                         for step, value in zip(steps.tolist(), values.tolist(), strict=True)
                     )
                     lines += len(steps)
+        # Lone surrogates, which a name may hold, become question marks.
+        write_whole(path, file.getvalue().encode("utf-8", errors="replace"))
     return lines
+
+
+def _inert(name: str) -> str:
+    """https://owasp.org/www-community/attacks/CSV_Injection"""
+    return f"'{name}" if name.startswith(FORMULA) else name

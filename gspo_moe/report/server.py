@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,7 @@ from gspo_moe.report.collect import collect
 from gspo_moe.report.page import page_parts, render_page
 
 ADDRESS = "127.0.0.1"
+PATIENCE_SECONDS = 10.0  # with a client that says nothing, or does not take what it asked for
 WATCHED = (
     "metrics.jsonl",
     "samples.jsonl",
@@ -32,8 +35,11 @@ class ReportServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, paths: Sequence[str | Path], port: int) -> None:
+        if not 0 <= port < 1 << 16:
+            raise ConfigError(f"--port {port} is no port; choose one from 1 to 65535, or 0 for a free one")
         self.paths = [Path(path) for path in paths]
         collect(self.paths)
         try:
@@ -41,17 +47,26 @@ class ReportServer(ThreadingHTTPServer):
         except OSError as error:
             raise ConfigError(f"--port {port}: {error.strerror}; choose another port, 0 for a free one") from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that leave in the midst of an answer are nobody's mistake; anything else is told as ever."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         return f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def version(self) -> str:
         """Changes whenever a file that the page shows does."""
-        files = [file for path in self.paths for name in WATCHED for file in sorted(path.rglob(name))]
-        stamps = [(str(file), stat.st_mtime_ns, stat.st_size) for file in files if (stat := file.stat())]
+        stamps = []
+        for file in [file for path in self.paths for name in WATCHED for file in sorted(path.rglob(name))]:
+            with contextlib.suppress(FileNotFoundError):  # a file being replaced
+                stat = file.stat()
+                stamps.append((str(file), stat.st_mtime_ns, stat.st_size))
         return f"{hash(tuple(stamps)):x}"
 
     def page(self) -> str:
+        """Raises DataError while no run can be read."""
         return render_page(collect(self.paths), watch=True)
 
     def parts(self, seen: str) -> dict[str, Any]:
@@ -68,24 +83,33 @@ class ReportServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReportServer
+    timeout = PATIENCE_SECONDS
 
     def do_GET(self) -> None:
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            request = urlsplit(self.path)
+        except ValueError:  # a bracket without its other half
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
         # A page elsewhere whose name resolves to this machine must not read the runs.
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in (ADDRESS, "localhost"):
+        if host not in (ADDRESS, "localhost"):
             self.send_error(HTTPStatus.FORBIDDEN, "open the report by 127.0.0.1 or localhost")
             return
-        request = urlsplit(self.path)
         if request.path == "/":
-            self._answer("text/html", self.server.page())
+            try:
+                self._answer("text/html", self.server.page())
+            except GspoMoeError as error:
+                self._answer("text/plain", str(error), HTTPStatus.SERVICE_UNAVAILABLE)
         elif request.path == "/parts":
             seen = parse_qs(request.query).get("version", [""])[0]
             self._answer("application/json", json.dumps(self.server.parts(seen), allow_nan=False))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def _answer(self, kind: str, text: str) -> None:
+    def _answer(self, kind: str, text: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         content = text.encode("utf-8", errors="replace")
-        self.send_response(HTTPStatus.OK)
+        self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError, DataError, RolloutError
 from gspo_moe.files import write_whole
+from gspo_moe.plain_json import parse_json
 from gspo_moe.tasks.rewards import LARGEST_REWARD
 from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
 
@@ -105,8 +106,23 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read as a bank ({error}); make one with `gspo-moe bank`") from error
     if metadata.get("format") not in (FORMAT, FORMAT_1):
         raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
-    found: dict[str, Any] = json.loads(metadata["bank"])
-    return found
+    try:
+        found = parse_json(metadata.get("bank", ""))
+        sampling = BEFORE_NUMERICS | found["sampling"]
+        if type(sampling["vocab_size"]) is not int:
+            raise ValueError("its vocab_size is no whole number")
+        if (
+            not all(isinstance(found[key], list) for key in ("groups", "rollouts"))
+            or type(found["has_routes"]) is not bool
+        ):
+            raise ValueError("its groups and rollouts are not listed")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return dict(found)
+
+
+def _damaged(path: str | Path, error: Exception) -> DataError:
+    return DataError(f"{path} is a damaged bank ({error!r:.200}); make another one with `gspo-moe bank`")
 
 
 def check_bank(config: Config, vocab_size: int) -> None:
@@ -114,9 +130,9 @@ def check_bank(config: Config, vocab_size: int) -> None:
     bank = describe_bank(config.rollout.bank or "")
     rollout, sampling = config.rollout, BEFORE_NUMERICS | bank["sampling"]
     changed = [
-        f"rollout.{key} is {sampling[key]} there and {getattr(rollout, key)} here"
+        f"rollout.{key} is {sampling.get(key)} there and {getattr(rollout, key)} here"
         for key in SAMPLING
-        if sampling[key] != getattr(rollout, key)
+        if sampling.get(key) != getattr(rollout, key)
     ]
     if sampling["vocab_size"] != vocab_size:
         changed.append(f"the tokenizer has {sampling['vocab_size']} tokens there and {vocab_size} here")
@@ -139,9 +155,21 @@ def check_bank(config: Config, vocab_size: int) -> None:
 def read_bank(path: str | Path) -> Bank:
     """Reads what `write_bank` wrote; DataError for other files, ids that no token has, rewards too large."""
     described = describe_bank(path)
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        tensors = {name: file.get_tensor(name) for name in names}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        return _bank(path, tensors, described)
+    except DataError:
+        raise
+    # What else any of its parts may raise that is not what `write_bank` writes.
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise _damaged(path, error) from error
+    except StopIteration as error:
+        raise _damaged(path, ValueError("fewer rollouts than its groups have")) from error
+
+
+def _bank(path: str | Path, tensors: dict[str, torch.Tensor], described: dict[str, Any]) -> Bank:
     largest, vocab_size = int(tensors["token_ids"].max()), described["sampling"]["vocab_size"]
     if largest >= vocab_size:
         raise DataError(

@@ -42,11 +42,11 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     cannot be written; RolloutError, naming the line, where a log-prob is not finite, and leaves `output` as it was.
     """
     check_files(config, run_folder=False)
-    if not output.parent.is_dir():
-        raise DataError(f"{output} cannot be written; give a file in a folder that exists")
     fault = output_fault(output)
     if fault is not None:
         raise DataError(fault)
+    if not output.parent.is_dir():
+        raise DataError(f"{output} cannot be written; give a file in a folder that exists")
     architecture = config.model.architecture()
     tokenizer = own_tokenizer(config.tokenizer, config.model.folder)
     vocab = architecture.vocab_size if tokenizer is None else tokenizer.vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.plain_json import check_characters, parse_json
 from gspo_moe.tasks.messages import read_messages, read_tools
 
 FORMS = '{"token_ids": [...]}, {"text": "..."} or {"messages": [...]}'
@@ -42,6 +42,8 @@ def read_sequences(data: Path, vocab_size: int, longest: int, renderer: Renderer
         text = data.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{data} is not UTF-8 text ({error.reason}); give lines {FORMS}") from error
+    except OSError as error:
+        raise DataError(f"{data} cannot be read ({error.strerror}); give lines {FORMS}") from error
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         where = f"{data}, line {number}"
         found = _sequence(line, where, renderer)
@@ -57,9 +59,10 @@ def read_sequences(data: Path, vocab_size: int, longest: int, renderer: Renderer
 
 def _sequence(line: str, where: str, renderer: Renderer | None) -> Line:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
+        check_characters(values)
     except ValueError as error:
-        raise DataError(f"{where}: not of the form {FORMS} ({error!r})") from error
+        raise DataError(f"{where}: not of the form {FORMS} ({error})") from error
     kinds = [name for name in KINDS if name in values] if isinstance(values, dict) else []
     if not kinds:
         raise DataError(f"{where}: not of the form {FORMS}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from gspo_moe.errors import DataError
+from gspo_moe.plain_json import parse_json
 from gspo_moe.types import Message
 
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "observation": "tool", "function": "tool"}
@@ -67,7 +67,7 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 def _json(value: str, where: str) -> Any:
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise DataError(f"{where} is text that is no JSON ({error})") from None
 

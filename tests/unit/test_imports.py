@@ -20,7 +20,8 @@ FLOORS = (
     {"platform", "config"},
     {"packages", "algorithms"},
     {"section", "manifest"},
-    {"types", "external", "files", "last_words"},
+    {"last_words"},
+    {"types", "external", "files", "plain_json"},
     {"errors", "garbage"},
     {"__init__"},
 )

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from gspo_moe.errors import RolloutError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.model.build import Model
-from gspo_moe.model.hf import METADATA, file_name, write_config, write_index
+from gspo_moe.model.hf import file_name, save_tensors, write_config, write_index
 from gspo_moe.model.placement import Joined, Placement, in_runs
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.rollout.servers.probe import Probe
@@ -129,7 +128,7 @@ def _write_files(placement: Placement, files: Sequence[Sequence[Joined]], folder
             }
             if tensors:
                 wait()
-                running = pool.submit(save_file, tensors, folder / file_name(number, len(files)), METADATA)
+                running = pool.submit(save_tensors, tensors, folder / file_name(number, len(files)))
         wait()
     return problems
 

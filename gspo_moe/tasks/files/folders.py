@@ -6,13 +6,13 @@ splits) and a clone of the hub's repository (`data/train-00000-of-00002.parquet`
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from gspo_moe.config.data import DataFile
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.plain_json import read_object
 from gspo_moe.tasks.files.tables import ARROW, SUFFIXES
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -120,6 +120,6 @@ def _known(name: str) -> str | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(file)
+    except ValueError as error:
         raise DataError(f"{file} cannot be read ({error}); save the data set again") from error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 from gspo_moe.errors import DataError
+from gspo_moe.plain_json import parse_json
 from gspo_moe.tasks.files.columns import Columns, Record
 from gspo_moe.tasks.files.formats import Parsed
 from gspo_moe.tasks.files.pickled import pickled_text
@@ -109,7 +109,7 @@ def _cases(value: Any, column: str) -> list[Mapping[str, Any]]:
     if isinstance(value, str):
         value = _unpacked(value, column) if value.lstrip()[:1] != "[" else value
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise DataError(f"its {column} is no JSON ({error})") from None
     if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
@@ -130,7 +130,7 @@ def _unpacked(value: str, column: str) -> str:
 
 def _object(value: Any, column: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(value) if isinstance(value, str) else value or {}
+        found = parse_json(value) if isinstance(value, str) else value or {}
     except ValueError as error:
         raise DataError(f"its {column} is no JSON ({error})") from None
     if not isinstance(found, Mapping):

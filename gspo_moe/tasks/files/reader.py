@@ -13,6 +13,7 @@ from typing import Any
 from gspo_moe.config.data import DataConfig, DataFile
 from gspo_moe.config.task import FROM_FILES
 from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.plain_json import DEEPEST
 from gspo_moe.tasks.files.columns import Columns, Record, find_columns, listed
 from gspo_moe.tasks.files.folders import files_of
 from gspo_moe.tasks.files.formats import Demonstration, Parsed, fill, is_gsm8k, parse_aime, parse_gsm8k, parse_plain
@@ -34,7 +35,6 @@ FORMATS: dict[str, Parse] = {
     "livecodebench": parse_livecodebench,
     "codeforces": parse_codeforces,
 }
-DEEPEST = 100
 PROGRAMMING = {"livecodebench", "codeforces"}
 
 

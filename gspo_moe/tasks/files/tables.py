@@ -5,23 +5,20 @@ pyarrow reads all that Hugging Face's `datasets` writes; that library would brin
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gspo_moe.errors import DataError
 from gspo_moe.packages import require
+from gspo_moe.plain_json import BOM, HALF, check_characters, kind_of, parse_json
 
 if TYPE_CHECKING:
     import pyarrow
 
 JSON_LINES, JSON, PARQUET, ARROW = ".jsonl", ".json", ".parquet", ".arrow"
 SUFFIXES = (JSON_LINES, JSON, PARQUET, ARROW)
-BOM = b"\xef\xbb\xbf"
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair of surrogates, where it has no other half
 LFS = b"version https://git-lfs"
 
 
@@ -63,7 +60,7 @@ class JsonLines:
         start = self._starts[number][0]
         end = self._starts[number + 1][0] if number + 1 < len(self._starts) else self._end
         line = os.pread(self._file.fileno(), end - start, start)
-        return _record(_parsed(line), may_lack=HALF.search(line) is not None)
+        return _record(_parsed(line), may_lack=_may_lack(line))
 
     def place(self, number: int) -> str:
         return f"{self.path}, line {self._starts[number][1]}"
@@ -76,12 +73,12 @@ class JsonList:
         self.path = path
         try:
             content = path.read_bytes()
-            self._rows, self._may_lack = _parsed(content), HALF.search(content) is not None
+            self._rows, self._may_lack = _parsed(content), _may_lack(content)
         except DataError as error:
             raise DataError(f"{path}: {error}; mend it, or write one record a line into a {JSON_LINES} file") from None
         if not isinstance(self._rows, list):
             raise DataError(
-                f"{path} holds {_kind(self._rows)}, not a list of records; write one, or one record a line into a "
+                f"{path} holds {kind_of(self._rows)}, not a list of records; write one, or one record a line into a "
                 f"{JSON_LINES} file"
             )
 
@@ -144,28 +141,26 @@ def _head(path: Path) -> bytes:
 
 def _parsed(content: bytes) -> Any:
     try:
-        return json.loads(content.removeprefix(BOM).decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"it is not UTF-8 text ({error.reason}, byte {error.start})") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is the first without being JSON's own
+        return parse_json(content)
+    except ValueError as error:
         raise DataError(f"it is no JSON ({error})") from None
+
+
+def _may_lack(content: bytes) -> bool:
+    """Whether a text in it can have half of a character."""
+    return HALF.search(content.decode("utf-8")) is not None
 
 
 def _record(value: Any, may_lack: bool) -> Mapping[str, Any]:
     """may_lack: it can have half of a character, which is no text to a tokenizer."""
     if not isinstance(value, dict):
-        raise DataError(f"it is {_kind(value)}, not an object with columns")
+        raise DataError(f"it is {kind_of(value)}, not an object with columns")
     try:
         if may_lack:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"it has half of a character ({error.object[error.start]!a}, {error.reason})") from None
+            check_characters(value)
+    except ValueError as error:
+        raise DataError(f"it has {error}") from None
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
 
 
 def _read_parquet(path: Path) -> pyarrow.Table:

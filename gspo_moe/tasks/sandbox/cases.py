@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gspo_moe.errors import DataError
+from gspo_moe.plain_json import parse_json
 
 Kind = Literal["stdin", "assert", "function"]
 
@@ -33,7 +33,7 @@ class ProgramTests:
         """Raises DataError, which names `where`, for what is no tests."""
         if isinstance(values, str):
             try:
-                values = json.loads(values)
+                values = parse_json(values)
             except ValueError as error:
                 raise DataError(
                     f"{where}: tests are neither a mapping nor JSON ({error}); correct the record"

@@ -80,7 +80,7 @@ PUBLISHED: dict[str, Any] = {
 def test_published_configs_and_all_that_transformers_writes_are_read(tmp_path: Path) -> None:
     from transformers import Qwen3MoeConfig
 
-    architecture = Architecture(**PRESETS["tiny"], vocab_size=54)
+    architecture = Architecture(**PRESETS["tiny"], vocab_size=151_936)
     for hf in (architecture.to_hf() | PUBLISHED, Qwen3MoeConfig(**architecture.to_hf()).to_dict()):
         (tmp_path / "config.json").write_text(json.dumps(hf))
         assert architecture_from_hf(tmp_path) == architecture

@@ -58,3 +58,16 @@ def test_mistakes_are_one_message(
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_no_cell_of_the_numbers_is_a_formula(tmp_path: Path) -> None:
+    names = ("=1+1", "+1", "-1", "@sum", "\t=1", "reward/mean")
+    runs = [
+        write_run(tmp_path / name, lambda step: dict.fromkeys(names, -0.5), steps=range(1, 2)) for name in names[:2]
+    ]
+    build_report(runs, csv=tmp_path / "numbers.csv")
+    with (tmp_path / "numbers.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert {row[0] for row in rows} == {"'=1+1", "'+1"}
+    assert {row[2] for row in rows} == {"'=1+1", "'+1", "'-1", "'@sum", "'\t=1", "reward/mean"}
+    assert {row[4] for row in rows} == {"-0.5"}

@@ -4,9 +4,12 @@ import http.client
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,69 @@ def test_it_serves_this_machine_alone(server: ReportServer) -> None:
     assert _get(server, "/parts", Host="evil.example")[0] == 403
     assert _get(server, "/parts", Host="localhost:80")[0] == 200
     assert _get(server, "/../metrics.jsonl")[0] == 404
+
+
+def _raw(server: ReportServer, sent: bytes) -> bytes:
+    with socket.create_connection(server.server_address[:2], timeout=30) as client:
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        return client.makefile("rb").read()
+
+
+@pytest.mark.parametrize("request_line", ["GET / HTTP/1.1\r\nHost: [", "GET http://[ HTTP/1.1\r\nHost: localhost"])
+def test_what_is_no_address_is_a_bad_request(
+    request_line: str, server: ReportServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _raw(server, f"{request_line}\r\n\r\n".encode()).startswith(b"HTTP/1.0 400 ")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_clients_that_leave_are_no_error(
+    server: ReportServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = threading.Event()
+
+    def page(self: ReportServer) -> str:
+        left.wait(30)
+        return "x" * 10_000_000
+
+    monkeypatch.setattr(ReportServer, "page", page)
+    client = socket.create_connection(server.server_address[:2])
+    client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    # Closed so that the kernel answers what is written with a reset.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    left.set()
+    _wait_for_threads(server)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_clients_that_say_nothing_are_left_after_a_while(
+    server: ReportServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gspo_moe.report.server._Handler.timeout", 0.05)
+    silent = [socket.create_connection(server.server_address[:2]) for _ in range(8)]
+    for number, client in enumerate(silent):
+        client.sendall(b"GET / HT" * (number % 2))
+        assert client.recv(1) == b""
+        client.close()
+    _wait_for_threads(server)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_damaged_run_is_told_and_no_stack_trace(server: ReportServer, capsys: pytest.CaptureFixture[str]) -> None:
+    (server.paths[0] / "metrics.jsonl").write_text("broken\nbroken\n")
+    status, text = _get(server, "/")
+    assert (status, "is not JSON" in text) == (503, True)
+    assert capsys.readouterr() == ("", "")
+
+
+def _wait_for_threads(server: ReportServer) -> None:
+    """Until no request is being answered."""
+    until = time.monotonic() + 30
+    while [one for one in threading.enumerate() if "process_request_thread" in one.name]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_taken_port_is_named(server: ReportServer) -> None:
