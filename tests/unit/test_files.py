@@ -93,3 +93,16 @@ def test_a_full_disk_is_known_by_its_number_and_by_its_words_anywhere_in_the_cha
     assert found is not None
     assert found.errno == errno.ENOSPC
     assert no_room(RuntimeError("Worker failure")) is None
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
+def test_modes_follow_the_umask_whoever_writes(mask: int, tmp_path: Path) -> None:
+    def write(partial: Path) -> None:  # as safetensors does
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "file", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask

@@ -42,6 +42,7 @@ def test_hf_to_megatron_to_hf_is_exact(dtype: Any, torch_dtype: torch.dtype, tie
         export_hf(model, tmp_path / "out")
     finally:
         shut_down()
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     found = tensors_in(tmp_path / "out")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

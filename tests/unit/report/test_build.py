@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from gspo_moe.cli import main
 from gspo_moe.observability import load_run
+from gspo_moe.report.build import build_report
 from tests.runs import Metrics, write_run
 
 
