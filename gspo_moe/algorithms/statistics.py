@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 Parts = dict[str, torch.Tensor]
+SQUARED = "/squared_deviation"  # which overflows where what it is the square of does not
 
 
 def at_once(parts: Parts, through: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
@@ -47,6 +48,14 @@ class Mergeable:
             {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
         )
 
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite, squares apart, and no maximum NaN or infinitely large; waits for it."""
+        sums = [value for name, value in self.sums.items() if not name.endswith(SQUARED)]
+        # A maximum over nothing is -inf.
+        return all(bool(value.isfinite().all()) for value in sums) and all(
+            bool((value < torch.inf).all()) for value in self.maxima.values()
+        )
+
     def cpu(self) -> Self:
         """The same on the CPU, for sending to another process; waits for the device once for each kind of parts."""
         return type(self)(*(at_once(parts, torch.Tensor.cpu) for parts in (self.sums, self.maxima)))
@@ -75,7 +84,7 @@ def spread(name: str, log_ratio: torch.Tensor, weight: torch.Tensor) -> tuple[Pa
     return (
         {
             f"{name}/deviation": (weight * deviation).sum(),
-            f"{name}/squared_deviation": (weight * deviation.square()).sum(),
+            f"{name}{SQUARED}": (weight * deviation.square()).sum(),
         },
         {f"{name}/max": largest(deviation) + 1.0, f"{name}/negated_min": largest(-deviation) - 1.0},
     )
@@ -84,7 +93,7 @@ def spread(name: str, log_ratio: torch.Tensor, weight: torch.Tensor) -> tuple[Pa
 def spread_metrics(name: str, prefix: str, statistics: Statistics, count: float) -> dict[str, float]:
     """`{prefix}_mean`, `_std` (population: ddof 0), `_min` and `_max` of ratios; `count`: the sum of their weights."""
     deviation = statistics.sums[f"{name}/deviation"].item() / count
-    squared = statistics.sums[f"{name}/squared_deviation"].item() / count
+    squared = statistics.sums[f"{name}{SQUARED}"].item() / count
     # Squares that overflow leave infinity, not infinity less infinity.
     variance = max(squared - deviation * deviation, 0.0) if math.isfinite(squared) else squared
     return {

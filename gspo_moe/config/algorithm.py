@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -60,7 +60,7 @@ class MismatchConfig(Section):
 class KLConfig(Section):
     """A penalty of `coeff` times the KL to a frozen reference: the run's first weights, or those in `reference`."""
 
-    coeff: NonNegativeFloat = 0.0
+    coeff: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     estimator: Literal["k1", "k2", "k3"] = "k3"
     reference: str | None = None
 

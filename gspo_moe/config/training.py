@@ -33,7 +33,7 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with linear warm-up, then constant, cosine or linear decay to `min_lr`.
 
-    max_skipped_updates: in a row, after which the run ends; an update is skipped where its gradient is not finite.
+    max_skipped_updates: in a row, after which the run ends; an update is skipped where loss or gradient is not finite.
     """
 
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-4

@@ -159,7 +159,7 @@ METRICS = (
     MetricDoc("queue/idle_seconds", "s", "time in which the servers had nothing to do, mean over data-parallel ranks"),
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
-    MetricDoc("optimizer/skipped_updates", "updates", "updates left out because a gradient was not finite"),
+    MetricDoc("optimizer/skipped_updates", "updates", "updates left out because the loss or a gradient was not finite"),
     MetricDoc("policy_version", "updates", "optimizer steps the weights have taken"),
     MetricDoc("sft/loss", "nats", "cross-entropy a response token"),
     MetricDoc("sft/token_accuracy", "fraction", "response tokens that are the model's first choice"),

@@ -15,6 +15,7 @@ from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.figures import Figures
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.batch import Batch, share_packs
+from gspo_moe.training.dump import dump_skipped
 from gspo_moe.training.lag import Lags
 from gspo_moe.training.old_policy import first_scored, with_old_policy, with_own_forward
 from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
@@ -49,6 +50,8 @@ def _train(trainer: Trainer, minibatch: Minibatch, number: int) -> MinibatchResu
     session, config = trainer.session, trainer.session.config
     settings = PolicySettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
     result = train_minibatch(session.model, trainer.optimizer, minibatch, settings, trainer.recorder)
+    if result.update.skipped:
+        dump_skipped(trainer, minibatch, result, number)
     if config.algorithm.old_log_probs == "rollout" or number >= first_scored(config):
         return result
     return replace(result, packs=with_own_forward(result.packs))

@@ -145,12 +145,12 @@ def _check_updates(trainer: Trainer) -> None:
         return
     fix = (
         "lower optimizer.lr, or look for what is too large: rewards, algorithm.kl.coeff, rollout.temperature, or the "
-        "weights themselves"
+        "weights themselves; folder skipped of the run has what they were made from"
     )
     if skipped >= limit:
         raise TrainingError(
-            f"the last {skipped} updates were skipped, as their gradients were not finite, and optimizer."
+            f"the last {skipped} updates were skipped, as their loss or gradients were not finite, and optimizer."
             f"max_skipped_updates={limit} ends the run: {fix}"
         )
     if trainer.session.groups.is_main and skipped <= trainer.session.config.algorithm.mini_batches:
-        _log.warning("the last %d updates were skipped, as their gradients were not finite: %s", skipped, fix)
+        _log.warning("the last %d updates were skipped, as their loss or gradients were not finite: %s", skipped, fix)

@@ -28,7 +28,7 @@ from gspo_moe.training.optimizer_state import optimizer_shards, restore
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: a gradient was not finite."""
+    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: it or the loss not finite."""
 
     grad_norm: float
     learning_rate: float
@@ -99,12 +99,15 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def update(self) -> UpdateResult:
-        """Takes one step with the gradients at hand, or none where one is not finite; the schedule moves on."""
+    def update(self, *, finite: bool = True) -> UpdateResult:
+        """Takes one step with the gradients at hand, or none where one is not finite; the schedule moves on.
+
+        finite: whether the loss, log-probs and ratios that they come from are; the same on every rank.
+        """
         learning_rate = float(self.megatron.param_groups[0]["lr"])
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
-        finite = math.isfinite(grad_norm)
+        finite = finite and math.isfinite(grad_norm)
         if finite:
             # megatron-core's `step`, which would take the gradients and their norm once more.
             self._clip(grad_norm)

@@ -234,5 +234,6 @@ def _step(
         for other, _ in kept[1:]:
             statistics = statistics.merge(other)
         statistics = reduce_statistics(statistics, model.groups.data_context).cpu()
-    update = optimizer.update()
-    return from_last_stage(statistics, model.groups), [each for _, each in kept], update
+    statistics = from_last_stage(statistics, model.groups)
+    update = optimizer.update(finite=statistics.is_finite())
+    return statistics, [each for _, each in kept], update

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from gspo_moe.cli import main
 from gspo_moe.config.checkpoints import newest_checkpoint
@@ -134,6 +135,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(
 
 def test_updates_that_are_all_skipped_end_the_run(
     command: list[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -147,6 +149,14 @@ def test_updates_that_are_all_skipped_end_the_run(
     error = capsys.readouterr().err
     assert "optimizer.max_skipped_updates=7 ends the run: lower optimizer.lr" in error
     assert sum("updates were skipped" in record.message for record in caplog.records) == 1
+    files = sorted((tmp_path / "run" / "skipped").iterdir())
+    assert len(files) == 8
+    with safe_open(files[0], framework="pt") as file:
+        described = json.loads(file.metadata()["minibatch"])
+        assert (described["step"], described["mini_batch"], described["grad_norm"]) == (1, 1, "inf")
+        packs = range(len(described["samples"]))
+        assert sum(int(file.get_tensor(f"pack_{i}/response_mask_T").sum()) for i in packs) == described["num_tokens"]
+        assert all(file.get_tensor(f"pack_{i}/advantages_N").isfinite().all() for i in packs)
 
 
 def test_without_checkpoints_a_run_ends_whole_and_is_not_gone_on_with(

@@ -251,6 +251,19 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(tmp_path: Path) -> Non
         assert all(bool(parameter.isfinite().all()) for parameter in model.chunks[0].parameters())
 
 
+@pytest.mark.parametrize("ratio", [2000.0, float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_leaves_the_weights_too(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where clipping has taken its gradient away."""
+    with trained(Config(), layout()) as (model, optimizer):
+        packs = packs_of(samples(), per_pack=3)
+        old = old_policy(model, "gspo")
+        monkeypatch.setattr(type(optimizer.megatron), "get_grad_norm", lambda self: 1.0)
+        broken = [old[0] - ratio, *old[1:]]
+        before = [parameter.clone() for parameter in model.chunks[0].parameters()]
+        assert step(model, optimizer, packs, broken, "gspo").update.skipped
+        assert all(torch.equal(a, b) for a, b in zip(before, model.chunks[0].parameters(), strict=True))
+
+
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_a_frozen_router_stays_while_the_rest_learns(distributed_optimizer: bool) -> None:
     settings = {"routing": {"frozen_router": True, "aux_loss_coeff": 0.1}}
