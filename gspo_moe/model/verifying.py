@@ -48,17 +48,17 @@ def _told(work: Callable[[], Any]) -> Any:
         return str(error)
 
 
-def check_checkpoint(path: Path, about: Mapping[str, Any] | None = None) -> None:
+def check_checkpoint(path: Path, about: Mapping[str, Any] | None = None, fix: str = f"; {COPY_AGAIN}") -> None:
     """Raises DamagedCheckpoint, on every process, that names what is not as it was written. Collective.
 
-    about: what the manifest must say of the checkpoint; a value of None is not compared.
+    about: what the manifest must say of the checkpoint; a value of None is not compared. fix: ends the first line.
     A checkpoint of another program or of an older version has no checksums, of which a warning tells.
     """
     problems = _problems(path, about or {}, everything=True)
     if problems is None:
         problems = _without_manifest(path)
     if problems:
-        raise DamagedCheckpoint(problem_list(path, "damaged, and nothing of it was loaded", problems))
+        raise DamagedCheckpoint(problem_list(path, f"damaged, and nothing of it was loaded{fix}", problems))
 
 
 def check_export(folder: Path) -> None:

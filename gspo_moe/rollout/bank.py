@@ -4,7 +4,8 @@ A safetensors file. Tensors, rollouts end to end in the order of the groups:
   token_ids int32 and policy_mask uint8 [sum of tokens], as `types.Rollout`; lengths int32 [R];
   log_probs float64 [sum of sampled tokens]; rewards float64 [R];
   routes uint8 or int16 [sum of (tokens - 1), MoE layers, K], only where the engine reported them.
-Metadata: `format`, `bank` (JSON: groups' prompts and sizes, rollouts' turns and the like, sampling).
+Metadata: `format`, `bank` (JSON: groups' prompts and sizes, rollouts' turns and the like, sampling), and CRC-32 of
+these two, `bank_crc32`, and of the tensors, `tensors_crc32`, which formats 1 and 2 lacked.
 Format 1 had prompt_lengths and response_lengths in place of mask and lengths, and rollouts of one turn.
 
 Shape letters: R rollouts.
@@ -13,7 +14,8 @@ Shape letters: R rollouts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +32,8 @@ from gspo_moe.plain_json import parse_json
 from gspo_moe.tasks.rewards import LARGEST_REWARD
 from gspo_moe.types import Prompt, Reward, Rollout, RolloutGroup, Turn
 
-FORMAT = "gspo_moe bank 2"
-FORMAT_1 = "gspo_moe bank 1"
+FORMAT = "gspo_moe bank 3"
+FORMATS = ("gspo_moe bank 1", "gspo_moe bank 2", FORMAT)
 # What must be the same where a bank is made and where it is used, keys of the config's `rollout`.
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k", "max_response_tokens", "numerics")
 BEFORE_NUMERICS = {"numerics": "trainer"}  # of banks that older versions made
@@ -88,7 +90,20 @@ def write_bank(path: Path, bank: Bank) -> None:
         ],
     }
     metadata = {"format": FORMAT, "bank": json.dumps(described)}
+    metadata |= {"bank_crc32": _crc32_of_bank(metadata), "tensors_crc32": _crc32_of_tensors(tensors)}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+
+def _crc32_of_bank(metadata: Mapping[str, str]) -> str:
+    return str(zlib.crc32(f"{metadata['format']}\n{metadata.get('bank')}".encode()))
+
+
+def _crc32_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
+    return str(value)
 
 
 def _described(reward: Reward | None) -> dict[str, Any]:
@@ -100,14 +115,7 @@ def _described(reward: Reward | None) -> dict[str, Any]:
 def describe_bank(path: str | Path) -> dict[str, Any]:
     """Sampling, groups and rollouts as plain values, without the tensors; raises DataError for any other file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as a bank ({error}); make one with `gspo-moe bank`") from error
-    if metadata.get("format") not in (FORMAT, FORMAT_1):
-        raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
-    try:
-        found = parse_json(metadata.get("bank", ""))
+        found = parse_json(_metadata(path).get("bank", ""))
         sampling = BEFORE_NUMERICS | found["sampling"]
         if type(sampling["vocab_size"]) is not int:
             raise ValueError("its vocab_size is no whole number")
@@ -116,13 +124,37 @@ def describe_bank(path: str | Path) -> dict[str, Any]:
             or type(found["has_routes"]) is not bool
         ):
             raise ValueError("its groups and rollouts are not listed")
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise _malformed(path, error) from error
     return dict(found)
 
 
-def _damaged(path: str | Path, error: Exception) -> DataError:
+def _malformed(path: str | Path, error: Exception) -> DataError:
     return DataError(f"{path} is a damaged bank ({error!r:.200}); make another one with `gspo-moe bank`")
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as a bank ({error}); make one with `gspo-moe bank`") from error
+    if metadata.get("format") not in FORMATS:
+        raise DataError(f"{path} is no bank of this version ({FORMAT}); make one with `gspo-moe bank`")
+    if _is_checked(metadata) and metadata.get("bank_crc32") != _crc32_of_bank(metadata):
+        raise _damaged(path, "its prompts and turns")
+    return metadata
+
+
+def _is_checked(metadata: Mapping[str, str]) -> bool:
+    """Whether it is of a format with checksums; one damaged bit makes the number of one format another's."""
+    return metadata["format"] == FORMAT or "bank_crc32" in metadata or "tensors_crc32" in metadata
+
+
+def _damaged(path: str | Path, what: str) -> DataError:
+    return DataError(f"{path} is damaged: {what} are not those that were written; copy it again, or make another one")
 
 
 def check_bank(config: Config, vocab_size: int) -> None:
@@ -153,20 +185,22 @@ def check_bank(config: Config, vocab_size: int) -> None:
 
 
 def read_bank(path: str | Path) -> Bank:
-    """Reads what `write_bank` wrote; DataError for other files, ids that no token has, rewards too large."""
-    described = describe_bank(path)
+    """Reads what `write_bank` wrote; DataError for other or damaged files, unknown ids, rewards too large."""
+    metadata, described = _metadata(path), describe_bank(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+        if _is_checked(metadata) and metadata.get("tensors_crc32") != _crc32_of_tensors(tensors):
+            raise _damaged(path, "its tokens, probabilities and rewards")
         return _bank(path, tensors, described)
     except DataError:
         raise
     # What else any of its parts may raise that is not what `write_bank` writes.
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise _damaged(path, error) from error
+        raise _malformed(path, error) from error
     except StopIteration as error:
-        raise _damaged(path, ValueError("fewer rollouts than its groups have")) from error
+        raise _malformed(path, ValueError("fewer rollouts than its groups have")) from error
 
 
 def _bank(path: str | Path, tensors: dict[str, torch.Tensor], described: dict[str, Any]) -> Bank:

@@ -118,7 +118,7 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer, run: str | N
     """
     if path.is_symlink():
         raise DamagedCheckpoint(f"{path} is a symbolic link, which no run makes; put the checkpoint itself there")
-    check_checkpoint(path, {"run": run, "name": path.name})
+    check_checkpoint(path, {"run": run, "name": path.name}, fix="")
     # Here, not above: torch's reader takes a second to import.
     from gspo_moe.model.reading import load, load_common
 

@@ -23,6 +23,7 @@ from gspo_moe.model.names import hf_shapes
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training.checkpoint import Progress, save_checkpoint
+from tests.manifests import reseal
 from tests.memory import memory_profile, peak_bytes
 from tests.policy import trained
 from tests.qwen3 import Tensors, architecture, built, layout, reference_model, tensors_in
@@ -241,6 +242,7 @@ def test_a_checkpoint_that_lost_an_expert_names_it(tmp_path: Path) -> None:
     tensor.chunks = [chunk for chunk in tensor.chunks if chunk.offsets != lost]
     with (tmp_path / "megatron" / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
+    reseal(tmp_path / "megatron")
     with pytest.raises(CheckpointError, match=f"{DOWN}: holds values that are not finite"):
         megatron_to_hf(conversion(tmp_path / "megatron", tmp_path / "again", architecture()))
 
@@ -252,7 +254,7 @@ def test_a_damaged_checkpoint_is_an_error(file: str, tmp_path: Path) -> None:
     shut_down()
     damaged = tmp_path / "megatron" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"megatron cannot be loaded .* copy it again"):
+    with pytest.raises(CheckpointError, match=r"megatron(: damaged, | cannot be loaded ).* copy it again"):
         megatron_to_hf(conversion(tmp_path / "megatron", tmp_path / "again", architecture()))
 
 

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
-from gspo_moe.manifest import Manifest, measured, names_in, write_manifest
 from gspo_moe.model.build import Model
 from gspo_moe.model.reading import load_common, load_tensors_metadata
 from gspo_moe.model.sharded import load_stored_weights, stored_tensors
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
+from tests.manifests import reseal
 from tests.policy import trained
 from tests.qwen3 import layout
 
@@ -99,8 +99,7 @@ def test_a_payload_does_not_run(
     with trained(Config(), layout()) as (model, optimizer):
         folder = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), keep=1)
         plant(folder, Payload(sign))
-        about = {"run": None, "name": folder.name}
-        write_manifest(folder, Manifest(measured(folder, names_in(folder)), about))  # whoever means harm can
+        reseal(folder)
         for read in reads:
             with pytest.raises(CheckpointError, match=f"{folder.name} cannot be loaded"):
                 read(folder, model, optimizer)

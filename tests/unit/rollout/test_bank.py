@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,3 +109,44 @@ def test_a_bank_that_was_sampled_with_other_numerics_is_refused(tmp_path: Path) 
         check_bank(plain, 400)
         with pytest.raises(ConfigError, match=r"rollout\.numerics is trainer there and bf16 here; make one"):
             check_bank(rounded, 400)
+
+
+def silent_flips(path: Path, bits: Iterable[int]) -> list[int]:
+    """Which bits, each flipped alone, a reading of the bank does not refuse."""
+    whole, silent = path.read_bytes(), []
+    for bit in bits:
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            read_bank(path)
+            silent.append(bit)
+        except DataError:
+            pass
+    path.write_bytes(whole)
+    return silent
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_flipped_bit_is_silent(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank(routes=True))
+    bits = random.Random(count).sample(range(8 * path.stat().st_size), count)
+    assert silent_flips(path, bits) == []
+    number = path.read_bytes().index(b"gspo_moe bank 3") + len("gspo_moe bank 3") - 1
+    assert silent_flips(path, range(8 * number, 8 * number + 8)) == [], "nor one that makes it an older format's"
+    assert read_bank(path) == bank(routes=True)
+
+
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    write_bank(path, bank(routes=False))
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"bank is damaged: its tokens, probabilities and rewards .* copy it again"):
+        read_bank(path)
+    content[content.index(b"sort_letters")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="bank is damaged: its prompts and turns"):
+        describe_bank(path)
