@@ -102,7 +102,7 @@ def _crc32_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     value = 0
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), value)
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return str(value)
 
 
