@@ -73,7 +73,7 @@ def test_it_serves_this_machine_alone(server: ReportServer) -> None:
 
 
 def _raw(server: ReportServer, sent: bytes) -> bytes:
-    with socket.create_connection(server.server_address[:2], timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=30) as client:
         client.sendall(sent)
         client.shutdown(socket.SHUT_WR)
         return client.makefile("rb").read()
@@ -97,7 +97,7 @@ def test_clients_that_leave_are_no_error(
         return "x" * 10_000_000
 
     monkeypatch.setattr(ReportServer, "page", page)
-    client = socket.create_connection(server.server_address[:2])
+    client = socket.create_connection(("127.0.0.1", server.server_address[1]))
     client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     # Closed so that the kernel answers what is written with a reset.
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -111,7 +111,7 @@ def test_clients_that_say_nothing_are_left_after_a_while(
     server: ReportServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("gspo_moe.report.server._Handler.timeout", 0.05)
-    silent = [socket.create_connection(server.server_address[:2]) for _ in range(8)]
+    silent = [socket.create_connection(("127.0.0.1", server.server_address[1])) for _ in range(8)]
     for number, client in enumerate(silent):
         client.sendall(b"GET / HT" * (number % 2))
         assert client.recv(1) == b""
