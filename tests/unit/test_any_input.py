@@ -35,8 +35,10 @@ from gspo_moe.tasks.files.prompts import FilePrompts
 from tests.runs import write_run
 
 RUNS = Path(__file__).parents[1] / "runs_before"
-USUAL = {"suppress_health_check": list(HealthCheck), "deadline": None, "derandomize": True, "database": None}
-FEW, MANY = settings(max_examples=200, **USUAL), settings(max_examples=3000, **USUAL)
+FEW = settings(
+    max_examples=200, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True, database=None
+)
+MANY = settings(FEW, max_examples=3000)
 REAL_CONFIG = (RUNS / "run" / "config.yaml").read_bytes()
 HF = json.loads((RUNS / "start" / "config.json").read_text())
 
