@@ -48,7 +48,8 @@ def usual_mode(file: Path) -> Iterator[None]:
     mode = stat.S_IMODE(file.stat().st_mode)
     file.unlink()
     yield
-    file.chmod(mode)
+    with contextlib.suppress(OSError):  # some mounts know no modes
+        file.chmod(mode)
 
 
 def stage(folder: Path) -> Path:

@@ -67,8 +67,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     body, _, last = (folder / MANIFEST_FILE).read_bytes().removesuffix(b"\n").rpartition(b"\n")
     if last != str(zlib.crc32(body + b"\n")).encode():
         raise ValueError("its checksum is wrong")
-    found = json.loads(body)
-    return Manifest({name: tuple(each) for name, each in found["files"].items()}, found["about"])
+    try:
+        found = json.loads(body)
+        files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in found["files"].items()}
+        return Manifest(files, dict(found["about"]))
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"it is no manifest ({error!r:.200})") from error
 
 
 def damages(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -11,8 +11,8 @@ import contextlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import _get_layout
 
 from gspo_moe.errors import CheckpointError
+
+
+class _Folder:
+    """In the place of the path of the folder that it was written to, and of whatever a file makes of it."""
+
+    def __init__(self, *_: object) -> None: ...
+
 
 # What writers of torch 2.2 to 2.13 and of megatron-core 0.16 and 0.19 put there; none of it does more than hold values.
 _METADATA: dict[tuple[str, str], Any] = {
@@ -48,9 +55,11 @@ _METADATA: dict[tuple[str, str], Any] = {
     },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
-    # The folder that it was written to; a pure path has no files.
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
+    # Of megatron-core before 0.16, with a field more.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): metadata.Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): planner.SavePlan,
+    ("pathlib", "PosixPath"): _Folder,
+    ("pathlib._local", "PosixPath"): _Folder,
 }
 _PICKLES_ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # an environment's word for other programs
 
@@ -107,14 +116,37 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"its .metadata names {module}.{name}, which no checkpoint needs and which may run code")
 
 
+@contextlib.contextmanager
+def _unchanged(kinds: Iterable[Any]) -> Iterator[None]:
+    """Pickles may set attributes of what they name: undone, and an error."""
+    before = [(kind, dict(vars(kind))) for kind in kinds if hasattr(kind, "__dict__")]
+    try:
+        yield
+    finally:
+        changed = [kind.__name__ for kind, was in before if _restored(kind, was)]
+    if changed:
+        raise CheckpointError(f"its .metadata sets attributes of {', '.join(changed)}, which no checkpoint needs")
+
+
+def _restored(kind: Any, was: Mapping[str, Any]) -> bool:
+    """Whether anything had to be."""
+    now = dict(vars(kind))
+    for name in now.keys() - was.keys():
+        delattr(kind, name)
+    for name in [name for name, value in was.items() if now.get(name) is not value]:
+        setattr(kind, name, was[name])
+    return now != was
+
+
 def _read_metadata(reader: FileSystemReader, *_: Any, **__: Any) -> metadata.Metadata:
-    with (Path(reader.path) / ".metadata").open("rb") as file:
+    with (Path(reader.path) / ".metadata").open("rb") as file, _unchanged(_METADATA.values()):
         found = _Unpickler(file).load()
     if not isinstance(found, metadata.Metadata):
         raise CheckpointError("its .metadata holds something else")
     for place in (found.storage_data or {}).values():
-        if place.relative_path in ("", "..") or Path(place.relative_path).name != place.relative_path:
-            raise CheckpointError(f"its .metadata names {place.relative_path!r}, a file outside of it")
+        name = place.relative_path
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+            raise CheckpointError(f"its .metadata names {name!r}, a file outside of it")
     found.storage_meta = metadata.StorageMeta(load_id=reader.load_id)
     return found
 

@@ -27,11 +27,15 @@ def add_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
     Raises CheckpointError, on every process, where any cannot read its share or the first cannot write.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     dist.barrier()
-    names = gather_objects(names_in(folder) if rank == 0 else [])[0]
-    found = gather_objects(_told(lambda: measured(folder, share(names, rank, ranks))))
-    problems = [each for each in found if isinstance(each, str)]
+    names = gather_objects(_told(lambda: names_in(folder)) if rank == 0 else [])[0]
+    problems, found = [names] if isinstance(names, str) else [], list[Any]()
+    if not problems:
+        readers = [reader for reader, there in enumerate(gather_objects(folder.is_dir())) if there]
+        mine = share(names, readers.index(rank), len(readers)) if rank in readers else []
+        found = gather_objects(_told(lambda: measured(folder, mine)))
+        problems = [each for each in found if isinstance(each, str)]
     if not problems:
         files = {name: each for part in found for name, each in part.items()}
         written = _told(lambda: write_manifest(folder, Manifest(files, about)) if rank == 0 else None)
@@ -79,21 +83,30 @@ def _problems(folder: Path, about: Mapping[str, Any], *, everything: bool) -> li
         try:
             manifest = read_manifest(folder)
         except (OSError, ValueError) as error:
-            manifest = f"{MANIFEST_FILE}: damaged itself ({error})"
+            manifest = f"{MANIFEST_FILE}: damaged itself ({error})" if folder.is_dir() else f"{folder.name}: is gone"
     manifest = gather_objects(manifest)[0]
     if manifest is None or isinstance(manifest, str):
         return None if manifest is None else [manifest]
-    found = _told(lambda: damages(folder, manifest, share(manifest.files, rank, ranks)))
-    parts = gather_objects([found] if isinstance(found, str) else found)
+    parts = gather_objects(_told(lambda: damages(folder, manifest, share(manifest.files, rank, ranks))))
+    names = gather_objects(_told(lambda: names_in(folder)) if rank == 0 else [])[0]
+    for reader, part in enumerate([*parts, names]):
+        if isinstance(part, str):  # of one process, not of the folder
+            raise CheckpointError(f"{folder} cannot be read by process {reader % ranks} ({part}); give it a way to it")
+    unseen = {problem for part in parts for problem in part if problem.endswith(": missing")}
+    if any(problem.removesuffix(": missing") in names for problem in unseen):
+        raise CheckpointError(
+            f"{folder}: one process sees it whole, and another has {', '.join(sorted(unseen)[:3])}; put it where all "
+            "processes see it"
+        )
     problems = [problem for part in parts for problem in part]
     if rank == 0:
-        added = [name for name in names_in(folder) if name not in manifest.files]
+        added = [name for name in names if name not in manifest.files]
         added = [name for name in added if everything or name.endswith((".safetensors", ".safetensors.index.json"))]
         problems += [f"{name}: not part of it" for name in added]
         problems += [
             f"{key} is {manifest.about.get(key)} there and {value} here"
             for key, value in about.items()
-            if value is not None and manifest.about.get(key) != value
+            if None not in (value, manifest.about.get(key)) and manifest.about[key] != value
         ]
     problems = gather_objects(problems)[0]
     return problems

@@ -263,11 +263,11 @@ def test_a_result_that_is_not_the_source_is_an_error(tmp_path: Path, monkeypatch
     hf_to_megatron(conversion(tmp_path / "hf", tmp_path / "megatron", architecture()))
     shut_down()
 
-    def on_a_bad_disk(tensors: dict[str, torch.Tensor], file: Path, **more: Any) -> None:
+    def on_a_bad_disk(tensors: dict[str, torch.Tensor], file: Path) -> None:
         tensors[DOWN].view(torch.int32)[7, 7] ^= 1
-        save_file(tensors, file, **more)
+        save_file(tensors, file)
 
-    monkeypatch.setattr(convert, "save_file", on_a_bad_disk)
+    monkeypatch.setattr(convert, "save_tensors", on_a_bad_disk)
     with pytest.raises(CheckpointError) as caught:
         megatron_to_hf(conversion(tmp_path / "megatron", tmp_path / "again", architecture()))
     assert f"read back, it is not the source; convert again\n  {DOWN}: differs" in str(caught.value)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError
 from gspo_moe.model.build import Model
-from gspo_moe.model.reading import load_common, load_tensors_metadata
+from gspo_moe.model.reading import _read_metadata, load_common, load_tensors_metadata
 from gspo_moe.model.sharded import load_stored_weights, stored_tensors
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
@@ -130,3 +130,15 @@ def test_what_megatrons_own_writer_wrote_is_read_as_torch_reads_it() -> None:
     }
     assert load_common(BEFORE)["progress"]["step"] == 2
     assert (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes) == readers
+
+
+def test_a_metadata_that_changes_what_it_names_is_refused_and_undone(tmp_path: Path) -> None:
+    """(None, {...}) as the state of a class sets its attributes."""
+    for kind, words in ((metadata.Metadata, "Metadata"), (metadata._MEM_FORMAT_ENCODING, "_MEM_FORMAT_ENCODING")):
+        before = dict(vars(kind))
+        payload = b"\x80\x02c" + kind.__module__.encode() + b"\n" + kind.__name__.encode() + b"\n"
+        payload += b"(N}X\x06\x00\x00\x00broken" + b"X\x03\x00\x00\x00yes" + b"stb."
+        (tmp_path / ".metadata").write_bytes(payload)
+        with pytest.raises(CheckpointError, match=f"sets attributes of {words}"):
+            _read_metadata(FileSystemReader(tmp_path))
+        assert dict(vars(kind)) == before

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gspo_moe.rollout.servers.folder_sink.save_file", full)
+    monkeypatch.setattr("gspo_moe.rollout.servers.folder_sink.save_tensors", full)
     servers = Servers(lambda number, post: None)
     with (
         built(SIZES, layout(), RandomSource(SIZES, seed=1)) as model,
