@@ -113,7 +113,14 @@ def check_layouts(world_size: int, numerics: str, folder: Path) -> None:
         assert all(figure <= bound for figure, bound in zip(figures, bounds, strict=True)), (parallel, figures, bounds)
 
 
-@pytest.mark.parametrize(("world_size", "numerics"), [(2, "bf16"), (2, "fp8_rounded"), (4, "fp8_rounded")])
+@pytest.mark.parametrize(
+    ("world_size", "numerics"),
+    [
+        (2, "fp8_rounded"),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
+        pytest.param(4, "fp8_rounded", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layout_samples_what_one_process_samples(world_size: int, numerics: str, tmp_path: Path) -> None:
     for each in ("trainer", numerics):
         torch.save(generated(each, layout(), {}), tmp_path / f"{each}.pt")

@@ -36,7 +36,7 @@ from tests.runs import write_run
 
 RUNS = Path(__file__).parents[1] / "runs_before"
 FEW = settings(
-    max_examples=200, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True, database=None
+    max_examples=100, suppress_health_check=list(HealthCheck), deadline=None, derandomize=True, database=None
 )
 MANY = settings(FEW, max_examples=3000)
 REAL_CONFIG = (RUNS / "run" / "config.yaml").read_bytes()
