@@ -22,7 +22,6 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 HF_EOS_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # in order
 HF_COPIED = (*HF_EOS_FILES, GENERATION_FILE, "added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json")
-
 MOST_NAMED = 5
 
 SPACE_PIECE = "\u2581"  # how SentencePiece writes a space; a text may hold the character itself
@@ -142,8 +141,7 @@ class SentencePieceTokenizer:
         """
         ends = read_end_tokens(Path(path).parent, model_folder)
         try:
-            content = Path(path).read_bytes()
-            if not content:
+            if not (content := Path(path).read_bytes()):
                 raise OSError("it is empty")
             return cls(content, ends)
         except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last of pieces that are no text

@@ -162,16 +162,14 @@ class MegatronEngine:
         params: SamplingParams,
         tell: Tell | None,
     ) -> None:
-        """Samples from the logits [N, V] behind the prompts, until all of these samples have ended.
+        """Samples from the logits [N, V] behind the prompts, until all of these samples have ended. Collective.
 
-        Collective over the ranks that decode together, and over all of them every `MEETING_TOKENS` and at the end, so
-        that none waits longer than a collective may for one whose samples are longer.
+        All ranks meet now and then, so that none waits longer than a collective may for one with longer samples.
         """
         decoder: Decoder | None = None
         keys = [f"{params.seed}/{one.request.uid}/{one.sample_index}" for one in samples.all]
         uniforms_RS = uniforms(keys, params.max_response_tokens).T.contiguous().to(self._device)
-        groups = self._model.groups
-        together = dist.group.WORLD if self._in_unison else groups.model
+        together = dist.group.WORLD if self._in_unison else self._model.groups.model
         assert together is not None
         fullest = self._fullest(samples)
         for step in range(params.max_response_tokens):
@@ -190,8 +188,7 @@ class MegatronEngine:
             if not fullest:
                 break
             decoder = decoder or self._decoder(cache)
-            fed = StepInput(samples.newest_N, samples.positions_N, samples.used, fullest)
-            output = decoder.step(fed)
+            output = decoder.step(StepInput(samples.newest_N, samples.positions_N, samples.used, fullest))
             logits = output.logits_NV
             if output.routes_NLK is not None and samples.active:
                 samples.keep_routes(output.routes_NLK)
@@ -208,8 +205,8 @@ class MegatronEngine:
         return most(samples.active, self._ranks) if self._in_unison else samples.active
 
     def _decoder(self, cache: KVCache) -> Decoder:
-        graphs = make_graphs(self._model, self._cuda_graph)
-        return Decoder(self._forward(cache), cache, self._device, buckets=self._device.type == "cuda", graphs=graphs)
+        buckets, graphs = self._device.type == "cuda", make_graphs(self._model, self._cuda_graph)
+        return Decoder(self._forward(cache), cache, self._device, buckets, graphs)
 
     def _forward(self, cache: KVCache) -> Callable[[StepInput], StepOutput]:
         obstacle = lean_obstacle(self._model)

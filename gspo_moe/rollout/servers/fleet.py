@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds, before an Ask is asked again
 KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps just as a request is on its way
-KEEP_ALIVE_SECONDS = 2.0  # less than servers', which would else close a connection that is just used again
 HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
 
 
