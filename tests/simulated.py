@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gspo_moe.rollout.servers.records import Answer, Ask, Post
+from gspo_moe.types import Prompt
 
 PROMPT = 2  # tokens of every prompt
 STOP = 59
@@ -31,6 +32,16 @@ def log_prob(token_id: int, place: int, version: int) -> float:
 def route(position: int, version: int) -> list[list[int]]:
     """One layer, two experts: of the input at that position, by that version's forward pass."""
     return [[position, 50 + version]]
+
+
+class Endless:
+    """Prompts without an end."""
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return Prompt(str(index), "?!", "letters")
+
+    def size(self, split: str) -> None:
+        return None
 
 
 class Clock:

@@ -25,17 +25,9 @@ from gspo_moe.tasks.pool import Item
 from gspo_moe.types import Conversation, Prompt, Reward
 from tests.launch import launch
 from tests.qwen3 import layout
-from tests.simulated import STOP, Letters, answer
+from tests.simulated import STOP, Endless, Letters, answer
 
 COUNT, SAMPLES = 3, 2
-
-
-class Endless:
-    def prompt(self, split: str, index: int) -> Prompt:
-        return Prompt(str(index), "?!", "letters")
-
-    def size(self, split: str) -> None:
-        return None
 
 
 class Pool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,8 +133,7 @@ def _write_files(placement: Placement, files: Sequence[Sequence[Joined]], folder
     return problems
 
 
-def _attempt(folder: Path, action: object) -> None:
-    assert callable(action)
+def _attempt(folder: Path, action: Callable[[], object]) -> None:
     try:
         action()
     except OSError as error:

@@ -26,17 +26,9 @@ from gspo_moe.rollout.servers.ahead import ServerSource
 from gspo_moe.rollout.servers.records import Ask
 from gspo_moe.tasks.pool import Item
 from gspo_moe.types import Conversation, Prompt, Reward, RolloutGroup
-from tests.simulated import PROMPT, STOP, Clock, Letters, SimulatedServers, log_prob, route, token
+from tests.simulated import PROMPT, STOP, Clock, Endless, Letters, SimulatedServers, log_prob, route, token
 
 SEED, COUNT, SAMPLES, UPDATES, LIMIT = 5, 3, 2, 4, 40  # prompts a step, answers each, updates a step, answer's tokens
-
-
-class Endless:
-    def prompt(self, split: str, index: int) -> Prompt:
-        return Prompt(str(index), "?!", "letters")
-
-    def size(self, split: str) -> None:
-        return None
 
 
 class Pool:
