@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by its path Python knows only the folder
 from gspo_moe.kernels import kernels, linear_token_log_probs
-from gspo_moe.kernels.linear import MAPPED
+from gspo_moe.kernels.blocks import MAPPED
 from gspo_moe.kernels.products import ROWS
 from tools.kernel_implementations import linear_implementations, token_implementations
 from tools.kernel_timing import Function, Trial, copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
