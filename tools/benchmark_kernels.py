@@ -169,15 +169,15 @@ def parse_arguments() -> argparse.Namespace:
 def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
     """Bytes for linear_token_log_probs: as asked, or so that its peak with backward is an eighth of eager's.
 
-    Eager has three times the logits (log-probs, their gradient, the logits'), four times in 16 bits, then the logits'
-    gradient and the weight's. Beside the budget there is the gradient of hidden, in float32 and in 16 bits; in float32
-    also rows of a product to add to it; and what glibc's heap keeps of smaller blocks.
+    Eager has three times the logits (log-probs, their gradient, the logits'), on the CPU four times in 16 bits, then
+    the logits' gradient and the weight's. Beside the budget there is the gradient of hidden, in float32 and in 16 bits;
+    in float32 also rows of a product to add to it; and what glibc's heap keeps of smaller blocks.
     """
     if options.memory_budget_mib is not None:
         return int(options.memory_budget_mib * 2**20)
     logits, weight = (options.vocab * rows * itemsize for rows in (options.tokens, options.hidden))
     narrow = itemsize == 2
-    eager = max((4 if narrow else 3) * logits, logits + weight)
+    eager = max((4 if narrow and options.device == "cpu" else 3) * logits, logits + weight)
     beside = options.hidden * (options.tokens * 6 if narrow else (options.tokens + ROWS) * 4)
     return int(eager / 8.1) - beside - MAPPED // 2
 

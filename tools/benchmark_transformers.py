@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.config import Config, load_config
 from gspo_moe.platform import device
 from tools.synthetic import Numbers, RandomPrompts
-from tools.trl_step import load_model, micro_batch_of
+from tools.trl_step import load_model, micro_batch_of, step_parser
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 
@@ -58,14 +58,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file of an RL run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--synthetic", type=int, default=256, metavar="N", help="words of a prompt (256)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="answers; what schedule.micro_batch_tokens holds")
+    parser = step_parser(__doc__)
     parser.add_argument("--experts", nargs="+", choices=EXPERTS, default=["eager", "grouped_mm"])
     parser.add_argument("--repeats", type=int, default=2, help="calls to measure (2)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_intermixed_args()
 
 

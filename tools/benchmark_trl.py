@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.config import Config, load_config
 from gspo_moe.platform import device, peak_rss_gib
 from tools.synthetic import RandomPrompts
-from tools.trl_step import Spent, Work, load_model, make_trainer, trl_config
+from tools.trl_step import Spent, Work, load_model, make_trainer, step_parser, trl_config
 
 END = "<end>"
 
@@ -51,15 +51,10 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file of an RL run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--synthetic", type=int, default=256, metavar="N", help="words of a prompt (256)")
+    parser = step_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1, help="steps to measure (1)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those (1)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="answers; what schedule.micro_batch_tokens holds")
     parser.add_argument("--experts", choices=("eager", "batched_mm", "grouped_mm"), help="transformers' own choice")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_intermixed_args()
 
 

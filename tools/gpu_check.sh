@@ -37,7 +37,7 @@ case ${1:-} in
         ;;
 esac
 
-stages="env build kernels slice tests baseline mismatch quickstart"
+stages="env build kernels slice tests baseline mismatch mismatch_fp32 quickstart"
 for name in ${STAGES:-}; do
     [[ " $stages " == *" $name "* ]] || {
         echo "gpu_check.sh: STAGES names $name; there are $stages" >&2
@@ -133,7 +133,9 @@ fi
     stage slice 130 "$python" tools/benchmark_throughput.py $slice --steps 2 --json "$parts/slice.json" --profile "$OUT/profile.txt"
     stage tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest tests/gpu $xdist -p no:cacheprovider --junitxml="$parts/tests.xml"
     stage baseline 110 "$python" tools/benchmark_trl.py $slice --steps 1 --json "$parts/baseline.json"
-    stage mismatch 60 "$python" tools/benchmark_throughput.py $slice $shorter routing.engine_routes=true --warmup 0 --steps 1 --json "$parts/mismatch.json"
+    shorter="$slice $shorter routing.engine_routes=true --warmup 0 --steps 1"
+    stage mismatch 60 "$python" tools/benchmark_throughput.py $shorter --json "$parts/mismatch.json"
+    stage mismatch_fp32 60 "$python" tools/benchmark_throughput.py $shorter model.dtype=fp32 --json "$parts/mismatch_fp32.json"
     stage quickstart 110 bash -c 'quickstart "$@"' quickstart "$parts/quickstart.jsonl" $steps
 }
 cp "$parts/tests.xml" "$OUT" 2>/dev/null

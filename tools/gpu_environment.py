@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-COMMIT_FILE = ROOT / ".gpu" / "commit"  # of a folder that came without .git
+COMMIT_FILE = ROOT / ".gpu" / "commit"  # of a folder that came without .git, or was copied over another commit's
 PACKAGES = ("triton", "megatron-core", "numpy", "transformers", "trl", "liger-kernel", "transformer-engine", "pytest")
 
 
@@ -45,11 +45,11 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this folder, `-dirty` where files differ; what `gpu_check.sh --prepare` wrote where git is not."""
+    """The commit of this folder; where files differ or git is not there, also what `gpu_check.sh --prepare` noted."""
     described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--match=")
-    if described is not None:
-        return described
-    return COMMIT_FILE.read_text().strip() if COMMIT_FILE.is_file() else None
+    if COMMIT_FILE.is_file() and (described is None or described.endswith("-dirty")):
+        return ", prepared at ".join(filter(None, (described, COMMIT_FILE.read_text().strip())))
+    return described
 
 
 def _card() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`gpu_check.sh`'s stages as one report: `gpu_report.py PARTS OUT` writes report.json and report.txt in the folder OUT.
 
 PARTS has what the stages left, any of it may be missing: env.json, kernels.json, slice.json, mismatch.json,
-baseline.json, quickstart.jsonl, tests.xml, and stages.txt with a line `name exit-code seconds` for each stage that ran.
+mismatch_fp32.json, baseline.json, quickstart.jsonl, tests.xml, and stages.txt with a line `name exit-code seconds` for
+each stage that ran.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 Parts = dict[str, Any]
 REPEATED_STEP = "test_a_repeated_step_gives_equal_bits"
+MISMATCHES = ("mismatch", "mismatch_fp32")
 CARD = "H100"  # whose ceilings the goals in TFLOP/s are
 
 
@@ -47,7 +49,7 @@ def main() -> None:
 def read_parts(folder: Path) -> Parts:
     """What of the stages' files is there and whole."""
     parts: Parts = {}
-    for name in ("env", "kernels", "slice", "mismatch", "baseline"):
+    for name in ("env", "kernels", "slice", *MISMATCHES, "baseline"):
         parts[name] = _whole(folder / f"{name}.json", json.loads)
     parts["quickstart"] = _whole(folder / "quickstart.jsonl", quickstart_figures)
     parts["tests"] = _whole(folder / "tests.xml", suite_figures)
@@ -95,9 +97,9 @@ def suite_figures(text: str) -> dict[str, Any]:
 def goals(parts: Parts) -> list[Goal]:
     """The goals of an H100, in the order of the table. Figures of a machine without a GPU say nothing of them."""
     if not (parts["env"] or {}).get("card"):
-        parts = {**parts, **dict.fromkeys(("kernels", "slice", "baseline", "mismatch", "tests", "quickstart"))}
+        parts = {**parts, **dict.fromkeys(("kernels", "slice", "baseline", *MISMATCHES, "tests", "quickstart"))}
     rows, mine, theirs = parts["kernels"], parts["slice"], parts["baseline"]
-    tests, mismatch = parts["tests"], parts["mismatch"]
+    tests = parts["tests"]
     return [
         Goal("token_log_probs forward, share of copy bandwidth", ">=", 0.85, _share(rows, "forward")),
         Goal("token_log_probs backward, share of copy bandwidth", ">=", 0.85, _share(rows, "backward")),
@@ -121,17 +123,20 @@ def goals(parts: Parts) -> list[Goal]:
             4.0,
             _figure(lambda: mine["tokens_per_second"] / theirs["tokens_per_second"]),
         ),
-        Goal(
-            "routes of engine and trainer that differ",
-            "<=",
-            0.0,
-            _figure(lambda: mismatch["metrics"]["routing/engine/slot_change"]),
-        ),
-        Goal("k3 of engine and trainer", "<=", 1e-6, _figure(lambda: mismatch["metrics"]["mismatch/k3"])),
+        *(goal for name in MISMATCHES for goal in _mismatch_goals(name.partition("_")[2] or "bf16", parts[name])),
         Goal("tests/gpu that failed", "<=", 0, _figure(lambda: tests["failed"] if tests["passed"] else None)),
         Goal("a repeated step gives equal bits, tests passed", ">=", 1, _repeated(tests)),
         Goal("quickstart, steps taken", ">=", 1, _figure(lambda: parts["quickstart"]["step"])),
     ]
+
+
+def _mismatch_goals(dtype: str, found: dict[str, Any] | None) -> tuple[Goal, Goal]:
+    changed = _figure(lambda: found["metrics"]["routing/engine/slot_change"])
+    k3 = _figure(lambda: found["metrics"]["mismatch/k3"])
+    return (
+        Goal(f"routes of engine and trainer that differ, {dtype}", "<=", 0.0, changed),
+        Goal(f"k3 of engine and trainer, {dtype}", "<=", 1e-6, k3),
+    )
 
 
 def _figure(take: Callable[[], float | None]) -> float | None:
@@ -170,7 +175,7 @@ def render(parts: Parts, reached: list[Goal]) -> Iterator[str]:
     yield f"{env.get('time')}: {env.get('command')}"
     yield "stages: " + ", ".join(_stage(stage) for stage in parts["stages"])
     yield from _kernel_lines(parts["kernels"] or [])
-    for name in ("slice", "mismatch"):
+    for name in ("slice", *MISMATCHES):
         if parts[name] is not None:
             yield from _throughput_lines(name, parts[name])
     if parts["baseline"] is not None:

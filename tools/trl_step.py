@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -79,6 +80,17 @@ class Watch:
         wall, cpu = self.now()
         self.steps[-1].wall[phase] += wall - start[0]
         self.steps[-1].cpu[phase] += cpu - start[1]
+
+
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of a program that takes the step of a config with synthetic prompts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file of an RL run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--synthetic", type=int, default=256, metavar="N", help="words of a prompt (256)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="answers; what schedule.micro_batch_tokens holds")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
 
 
 def load_model(config: Config, experts: str | None = None) -> Any:

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gspo_moe.observability.timers import Timers
 from gspo_moe.platform import device
+from gspo_moe.rollout.source import EngineSource
 
 if TYPE_CHECKING:
     from gspo_moe.training.session import Session
@@ -132,6 +133,8 @@ def profile_step(session: Session, step: Callable[[], object]) -> tuple[StepProf
     tokens = min(rollout.max_response_tokens, PROFILED_TOKENS)
     short = session.config.model_copy(update={"rollout": rollout.model_copy(update={"max_response_tokens": tokens})})
     session.plan = replace(session.plan, config=short)
+    assert isinstance(session.source, EngineSource)
+    session.source.config = short
     on_gpu = device().kind == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         step()

@@ -14,7 +14,7 @@ MEMORY_BUDGET = 512 * 2**20
 BLOCKS = 16  # of the budget: one being computed, the others kept
 # What up to a quarter of the budget is spent on: on CUDA columns, as each block costs a pass over the hidden gradient;
 # on the CPU bytes from which on glibc maps a result's memory, where freed smaller ones may fragment its heap.
-WIDE = 4096
+WIDE = 16384
 MAPPED = 2**25
 EVEN = 64  # columns: products over odd numbers of them are up to a third slower
 
@@ -39,10 +39,9 @@ def block_columns(
 
 def product_bytes_of(weight_VH: torch.Tensor, into_main_grad: bool) -> int:
     """Bytes of a word's gradient before it is added to main_grad, see `add_product_`."""
-    if not into_main_grad or weight_VH.dtype == wide(weight_VH.dtype):
+    if not into_main_grad or weight_VH.dtype == wide(weight_VH.dtype) or weight_VH.is_cuda:
         return 0
-    itemsize = wide(weight_VH.dtype).itemsize if weight_VH.is_cuda else weight_VH.element_size()
-    return weight_VH.shape[1] * itemsize
+    return weight_VH.shape[1] * weight_VH.element_size()
 
 
 def wanted_columns(weight_VH: torch.Tensor, num_tokens: int) -> int:

@@ -33,7 +33,7 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, m
     """total += left @ right; a float32 total also takes 16-bit factors, on the CPU with `memory` for their product."""
     if total.dtype != left.dtype:
         if total.is_cuda:
-            total += torch.mm(left, right, out_dtype=total.dtype)
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         else:  # torch's CPU product of 16-bit factors is summed in float32 and rounded, here once a block
             accumulate_(total, torch.mm(left, right, out=memory[: total.numel()].view(total.shape)))
     elif suits_onednn(left, right):

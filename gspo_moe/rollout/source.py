@@ -77,7 +77,7 @@ class EngineSource:
     """Answers of the policy as it is when they are taken."""
 
     def __init__(self, answerer: Answerer, config: Config, stop_ids: frozenset[int], timers: Timers) -> None:
-        self._answerer, self._config, self._stop_ids, self._timers = answerer, config, stop_ids, timers
+        self._answerer, self.config, self._stop_ids, self._timers = answerer, config, stop_ids, timers
         self._asked: list[tuple[int, list[Prompt]]] = []
 
     def ask(self, prompts: Sequence[Prompt], step: int) -> None:
@@ -89,8 +89,8 @@ class EngineSource:
 
     def _answers(self, prompts: list[Prompt], step: int) -> list[RolloutGroup]:
         with self._timers("rollout"):
-            samples = self._config.rollout.samples_per_prompt
-            params = training_params(self._config, self._stop_ids, step)
+            samples = self.config.rollout.samples_per_prompt
+            params = training_params(self.config, self._stop_ids, step)
             share = self._answerer.generate(prompts, samples, params, ahead=True)
         with self._timers("reward"):
             return self._answerer.reward(share)

@@ -159,8 +159,9 @@ def _note_wait(name: str, args: Any, kwargs: Any) -> None:
 
 def _on_the_cpu(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     kwargs = {key: CPU if key == "device" and value is not None else value for key, value in kwargs.items()}
-    if name == "mm" and "out_dtype" in str(func._schema):  # which the CPU has no kernel for
-        return torch.mm(args[0].float(), args[1].float()).to(args[2] if len(args) > 2 else kwargs["out_dtype"])
+    if name == "addmm" and "out_dtype" in str(func._schema):  # which the CPU has no kernel for
+        total, left, right = args[:3]
+        return kwargs["out"].copy_(total + torch.mm(left.float(), right.float()))
     with contextlib.nullcontext() if torch.is_inference_mode_enabled() else torch.no_grad():
         return func(*args, **kwargs)
 
