@@ -130,7 +130,7 @@ def goals(parts: Parts) -> list[Goal]:
     ]
 
 
-def _mismatch_goals(dtype: str, found: dict[str, Any] | None) -> tuple[Goal, Goal]:
+def _mismatch_goals(dtype: str, found: Any) -> tuple[Goal, Goal]:
     changed = _figure(lambda: found["metrics"]["routing/engine/slot_change"])
     k3 = _figure(lambda: found["metrics"]["mismatch/k3"])
     return (
