@@ -12,24 +12,36 @@ from gspo_moe.rollout.servers.transfers import VllmTransfer
 Handler = Callable[[int, Post], Any]
 
 
-class Servers:
-    """`Servers` whose requests go to `handle(number of the server, request)`; `posts` has the paths, in order."""
+def nothing(number: int, post: Post) -> Any:
+    raise NotImplementedError
 
-    def __init__(self, handle: Handler, count: int = 1) -> None:
-        self._handle, self._count = handle, count
+
+class Servers:
+    """`Servers` whose requests go to `handle(number of the server, request)`; `posts` has the paths, in order.
+
+    Who asks it for answers gives it a `submit`.
+    """
+
+    def __init__(self, handle: Handler = nothing, count: int = 1) -> None:
+        self._handle, self.up = handle, count
         self.posts: list[str] = []
+        self.expected: list[int] = []
+
+    def begin_sync(self) -> int:
+        return 0
 
     def submit(self, ask: Ask) -> Future[Answer]:
         raise NotImplementedError
 
     def everywhere(self, post: Post) -> list[Any]:
-        return self.each([post] * self._count)
+        return self.each([post] * self.up)
 
     def each(self, posts: Sequence[Post]) -> list[Any]:
         self.posts.append(posts[0].path)
         return [self._handle(number, post) for number, post in enumerate(posts)]
 
-    def expect(self, version: int) -> None: ...
+    def expect(self, version: int) -> None:
+        self.expected.append(version)
 
     def close(self) -> None: ...
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gspo_moe.rollout.servers.records import Answer, Ask, Post
+from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.types import Prompt
+from tests.servers import Servers
 
 PROMPT = 2  # tokens of every prompt
 STOP = 59
@@ -78,7 +79,7 @@ class _Given:
     since: float | None = None
 
 
-class SimulatedServers:
+class SimulatedServers(Servers):
     """`Servers` of so many slots, on which each answer takes its own time.
 
     length: tokens of the whole answer to (uid, sample), the end token with them. pace: seconds a token.
@@ -92,6 +93,7 @@ class SimulatedServers:
         version: int = 0,
         slots: int = 1000,
     ) -> None:
+        super().__init__()
         self._clock, self._length, self._pace, self.version, self._slots = clock, length, pace, version, slots
         self._given: list[_Given] = []
         self._paused = False
@@ -104,15 +106,6 @@ class SimulatedServers:
         self._given.append(one)
         self._start()
         return one.future
-
-    def everywhere(self, post: Post) -> list[Any]:
-        raise NotImplementedError
-
-    def each(self, posts: Sequence[Post]) -> list[Any]:
-        raise NotImplementedError
-
-    def expect(self, version: int) -> None:
-        raise NotImplementedError
 
     def close(self) -> None:
         self._given.clear()

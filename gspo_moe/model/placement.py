@@ -92,11 +92,11 @@ class Placement:
 
 
 def in_runs(joined: Sequence[Joined], max_bytes: int) -> list[list[Joined]]:
-    """Cuts the tensors into runs of at most `max_bytes`, or of one parameter's."""
+    """Cuts the tensors into runs of one dtype and at most `max_bytes`, or of one parameter."""
     runs: list[list[Joined]] = [[]]
     used = 0
     for one in joined:
-        if runs[-1] and used + one.nbytes > max_bytes:
+        if runs[-1] and (used + one.nbytes > max_bytes or one.dtype != runs[-1][0].dtype):
             runs.append([])
             used = 0
         runs[-1].append(one)

@@ -25,6 +25,7 @@ from gspo_moe.tasks.pool import Item
 from gspo_moe.types import Conversation, Prompt, Reward
 from tests.launch import launch
 from tests.qwen3 import layout
+from tests.servers import Servers
 from tests.simulated import STOP, Endless, Letters, answer
 
 COUNT, SAMPLES = 3, 2
@@ -41,10 +42,11 @@ class Pool:
         pass
 
 
-class Threaded:
+class Threaded(Servers):
     """`Servers` that answer on another thread."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: list[Ask] = []
         self.fault: RolloutError | None = None
         self._thread = ThreadPoolExecutor(1)

@@ -2,7 +2,8 @@
 
     python tests/support/stand_in.py HF_FOLDER --port 8000 [--logprobs-mode processed_logprobs] [--routes]
 
-Log-probs are real: transformers' model in float32, each token's whole sequence anew. `/stand_in/fault` has it fail.
+Log-probs are real: transformers' model in float32, each token's whole sequence anew. Weights come by folders and by
+broadcasts. `/stand_in/fault` has it fail, or die, which only one in a process of its own can.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import asyncio
 import base64
 import io
 import json
+import os
+import shutil
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from aiohttp import web
+from safetensors.torch import save_file
+
+from gspo_moe.rollout.servers.buckets import TensorHead, empty_bucket, views
+from gspo_moe.rollout.servers.transfer_group import ROOT, await_broadcast, join_transfer_group, start_broadcast
 
 NO_LOG_PROB = -9999.0
 _LOADING = threading.Lock()  # transformers changes settings of the process while it loads
-# What `/stand_in/fault` orders for the next `count` answers; "unavailable" is of every path.
+# What `/stand_in/fault` orders for the next `count` answers; "unavailable" is of every path. With "die" and "stall" it
+# dies, or hangs, as it is to take weights for the `count`th time from then on.
 FAULTS = (
     "no_log_probs", "too_many_log_probs", "nan", "token", "too_long", "garbage", "cut", "error", "hang", "old_version",
-    "unavailable", "no_routes",
+    "unavailable", "no_routes", "die", "stall",
 )  # fmt: skip
 
 
@@ -74,6 +83,8 @@ class StandIn:
         self._going.set()
         self._pauses = 0
         self._order: Order | None = None
+        self._group: tuple[torch.distributed.ProcessGroup, float] | None = None
+        self._received: dict[str, torch.Tensor] | None = None
         self.asked = 0
 
     def app(self) -> web.Application:
@@ -89,6 +100,11 @@ class StandIn:
         app.router.add_post("/resume", self._resume)
         app.router.add_post("/collective_rpc", self._rpc)
         app.router.add_post("/update_weight_version", self._name_version)
+        app.router.add_get("/get_world_size", self._world_size)
+        app.router.add_post("/init_weight_transfer_engine", self._join)
+        app.router.add_post("/start_weight_update", self._begin)
+        app.router.add_post("/update_weights", self._receive)
+        app.router.add_post("/finish_weight_update", self._finish)
         app.router.add_post("/stand_in/fault", self._fault)
         app.router.add_get("/stand_in/asked", self._counted)
         return app
@@ -153,10 +169,73 @@ class StandIn:
 
     async def _rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if body["method"] == "abandon_update":
+            self._received = None
+            return web.json_response({"results": [None]})
         assert body["method"] == "load_folder"
         folder, version = body["args"]
+        await self._falter()
         self._model.load(Path(folder))
         return web.json_response({"results": [{"version": version}]})
+
+    async def _falter(self) -> None:
+        order = self._order
+        if order is None or order.fault not in ("die", "stall"):
+            return
+        order.count -= 1
+        if order.count == 0:
+            if order.fault == "die":
+                os._exit(9)
+            await asyncio.sleep(3600)
+
+    async def _world_size(self, request: web.Request) -> web.Response:
+        return web.json_response({"world_size": 1})
+
+    async def _join(self, request: web.Request) -> web.Response:
+        info = (await request.json())["init_info"]
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group[0])
+        group = await asyncio.to_thread(
+            join_transfer_group,
+            info["address"],
+            info["port"],
+            rank=info["rank_offset"],
+            world_size=info["world_size"],
+            name=info["group_name"],
+            backend=info["backend"],
+            timeout_seconds=info["timeout_seconds"],
+        )
+        self._group = group, info["timeout_seconds"]
+        return web.json_response({})
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        if self._received is not None:
+            return web.json_response({"error": {"message": "already active"}}, status=500)
+        self._received = {}
+        return web.json_response({})
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        info = (await request.json())["update_info"]
+        parts = zip(info["names"], info["dtypes"], info["shapes"], strict=True)
+        heads = [TensorHead(name, dtype, tuple(shape)) for name, dtype, shape in parts]
+        assert self._group is not None
+        assert self._received is not None
+        await self._falter()
+        group, seconds = self._group
+        bucket = empty_bucket(heads, torch.device("cpu"))
+        work = start_broadcast(bucket, group, ROOT)
+        await asyncio.to_thread(await_broadcast, work, group, seconds)
+        self._received |= zip(info["names"], views(bucket, heads), strict=True)
+        return web.json_response({})
+
+    async def _finish(self, request: web.Request) -> web.Response:
+        assert self._received is not None
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self._folder / "config.json", folder)
+            save_file(self._received, Path(folder) / "model.safetensors", {"format": "pt"})
+            self._model.load(Path(folder))
+        self._received, self._version = None, (await request.json())["weight_version"]
+        return web.json_response({})
 
     async def _name_version(self, request: web.Request) -> web.Response:
         self._version = (await request.json())["new_version"]

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.rollout.servers.checking import Sizes
-from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.vllm import Vllm
 from tests.launch import free_port
 from tests.qwen3 import architecture, reference_model
@@ -78,7 +79,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     dialect = Vllm(Sizes(SIZES.vocab_size, SIZES.num_hidden_layers, SIZES.num_experts, SIZES.num_experts_per_tok))
-    fleet = Fleet([f"http://127.0.0.1:{port}"], dialect, Limits(answer=300.0, load=300.0))
+    fleet = Fleet(ServersConfig(urls=(f"http://127.0.0.1:{port}",), timeout_seconds=300.0), dialect)
     try:
         deadline = time.monotonic() + START_SECONDS
         while fleet.wait_until_up(2.0):

@@ -2,7 +2,8 @@
 
 Each Ask goes to the server with the fewest under way of those that are up. What fails is asked again, elsewhere where
 it can be, after a pause that doubles. A server that cannot be reached is out, and what it had goes to others, until it
-is healthy again and has the newest weights. Invariant: one coroutine has an Ask from its submission to its only answer.
+is healthy again and has the newest weights: those that a folder brings are given to it at once, for others it waits
+until the next sync. Invariant: one coroutine has an Ask from its submission to its only answer.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
 from gspo_moe.packages import require
 from gspo_moe.rollout.servers.counters import Counters
@@ -30,40 +32,30 @@ KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps jus
 HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
 
 
-@dataclass(frozen=True)
-class Limits:
-    """In seconds: answer, of one answer; load, of other requests; health, between two looks at a server; outage,
-    without any server that is up. retries: of one Ask. concurrency: Asks of this process that a server has at once.
-    """
-
-    answer: float = 1800.0
-    load: float = 1800.0
-    health: float = 5.0
-    outage: float = 600.0
-    retries: int = 8
-    concurrency: int = 256
-
-
 class Fleet:
-    """`Servers`. Raises ConfigError where aiohttp is missing."""
+    """`Servers`. options.concurrency: of the Asks of this process. Raises ConfigError where aiohttp is missing."""
 
-    def __init__(self, urls: Sequence[str], dialect: Dialect, limits: Limits) -> None:
+    def __init__(self, options: ServersConfig, dialect: Dialect) -> None:
         require("aiohttp")
-        self._dialect, self._limits = dialect, limits
+        self._options, self._dialect = options, dialect
         self._weights: list[Post] = []  # that all servers were told last, of one version
         self._version: int | None = None
+        self._syncs = self._syncing = False  # this process gives weights; it does so now
         self._dark_since = 0.0  # where no server is up
         self._counters = Counters()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
         self._thread.start()
         self._session = self._wait(_session())
-        self._links, self._changed = self._wait(self._open(urls))
+        self._links, self._changed = self._wait(self._open(options.urls))
         self._watch = asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
 
     @property
     def up(self) -> int:
         return sum(link.up for link in self._links)
+
+    def begin_sync(self) -> int:
+        return self._wait(self._begin_sync())
 
     def submit(self, ask: Ask) -> Future[Answer]:
         return asyncio.run_coroutine_threadsafe(self._answered(ask), self._loop)
@@ -75,7 +67,7 @@ class Fleet:
         return self._wait(self._each(posts))
 
     def expect(self, version: int) -> None:
-        self._version = version
+        self._wait(self._expect(version))
 
     def wait_until_up(self, seconds: float) -> dict[str, str]:
         """Waits until every server is healthy: by URL, why each is not that is not by then."""
@@ -121,9 +113,9 @@ class Fleet:
                 break
             except (BadAnswer, ServerDown) as fault:
                 failures, last = failures + 1, link
-                if failures > self._limits.retries:
+                if failures > self._options.retries:
                     raise RolloutError(
-                        f"{fault}; asked {failures} times, as rollout.servers.retries={self._limits.retries} has it, "
+                        f"{fault}; asked {failures} times, as rollout.servers.retries={self._options.retries} has it, "
                         f"the last time of {link.url}"
                     ) from None
                 self._counters.retries += 1
@@ -138,7 +130,7 @@ class Fleet:
     async def _asked(self, link: Link, ask: Ask) -> Answer:
         oldest = self._version
         try:
-            body = await link.send_while_up(self._dialect.ask(ask), self._limits.answer)
+            body = await link.send_while_up(self._dialect.ask(ask), self._options.timeout_seconds)
             answer = self._dialect.answer(ask, body)
             if answer.token_ids and oldest is not None and answer.version < oldest:
                 raise ServerDown(f"{link.url} answers with weights of version {answer.version}, and {oldest} is out")
@@ -153,13 +145,14 @@ class Fleet:
         Raises RolloutError once no server has been up for `outage` seconds.
         """
         async with self._changed:
-            while not (free := [one for one in self._links if one.up and one.under_way < self._limits.concurrency]):
+            most = self._options.concurrency
+            while not (free := [one for one in self._links if one.current and one.under_way < most]):
                 try:
                     await asyncio.wait_for(self._changed.wait(), self._patience())
                 except TimeoutError:
                     raise RolloutError(
-                        f"no rollout server has been up for {self._limits.outage:g} s ({self._faults()}); start them "
-                        "again, and the run goes on from its last whole step"
+                        f"no rollout server has been up for {self._options.outage_seconds:g} s ({self._faults()}); "
+                        "start them again, and the run goes on from its last whole step"
                     ) from None
             link = min(free, key=lambda one: (one is last, one.under_way))
             link.under_way += 1
@@ -187,23 +180,52 @@ class Fleet:
                 f"{len(posts) or 'some'} were to be told of something; start them again"
             )
         found = await asyncio.gather(*map(self._told, links, posts), return_exceptions=True)
-        for link, one in zip(links, found, strict=True):
-            if isinstance(one, ServerDown):
-                await self._take_out(link, one)
-            elif isinstance(one, BaseException):
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, ServerDown):
                 raise one
         if not self.up:
             raise RolloutError(f"no rollout server is up any more ({self._faults()}); start them again")
         return [one for one in found if not isinstance(one, ServerDown)]
 
     async def _told(self, link: Link, post: Post) -> Any:
-        async with link.loading:
-            return await link.send(post, self._limits.load)
+        try:
+            async with link.loading:
+                return await link.send(post, post.seconds or self._options.timeout_seconds)
+        except ServerDown as fault:
+            await self._take_out(link, fault)
+            raise
+
+    async def _begin_sync(self) -> int:
+        self._syncs = self._syncing = True
+        waiting = [link for link in self._links if link.waits]
+        for link in waiting:
+            link.let_in(current=False)
+        return len(waiting)
+
+    async def _expect(self, version: int) -> None:
+        async def check(link: Link) -> None:
+            try:
+                await self._has(link, version)
+                link.current = True
+            except RolloutError as fault:
+                await self._take_out(link, fault)
+
+        self._version, self._syncing = version, False
+        await asyncio.gather(*(check(link) for link in self._links if link.up))
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _has(self, link: Link, newest: int) -> None:
+        """Raises ServerDown where the server has other weights."""
+        version = self._dialect.version(await link.send(self._dialect.weights(), HEALTH_SECONDS))
+        if version != newest:
+            link.waits = True
+            raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
 
     async def _look_after(self) -> None:
         async def again_and_again(link: Link) -> None:
             while True:
-                await asyncio.sleep(self._limits.health)
+                await asyncio.sleep(self._options.health_seconds)
                 await self._look_at(link)
 
         await asyncio.gather(*map(again_and_again, self._links))
@@ -213,6 +235,7 @@ class Fleet:
         if link.loading.locked():
             return
         try:
+            link.waits = False
             await link.send(self._dialect.health(), HEALTH_SECONDS)
             if link.up:
                 return
@@ -228,17 +251,18 @@ class Fleet:
     async def _catch_up(self, link: Link) -> None:
         """Raises ServerDown where it has other weights than the newest, and this process cannot give it those now."""
         dialect, posts, newest = self._dialect, list(self._weights), self._version
-        if posts and newest is not None and posts[-1].version != newest:
-            raise ServerDown(f"{link.url} waits until the weights of version {posts[-1].version} are out")
+        if self._syncing:
+            link.waits = True
+            raise ServerDown(f"{link.url} waits until all servers have the next weights")
         if posts:
             for post in (dialect.pause(), *posts, dialect.resume()):
-                await link.send(post, self._limits.load)
-            if (self._weights, self._version) != (posts, newest):
-                raise ServerDown(f"{link.url} has weights that others have followed meanwhile")
+                await link.send(post, self._options.timeout_seconds)
         elif newest is not None:
-            version = dialect.version(await link.send(dialect.weights(), HEALTH_SECONDS))
-            if version != newest:
-                raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
+            await self._has(link, newest)
+            if self._syncs:
+                await link.send(dialect.resume(), HEALTH_SECONDS)
+        if self._syncing or (self._weights, self._version) != (posts, newest):
+            raise ServerDown(f"{link.url} has weights that others follow meanwhile")
 
     async def _take_out(self, link: Link, fault: Exception) -> None:
         if not link.take_out(str(fault)):
@@ -251,7 +275,7 @@ class Fleet:
 
     def _patience(self) -> float | None:
         """Seconds that one may still wait for a server; without end while there is one."""
-        return None if self.up else self._dark_since + self._limits.outage - time.monotonic()
+        return None if self.up else self._dark_since + self._options.outage_seconds - time.monotonic()
 
     async def _all_up(self, seconds: float) -> dict[str, str]:
         deadline = time.monotonic() + seconds

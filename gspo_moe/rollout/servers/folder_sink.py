@@ -50,6 +50,7 @@ class FolderSink:
         nbytes = write_folder(model, folder, self._file_bytes)
 
         def push() -> None:
+            self._servers.begin_sync()
             self._servers.everywhere(self._dialect.pause())
             load_everywhere(self._servers, self._dialect, str(folder), version)
             self._servers.everywhere(self._dialect.resume())

@@ -1,7 +1,8 @@
 """New weights for vLLM servers on the trainer's own GPUs, each bucket in a buffer that they open by CUDA IPC.
 
 After vLLM 0.32's documented `ipc` weight transfer (`--weight-transfer-config '{"backend": "ipc"}'`, and
-VLLM_ALLOW_INSECURE_SERIALIZATION=1 in the servers' environment), packed. On GPUs this has not been run.
+VLLM_ALLOW_INSECURE_SERIALIZATION=1 in the servers' environment), packed. The buffer is exported once and kept: torch
+takes an exported one back only where it was opened as often as it was exported, and a GPU may have no server.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class IpcSink:
     ) -> None:
         self._servers, self._dialect, self._probe = servers, dialect, probe
         self._bucket_bytes, self._export = bucket_bytes, export
-        self._joined = False
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._handles: dict[str, Any] = {}
 
     @torch.no_grad()
     def publish(self, model: Model, version: int) -> dict[str, float]:
@@ -69,31 +71,36 @@ class IpcSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
     def _begin(self) -> None:
-        if not self._joined:
-            self._servers.everywhere(Post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
-            self._joined = True
+        self._servers.begin_sync()
+        self._servers.everywhere(Post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
         self._servers.everywhere(self._dialect.pause())
         self._servers.everywhere(Post("/start_weight_update", {}))
 
     def _send(self, placement: Placement) -> int:
         """The bytes sent. Collective."""
-        largest = max([self._bucket_bytes, *(joined.nbytes for joined in placement.joined)])
-        buffer = torch.empty(largest, dtype=torch.uint8, device=placement.device)
-        handles: dict[str, Any] = {}
-        for exported in gather_objects(self._export(buffer)):
-            handles |= exported
-        for run in in_runs(placement.joined, self._bucket_bytes):
+        runs = in_runs(placement.joined, self._bucket_bytes)
+        self._make_room(max(sum(joined.nbytes for joined in run) for run in runs), placement.device)
+        for run in runs:
             heads = _heads(run)
-            size = sum(head.nbytes for head in heads)
+            bucket = self._buffer[: sum(head.nbytes for head in heads)]
             tensors = [tensor for joined in run for _, tensor in placement.fetch(joined, MAIN)]
             if tensors:
-                buffer[:size].copy_(flat(tensors))
-            dist.broadcast(buffer[:size], src=MAIN)
-            if buffer.is_cuda:
+                bucket.copy_(flat(tensors))
+            dist.broadcast(bucket, src=MAIN)
+            if bucket.is_cuda:
                 torch.cuda.synchronize()
             dist.barrier()  # servers read any rank's buffer
-            on_main(partial(self._servers.everywhere, _update(heads, handles)))
+            on_main(partial(self._servers.everywhere, _update(heads, self._handles)))
         return sum(joined.nbytes for joined in placement.joined)
+
+    def _make_room(self, size: int, device: torch.device) -> None:
+        """A buffer of at least so many bytes, and everyone's handles of it. Collective."""
+        if self._buffer.numel() >= size:
+            return
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self._handles = {}
+        for exported in gather_objects(self._export(self._buffer)):
+            self._handles |= exported
 
 
 def _heads(run: Sequence[Joined]) -> list[TensorHead]:

@@ -16,14 +16,15 @@ SHOWN = 500  # characters of what a server said
 
 
 class Link:
-    """up: Asks go there. under_way: how many. why: of its last fault. gone: set when it goes down.
+    """up: it is told of what all are told. current: Asks go there, too. waits: it is healthy and has older weights.
 
-    loading: held while it is told of weights.
+    under_way: how many Asks. why: of its last fault. gone: set when it goes down. loading: held while it is told.
     """
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self.url = url
-        self.up = True
+        self.up = self.current = True
+        self.waits = False
         self.under_way = 0
         self.why = ""
         self.gone = asyncio.Event()
@@ -32,12 +33,12 @@ class Link:
 
     def take_out(self, why: str) -> bool:
         """Whether it was up."""
-        was, self.up, self.why = self.up, False, why
+        was, self.up, self.current, self.why = self.up, False, False, why
         self.gone.set()
         return was
 
-    def let_in(self) -> None:
-        self.up, self.gone = True, asyncio.Event()
+    def let_in(self, current: bool = True) -> None:
+        self.up, self.current, self.waits, self.gone = True, current, False, asyncio.Event()
 
     async def send(self, post: Post, seconds: float) -> Any:
         """The JSON, or text, of the answer.

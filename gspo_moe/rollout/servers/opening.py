@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.rollout.servers.checking import Sizes
-from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.records import Dialect, Served
 from gspo_moe.rollout.servers.sglang import SGLang
 from gspo_moe.rollout.servers.startup import Expected, check_servers
@@ -42,7 +41,8 @@ def open_servers(config: Config, architecture: Architecture, tokenizer: Tokenize
     servers, dialect = config.rollout.servers, make_dialect(config, architecture, tokenizer)
     fleet = None
     if groups.model.rank() == 0:
-        fleet = Fleet(servers.urls, dialect, limits_of(servers, groups.data_context.size()))
+        share = max(1, servers.concurrency // groups.data_context.size())
+        fleet = Fleet(servers.model_copy(update={"concurrency": share}), dialect)
 
     def checked() -> list[Served]:
         assert fleet is not None
@@ -70,15 +70,3 @@ def make_dialect(config: Config, architecture: Architecture, tokenizer: Tokenize
     )
     seeded = config.rollout.servers.seeded
     return Vllm(sizes, seeded) if config.rollout.engine == "vllm" else SGLang(sizes, seeded)
-
-
-def limits_of(servers: ServersConfig, processes: int) -> Limits:
-    """processes: that ask, each of which has its part of `concurrency`."""
-    return Limits(
-        answer=servers.timeout_seconds,
-        load=servers.timeout_seconds,
-        health=servers.health_seconds,
-        outage=servers.outage_seconds,
-        retries=servers.retries,
-        concurrency=max(1, servers.concurrency // processes),
-    )

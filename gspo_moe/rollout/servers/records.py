@@ -66,11 +66,13 @@ class Post:
 
     version: of the policy whose weights a server has once it has done this; a server that was away is told all such
     posts of the newest version again before it gets another Ask.
+    seconds: for the answer, where that is not to take as long as a whole checkpoint may.
     """
 
     path: str
     body: dict[str, Any] | None = None
     version: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,18 @@ class Dialect(Protocol):
 class Servers(Protocol):
     """All rollout servers of a run, as one process reaches them."""
 
+    @property
+    def up(self) -> int:
+        """How many servers `everywhere` reaches; one that breaks off is not among them at once."""
+        ...
+
+    def begin_sync(self) -> int:
+        """From now on until `expect` no server comes back, and `everywhere` reaches those that wait for weights, too.
+
+        How many these are.
+        """
+        ...
+
     def submit(self, ask: Ask) -> Future[Answer]:
         """Sends to the least loaded server that is healthy, again elsewhere where one fails.
 
@@ -166,7 +180,7 @@ class Servers(Protocol):
         ...
 
     def expect(self, version: int) -> None:
-        """From now on a server with older weights gets no Ask, and no answer of older weights to a new Ask counts."""
+        """Of the weights that all servers have that are up; others are out. No older answer to a new Ask counts."""
         ...
 
     def close(self) -> None: ...

@@ -30,6 +30,11 @@ class Meeting:
         """Of the group; another one after it broke, as torch takes no name twice."""
         return f"gspo_moe_weights_{self.port}"
 
+    @property
+    def patience(self) -> float:
+        """Seconds for an answer: workers leave a broken group by their own limit before."""
+        return 2 * self.timeout_seconds
+
 
 class Transfer(Protocol):
     """Of one kind of server."""
@@ -52,6 +57,10 @@ class Transfer(Protocol):
 
     def finish(self, version: int) -> tuple[Post, ...]: ...
 
+    def abandon(self) -> tuple[Post, ...]:
+        """Ends an update that broke off, so that another can begin."""
+        ...
+
 
 class VllmTransfer:
     def workers(self) -> Post:
@@ -70,16 +79,20 @@ class VllmTransfer:
             "backend": meeting.backend,
             "timeout_seconds": meeting.timeout_seconds,
         }
-        return Post("/init_weight_transfer_engine", {"init_info": info})
+        return Post("/init_weight_transfer_engine", {"init_info": info}, seconds=meeting.patience)
 
     def begin(self) -> tuple[Post, ...]:
         return (Post("/start_weight_update", {}),)
 
     def receive(self, meeting: Meeting, heads: Sequence[TensorHead], version: int) -> Post:
-        return Post("/update_weights", {"update_info": _listed(heads)})
+        return Post("/update_weights", {"update_info": _listed(heads)}, seconds=meeting.patience)
 
     def finish(self, version: int) -> tuple[Post, ...]:
         return (Post("/finish_weight_update", {"weight_version": str(version)}),)
+
+    def abandon(self) -> tuple[Post, ...]:
+        """By our worker extension's method: vLLM calls an update over only where each of its parts came."""
+        return (Post("/collective_rpc", {"method": "abandon_update"}),)
 
 
 class SglangTransfer:
@@ -100,6 +113,7 @@ class SglangTransfer:
                 "group_name": meeting.name,
                 "backend": meeting.backend,
             },
+            seconds=meeting.patience,
         )
 
     def begin(self) -> tuple[Post, ...]:
@@ -107,10 +121,14 @@ class SglangTransfer:
 
     def receive(self, meeting: Meeting, heads: Sequence[TensorHead], version: int) -> Post:
         wanted = {"group_name": meeting.name, "load_format": "flattened_bucket", "flush_cache": False}
-        return Post("/update_weights_from_distributed", {**_listed(heads), **wanted, "weight_version": str(version)})
+        body = {**_listed(heads), **wanted, "weight_version": str(version)}
+        return Post("/update_weights_from_distributed", body, seconds=meeting.patience)
 
     def finish(self, version: int) -> tuple[Post, ...]:
         return (Post("/flush_cache", {}),)
+
+    def abandon(self) -> tuple[Post, ...]:
+        return ()
 
 
 def _listed(heads: Sequence[TensorHead]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from gspo_moe.rollout.servers.buckets import TensorHead, empty_bucket, views
-from gspo_moe.rollout.servers.transfer_group import ROOT, join_transfer_group, start_broadcast
+from gspo_moe.rollout.servers.transfer_group import ROOT, await_broadcast, join_transfer_group, start_broadcast
 
 BACKEND = "gspo_moe"  # what `--weight-transfer-config '{"backend": "gspo_moe"}'` names
 
@@ -59,6 +59,12 @@ class Extension:
         if missing:
             raise RuntimeError(f"{folder} does not hold {', '.join(missing[:10])}")
         return counted
+
+    def abandon_update(self) -> None:
+        """Ends an update of which not all came, so that another can begin; until then the weights are no policy's."""
+        with set_current_vllm_config(self.vllm_config):
+            finish_update(self.model_runner.get_model(), self.vllm_config.model_config)
+        self._weight_update_active = False  # vLLM's
 
 
 def begin_update(model: torch.nn.Module) -> None:
@@ -124,11 +130,13 @@ class BroadcastEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
     init_info_cls = JoinInfo
     update_info_cls = BucketInfo
     _group: torch.distributed.ProcessGroup | None = None
+    _timeout = 0.0
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         parallel = self.parallel_config
         own = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.shutdown()
+        self._timeout = init_info.timeout_seconds
         self._group = join_transfer_group(
             init_info.address,
             init_info.port,
@@ -153,7 +161,7 @@ class BroadcastEngine(WeightTransferEngine[JoinInfo, BucketInfo]):
         parts = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
         heads = [TensorHead(name, dtype, tuple(shape)) for name, dtype, shape in parts]
         bucket = empty_bucket(heads, self.device)
-        start_broadcast(bucket, self._group, ROOT).wait()
+        await_broadcast(start_broadcast(bucket, self._group, ROOT), self._group, self._timeout)
         self.model.load_weights(zip(update_info.names, views(bucket, heads), strict=True))
 
     def finish_weight_update(self) -> None:

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
+from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.servers.checking import Sizes
-from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.records import Answer, Ask, Dialect, Served
 from gspo_moe.rollout.servers.startup import differences
 from gspo_moe.rollout.servers.vllm import Vllm
@@ -61,14 +62,15 @@ def side(contract: Contract) -> Iterator[Side]:
     from transformers import AutoModelForCausalLM
 
     unknown = Vllm(Sizes(1, 1, 1, 1))
-    first = Fleet([contract.url], unknown, Limits(health=1.0))
+    first = Fleet(ServersConfig(urls=(contract.url,), health_seconds=1.0), unknown)
     assert first.wait_until_up(60) == {}
     served = unknown.served([first.everywhere(question)[0] for question in unknown.questions(1.0)], 1.0, False)
     first.close()
     sizes = architecture_from_hf(served.name)
     dialect = Vllm(Sizes(sizes.vocab_size, sizes.num_hidden_layers, sizes.num_experts, sizes.num_experts_per_tok))
     model = AutoModelForCausalLM.from_pretrained(served.name, dtype=torch.float32).eval()
-    fleet = Fleet([contract.url], dialect, Limits(answer=60.0, health=1.0, retries=1))
+    options = ServersConfig(urls=(contract.url,), timeout_seconds=60.0, health_seconds=1.0, retries=1)
+    fleet = Fleet(options, dialect)
     found = Side(fleet, dialect, served, sizes, model)
     found.load(Path(served.name), 1)
     yield found

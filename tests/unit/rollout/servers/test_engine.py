@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,23 +18,24 @@ from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.stop import StopSignals
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.servers.engine import ServerEngine
-from gspo_moe.rollout.servers.records import Answer, Ask, Post
+from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.types import Rollout
 from tests.launch import launch
 from tests.qwen3 import layout
+from tests.servers import Servers
 
 END, LONGEST = 9, 6
 
 
-class Rule:
+class Rule(Servers):
     """Answers each Ask with its last token plus one, two, ..., at most two of them before it breaks off.
 
     The policy changes with every break. fail: the uid that is refused; hang: that is never answered.
     """
 
     def __init__(self, fail: str = "", hang: str = "") -> None:
+        super().__init__()
         self.asks: list[Ask] = []
-        self.expected: list[int] = []
         self._fail, self._hang = fail, hang
 
     def submit(self, ask: Ask) -> Future[Answer]:
@@ -45,17 +46,6 @@ class Rule:
         elif ask.uid != self._hang:
             threading.Timer(0.01 * (ask.sample_index + 1), lambda: future.set_result(rule(ask))).start()
         return future
-
-    def expect(self, version: int) -> None:
-        self.expected.append(version)
-
-    def everywhere(self, post: Post) -> list[Any]:
-        raise NotImplementedError
-
-    def each(self, posts: Sequence[Post]) -> list[Any]:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
 
 
 def rule(ask: Ask) -> Answer:

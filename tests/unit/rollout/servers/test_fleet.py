@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.servers.counters import Counters, server_metrics
-from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.records import Ask, Post
 from tests.launch import free_port
 from tests.support.stand_in import Running
 from tests.unit.rollout.servers.conftest import TINY
 
-QUICK = Limits(answer=20.0, load=20.0, health=0.1, outage=20.0, retries=4)
+QUICK = ServersConfig(timeout_seconds=20.0, health_seconds=0.1, outage_seconds=20.0, retries=4)
 Make = Callable[..., Fleet]
 
 
@@ -26,8 +27,9 @@ Make = Callable[..., Fleet]
 def fleet() -> Iterator[Make]:
     made = list[Fleet]()
 
-    def make(servers: list[Running], limits: Limits = QUICK, others: tuple[str, ...] = ()) -> Fleet:
-        made.append(Fleet([*(one.url for one in servers), *others], TINY, limits))
+    def make(servers: list[Running], options: ServersConfig = QUICK, others: tuple[str, ...] = ()) -> Fleet:
+        urls = (*(one.url for one in servers), *others)
+        made.append(Fleet(options.model_copy(update={"urls": urls}), TINY))
         return made[-1]
 
     yield make
@@ -71,7 +73,7 @@ def test_servers_share_the_work(stand_ins: list[Running], tiny_models: tuple[Pat
 def test_no_server_gets_more_than_its_concurrency(
     stand_ins: list[Running], tiny_models: tuple[Path, Path], fleet: Make
 ) -> None:
-    few = fleet(stand_ins, Limits(concurrency=3))
+    few = fleet(stand_ins, ServersConfig(concurrency=3))
     publish(few, tiny_models[0], 1)
     for future in [few.submit(ask) for ask in asks(30)]:
         future.result(60)
@@ -100,7 +102,7 @@ def test_a_damaged_answer_is_asked_for_again(
 def test_a_fault_that_stays_ends_with_both_values(
     stand_ins: list[Running], tiny_models: tuple[Path, Path], fleet: Make
 ) -> None:
-    alone = fleet(stand_ins[:1], Limits(health=0.1, retries=2))
+    alone = fleet(stand_ins[:1], ServersConfig(health_seconds=0.1, retries=2))
     publish(alone, tiny_models[0], 1)
     stand_ins[0].order("too_many_log_probs", -1)
     with pytest.raises(
@@ -112,7 +114,7 @@ def test_a_fault_that_stays_ends_with_both_values(
 def test_a_hanging_server_s_requests_go_to_others(
     stand_ins: list[Running], tiny_models: tuple[Path, Path], fleet: Make
 ) -> None:
-    both = fleet(stand_ins, Limits(answer=2.0, health=0.1, retries=4))
+    both = fleet(stand_ins, ServersConfig(timeout_seconds=2.0, health_seconds=0.1, retries=4))
     publish(both, tiny_models[0], 1)
     stand_ins[0].order("hang", 2)
     answers = [future.result(60) for future in [both.submit(ask) for ask in asks(10)]]
@@ -162,7 +164,7 @@ def test_a_server_that_missed_weights_waits_for_the_process_that_has_them(
 
 def test_without_any_server_the_run_ends_and_says_why(stand_ins: list[Running], fleet: Make) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    none = fleet([], Limits(health=0.05, outage=0.5), others=(nowhere,))
+    none = fleet([], ServersConfig(health_seconds=0.05, outage_seconds=0.5), others=(nowhere,))
     assert list(none.wait_until_up(0.2)) == [nowhere]
     with pytest.raises(
         RolloutError, match=rf"no rollout server has been up for 0\.5 s \(GET {nowhere}/health broke off"

@@ -11,7 +11,7 @@ import pytest
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import ConfigError
-from gspo_moe.rollout.servers.fleet import Fleet, Limits
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.records import Post
 from gspo_moe.rollout.servers.startup import SAMPLE, Expected, check_servers
 from tests.launch import free_port
@@ -30,7 +30,7 @@ def check(
     routes: bool = False,
     **sizes: int,
 ) -> list[Any]:
-    fleet = Fleet(urls, TINY, Limits(health=0.1))
+    fleet = Fleet(ServersConfig(urls=tuple(urls), health_seconds=0.1), TINY)
     tokens: Any = tokenizer or Letters()
     expected = Expected(architecture(**sizes), tokens, temperature, routes=routes)
     try:
