@@ -131,7 +131,7 @@ fi
     stage build 150 bash -c 'build "$0"' "$parts/build.txt"
     stage kernels 120 "$python" tools/benchmark_kernels.py $sizes --json "$parts/kernels.json"
     stage slice 130 "$python" tools/benchmark_throughput.py $slice --steps 2 --json "$parts/slice.json" --profile "$OUT/profile.txt"
-    stage tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest tests/gpu $xdist -p no:cacheprovider --junitxml="$parts/tests.xml"
+    stage tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest tests/gpu $xdist -vv -o faulthandler_timeout=60 -p no:cacheprovider --junitxml="$parts/tests.xml"
     stage baseline 110 "$python" tools/benchmark_trl.py $slice --steps 1 --json "$parts/baseline.json"
     shorter="$slice $shorter routing.engine_routes=true --warmup 0 --steps 1"
     stage mismatch 60 "$python" tools/benchmark_throughput.py $shorter --json "$parts/mismatch.json"
