@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script that is run by
 from gspo_moe.kernels import kernels, linear_token_log_probs
 from gspo_moe.kernels.blocks import MAPPED
 from gspo_moe.kernels.products import ROWS
+from gspo_moe.parallel.groups import initialize, shut_down
 from tools.kernel_implementations import linear_implementations, token_implementations
 from tools.kernel_timing import Function, Trial, copy_row, extra_bytes, run, time_on_cpu, time_on_gpu
 
@@ -185,7 +186,6 @@ def memory_budget(options: argparse.Namespace, itemsize: int) -> int:
 def join_group() -> None:
     """A tensor-parallel group of one, which megatron-core's cross entropy asks for."""
     from gspo_moe.config.layout import Layout
-    from gspo_moe.parallel.groups import initialize
 
     initialize(Layout(1, 1, 1, 1, None, 1, 1, 1, False), seed=1)
 
@@ -232,6 +232,7 @@ def main() -> None:
             show(found)
             if options.json is not None:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    shut_down()
 
 
 def show(found: list[dict[str, Any]]) -> None:
