@@ -22,7 +22,8 @@ PRELOADED = ["pytest", "gspo_moe.training.rl", "gspo_moe.training.checkpoint", "
 def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 600.0) -> None:
     """Calls `function(*args)` on each of `world_size` ranks; `function` stands at the top of its module.
 
-    Ranks are forks of a process that has imported much and run nothing; CUDA, once asked for, allows no fork.
+    Ranks are forks of a process that has imported much and run nothing; CUDA, once asked for, allows no fork. So they
+    share a hash seed, unlike a job's: what goes wrong where ranks order a set otherwise, test_layouts shows.
     Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
