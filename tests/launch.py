@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import socket
@@ -14,14 +15,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Seconds of what ranks import. The last is needed where a process joins a second group.
+PRELOADED = ["pytest", "gspo_moe.training.rl", "gspo_moe.training.checkpoint", "torch._dynamo.config"]
 
-def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 300.0) -> None:
+
+def launch(function: Callable[..., None], world_size: int, *args: Any, seconds: float = 600.0) -> None:
     """Calls `function(*args)` on each of `world_size` ranks; `function` stands at the top of its module.
 
+    Ranks are forks of a process that has imported much and run nothing; CUDA, once asked for, allows no fork. So they
+    share a hash seed, unlike a job's: what goes wrong where ranks order a set otherwise, test_layouts shows.
     Raises the first failing rank's error with its stack trace, and TimeoutError after `seconds`.
     """
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    multiprocessing.set_forkserver_preload(PRELOADED)
     context = mp.start_processes(
-        _rank, args=(world_size, free_port(), function, args), nprocs=world_size, join=False, start_method="spawn"
+        _rank,
+        args=(world_size, dict(os.environ), free_port(), function, args),
+        nprocs=world_size,
+        join=False,
+        start_method=method,
     )
     assert context is not None
     deadline = time.monotonic() + seconds
@@ -42,9 +54,7 @@ def renew_port() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)
 
 
 def free_ports(count: int) -> int:
@@ -57,8 +67,16 @@ def free_ports(count: int) -> int:
             return first
 
 
-def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    port: int,
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -44,7 +44,8 @@ class Shape:
     @classmethod
     def parse(cls, text: str) -> Shape:
         parts = text.split(",")
-        return cls(*map(int, parts[:5]), *parts[5:])
+        tokens, hidden, width, experts, topk = map(int, parts[:5])
+        return cls(tokens, hidden, width, experts, topk, *parts[5:])
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Produced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, handle: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer.new_empty(0).set_(buffer)
+        return buffer.new_empty(0).set_(buffer)  # type: ignore[call-overload]
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[None, None]:
@@ -86,7 +86,7 @@ class LinearCase:
         self.hidden = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
         weight = torch.randn(options.vocab, options.hidden, generator=generator) * (4 / options.hidden**0.5)
         self.weight = weight.to(device, dtype).requires_grad_()
-        self.weight.main_grad = torch.zeros(self.weight.shape, device=device)  # type: ignore[attr-defined]
+        self.weight.main_grad = torch.zeros(self.weight.shape, device=device)
         self.targets = torch.randint(options.vocab, (options.tokens,), generator=generator).to(device)
 
     def prepare(self) -> None:
@@ -98,7 +98,7 @@ class LinearCase:
     def backward(self, found: torch.Tensor) -> None:
         found.float().sum().backward()
         if self.weight.grad is not None:
-            self.weight.main_grad.add_(self.weight.grad)  # type: ignore[attr-defined]
+            self.weight.main_grad.add_(self.weight.grad)
 
 
 def check_agreement(case: Any, trial: Trial) -> None:

@@ -162,10 +162,10 @@ def show(name: str, figures: dict[str, Figures], reached: list[Ratio]) -> None:
         table.add_column(title)
     for ratio in reached:
         goal = "" if ratio.target is None else f"{ratio.relation} {ratio.target:g}"
-        cpu = "" if ratio.cpu is None else f"{ratio.cpu:.2f}"
-        wall = f"{ratio.wall:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
+        cpu_ratio = "" if ratio.cpu is None else f"{ratio.cpu:.2f}"
+        wall_ratio = f"{ratio.wall:.2f} ({ratio.least:.2f}-{ratio.most:.2f})"
         answer = {True: "yes", False: "NO", None: ""}[ratio.reached]
-        table.add_row(ratio.name, ratio.peer, wall, cpu, goal, answer)
+        table.add_row(ratio.name, ratio.peer, wall_ratio, cpu_ratio, goal, answer)
     console.print(table)
 
 

@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 TOLERANCE = 1e-5
 STEPS = 3
-TIMEOUT_MINUTES = 1.0
+TIMEOUT_MINUTES = 3.0
 SEQUENCES = 16
 RESULTS = "results.jsonl"
 # The libraries warn of each missing package on every rank.

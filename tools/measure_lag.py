@@ -70,7 +70,8 @@ class EmbeddedServers:
     def _answers(self, asks: list[Any]) -> list[Any]:
         from gspo_moe.rollout.engine import Request
 
-        alike, found = defaultdict(list), {}
+        alike: dict[Any, list[int]] = defaultdict(list)
+        found: dict[int, Any] = {}
         for number, ask in enumerate(asks):
             alike[ask.params, ask.max_tokens].append(number)
         for (params, tokens), numbers in alike.items():
@@ -110,10 +111,17 @@ def train(path: str, overrides: list[str], max_staleness: int, tokens: int) -> t
     rollout = session.config.rollout.model_copy(update={"max_staleness": max_staleness})
     session.plan = replace(session.plan, config=config.model_copy(update={"rollout": rollout}))
     if max_staleness:
-        fleet = EmbeddedServers(session.answerer.engine, tokens, rollout.prompts_per_step)
+        fleet: Any = EmbeddedServers(session.answerer.engine, tokens, rollout.prompts_per_step)
         session.servers = SimpleNamespace(fleet=fleet)  # type: ignore[assignment]
-        parts: Any = (fleet, session.answerer, session.config, session.stop_ids, session.timers, session.stop)
-        vars(session)["ahead"] = ServerSource(*parts, wait=fleet.finish)
+        vars(session)["ahead"] = ServerSource(
+            fleet,
+            session.answerer,
+            session.config,
+            session.stop_ids,
+            session.timers,
+            session.stop,
+            wait=fleet.finish,
+        )
     trainer, steps = open_trainer(session), []
     for number in range(config.schedule.steps):
         with session.timers("step"):
@@ -140,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     steps, accuracy = train(options.config, options.overrides, options.max_staleness, options.tokens)
-    found = {
+    found: dict[str, Any] = {
         "accuracy": accuracy,
         "lag": mean(each.get("lag/mean", 0.0) for each in steps),
         "clipped": mean(each["clip_fraction/sequence"] for each in steps),

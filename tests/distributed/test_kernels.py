@@ -109,4 +109,4 @@ def check_ranks() -> None:
 
 
 def test_four_ranks_are_one() -> None:
-    launch(check_ranks, 4, seconds=300)
+    launch(check_ranks, 4)

@@ -124,4 +124,4 @@ def check_layouts(world_size: int, numerics: str, folder: Path) -> None:
 def test_every_layout_samples_what_one_process_samples(world_size: int, numerics: str, tmp_path: Path) -> None:
     for each in ("trainer", numerics):
         torch.save(generated(each, layout(), {}), tmp_path / f"{each}.pt")
-    launch(check_layouts, world_size, world_size, numerics, tmp_path, seconds=300)
+    launch(check_layouts, world_size, world_size, numerics, tmp_path)

@@ -247,7 +247,7 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     assert 0 < expected["metrics"]["clip_fraction/sequence"] < 1
     assert 0 < expected["metrics"]["rspo router_shift/floored"] < 1
     torch.save(expected, tmp_path / "expected.pt")
-    launch(check_layouts, world_size, world_size, tmp_path, seconds=300)
+    launch(check_layouts, world_size, world_size, tmp_path)
 
 
 class Figures(Statistics):
@@ -311,4 +311,4 @@ def check_uneven_parts(groups: Groups) -> None:
 
 def test_collectives_of_two_processes() -> None:
     prepare_megatron()
-    launch(check_collectives, 2, seconds=300)
+    launch(check_collectives, 2)

@@ -134,4 +134,4 @@ def test_every_layout_finds_what_one_process_finds(world_size: int, tmp_path: Pa
     assert 0 < metrics["value/clip_fraction"] < 1
     assert 0 < metrics["clip_fraction/token"] < 1
     torch.save(expected, tmp_path / "expected.pt")
-    launch(check_layouts, world_size, world_size, tmp_path, seconds=300)
+    launch(check_layouts, world_size, world_size, tmp_path)

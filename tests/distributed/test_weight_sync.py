@@ -105,7 +105,7 @@ def publish(world_size: int, folder: Path) -> None:
     class Waiting(Servers):
         def each(self, posts: Any) -> list[Any]:
             super().each(posts)
-            return [answers.get(timeout=60) for _, _, answers in receivers]
+            return [answers.get(timeout=300) for _, _, answers in receivers]
 
     servers = Waiting(handle, 2)
     for version, parallel in enumerate(LAYOUTS[world_size]):

@@ -18,6 +18,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MARK = "GSPO_MOE_TEST_PROGRAM"
+SECONDS_TO_END = 20.0  # of helpers of multiprocessing, which notice their parent's end a moment later
 TIMING = ("timing/", "memory/", "throughput/tokens_per_second", "rollout/tokens_per_second")
 # Two small layers and words of two or three letters: half of all answers are right after a few seconds of cold start.
 SMALL_MODEL = (
@@ -82,10 +83,10 @@ class Program:
         while processes := self._processes():
             for process in processes:
                 process.kill()
-            psutil.wait_procs(processes, timeout=5)
+            psutil.wait_procs(processes, timeout=SECONDS_TO_END)
         self._process.wait()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300.0) -> None:
         """Raises TimeoutError when the condition does not come true, RuntimeError when the program ends before."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -96,15 +97,14 @@ class Program:
                 raise TimeoutError(f"not so after {seconds} s:\n{self._read(1)}")
             time.sleep(0.02)
 
-    def finish(self, seconds: float = 120.0) -> Outcome:
+    def finish(self, seconds: float = 300.0) -> Outcome:
         """Waits for the end; raises TimeoutError, and kills, after `seconds`."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             raise TimeoutError(f"still running after {seconds} s:\n{self._read(0)}{self._read(1)}") from None
-        # Helpers of multiprocessing notice their parent's end a moment later.
-        _, left = psutil.wait_procs(self._processes(), timeout=5)
+        _, left = psutil.wait_procs(self._processes(), timeout=SECONDS_TO_END)
         commands = tuple(" ".join(process.cmdline()) for process in left)
         self.kill()
         return Outcome(code, self._read(0), self._read(1), commands)

@@ -172,7 +172,7 @@ def test_under_torchrun_the_message_comes_last(here: Path) -> None:
 def test_a_failing_rank_ends_the_job_with_its_error_last(here: Path) -> None:
     (here / "failing.py").write_text(FAILING_RANK)
     command = torchrun(2, "failing.py", "train", "config.yaml", *SMALL_MODEL, *SMALL_RL, "parallel.expert=2")
-    outcome = Program(command, here).finish(seconds=60)
+    outcome = Program(command, here).finish()
     assert outcome.code != 0
     assert outcome.left_behind == ()
     assert "step 1/8" in outcome.stderr

@@ -150,14 +150,16 @@ def test_a_stage_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_report_says_where_and_what_ran(tmp_path: Path) -> None:
-    program, found = check(tmp_path, STAGES="env")
+    program, found = check(tmp_path, STAGES="env kernels")
     outcome = program.finish()
     assert outcome.code == 0, outcome.stdout + outcome.stderr
     report = json.loads((found / "report.json").read_text())
-    assert [(stage["stage"], stage["exit"]) for stage in report["stages"]] == [("env", 0)]
+    ran = [(stage["stage"], stage["exit"]) for stage in report["stages"]]
+    assert ran == [("env", 0), ("kernels", 0)], outcome.stdout
+    assert {row["op"] for row in report["kernels"]} == {"token_log_probs", "linear_token_log_probs"}
     assert report["env"]["python"].endswith(sys.executable)
     assert report["env"]["card"] is None
-    assert "STAGES=env" in report["env"]["command"]
+    assert "STAGES=env kernels" in report["env"]["command"]
     assert {goal["reached"] for goal in report["goals"]} == {None}
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode == 0:

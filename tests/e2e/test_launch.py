@@ -94,7 +94,7 @@ def training(folder: Path) -> list[str]:
 
 def finish(programs: Sequence[Program]) -> None:
     for program in programs:
-        outcome = program.finish(seconds=300)
+        outcome = program.finish()
         assert outcome.code == 0, outcome.stdout + outcome.stderr
         assert outcome.left_behind == ()
 

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from gspo_moe.cli import USER_ERROR
+from gspo_moe.cli import USER_ERROR, main
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.outputs import LOCK_FILE, hold
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
@@ -32,6 +32,12 @@ def run(request: pytest.FixtureRequest) -> FinishedRun:
     found = request.getfixturevalue(request.param)
     assert isinstance(found, FinishedRun)
     return found
+
+
+@pytest.fixture
+def copy(one_process: FinishedRun, tmp_path: Path) -> Path:
+    """Of the working folder of the run of one process, to be written in."""
+    return shutil.copytree(one_process.path.parent, tmp_path / "copy")
 
 
 def test_the_run_folder_holds_the_resolved_config(run: FinishedRun) -> None:
@@ -188,25 +194,31 @@ def test_eval_of_the_export_gives_the_last_held_out_accuracy(one_process: Finish
     assert (folder / "answers.jsonl").read_bytes() == written
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(one_process: FinishedRun) -> None:
-    before = (one_process.path / "metrics.jsonl").read_bytes()
-    outcome = succeed(one_process.command, one_process.path.parent)
+def test_a_finished_run_says_so_and_stays_as_it_is(copy: Path, one_process: FinishedRun) -> None:
+    before = (copy / "run" / "metrics.jsonl").read_bytes()
+    outcome = succeed(one_process.command, copy)
     first, *table = outcome.stdout.splitlines()
     assert "run has finished its 8 steps before" in first
     assert "logging.run_dir" in first
     assert table == one_process.outcome.stdout.splitlines()
-    assert (one_process.path / "metrics.jsonl").read_bytes() == before
+    assert (copy / "run" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("other", ["seed=7", f"stage=sft {NO_ROUTING}", "task.options.min_length=5", "model.hf=other"])
-def test_a_run_folder_of_another_run_is_refused(other: str, one_process: FinishedRun) -> None:
-    shutil.copytree(one_process.path / "hf", one_process.path.parent / "other", dirs_exist_ok=True)
-    before = (one_process.path / "metrics.jsonl").read_bytes()
-    outcome = Program([*one_process.command, *other.split()], one_process.path.parent).finish()
-    assert outcome.code == USER_ERROR
+def test_a_run_folder_of_another_run_is_refused(
+    other: str,
+    copy: Path,
+    one_process: FinishedRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (copy / "other").symlink_to(copy / "run" / "hf")
+    before = (copy / "run" / "metrics.jsonl").read_bytes()
+    monkeypatch.chdir(copy)
+    assert main([*map(str, one_process.command[1:]), *other.split()]) == USER_ERROR
     key, *_ = other.split("=")
-    assert f"logging.run_dir=run holds another run ({key} was" in outcome.stderr
-    assert (one_process.path / "metrics.jsonl").read_bytes() == before
+    assert f"logging.run_dir=run holds another run ({key} was" in capsys.readouterr().err
+    assert (copy / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(one_process: FinishedRun, tmp_path: Path) -> None:
