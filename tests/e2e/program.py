@@ -77,9 +77,13 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def kill(self) -> None:
         """SIGKILL to the program and all that it started, wherever they are by now."""
-        while processes := self._processes():
+        while processes := self.processes():
             for process in processes:
                 process.kill()
             psutil.wait_procs(processes, timeout=5)
@@ -104,12 +108,12 @@ class Program:
             self.kill()
             raise TimeoutError(f"still running after {seconds} s:\n{self._read(0)}{self._read(1)}") from None
         # Helpers of multiprocessing notice their parent's end a moment later.
-        _, left = psutil.wait_procs(self._processes(), timeout=5)
+        _, left = psutil.wait_procs(self.processes(), timeout=5)
         commands = tuple(" ".join(process.cmdline()) for process in left)
         self.kill()
         return Outcome(code, self._read(0), self._read(1), commands)
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         return [
             process
             for process in psutil.process_iter(["environ", "status"])
