@@ -61,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
         run(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if [-number for number in received] == [failure.exitcode]:
-            print(
-                f"torchrun.sh: {signal.Signals(received[0]).name} came before there was a run to save", file=sys.stderr
-            )
-            return 0
+        if -failure.exitcode in received:
+            name, early = signal.Signals(-failure.exitcode).name, len(received) == 1
+            what = "came before there was a run to save" if early else "came twice, and ended the ranks at once"
+            print(f"torchrun.sh: {name} {what}", file=sys.stderr)
+            return 0 if early else 128 - failure.exitcode
         said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
         if not said.startswith(EXPLAINED):
             print(error, file=sys.stderr)
@@ -120,7 +120,7 @@ def _tell_of_absent_hosts(nodes: str, endpoint: str) -> None:
             # torch shows its state to nobody; a version that keeps it elsewhere leaves the names out.
             state = getattr(getattr(handlers[-1] if handlers else None, "_state_holder", None), "state", None)
             here = sorted(one.addr for one in getattr(state, "participants", ()))
-            there = f"{len(here)} are there ({', '.join(here)})" if here else "no other was seen yet"
+            there = f"{len(here)} there ({', '.join(here)})" if here else "no other was seen yet"
             print(
                 f"torchrun.sh: after {time.monotonic() - begun:.0f} s still waiting for {nodes} hosts to meet at "
                 f"{endpoint}: {there}; start the same command on those that are absent",

@@ -7,6 +7,7 @@ is stopped or lost; of those that speak, the ones behind in phases, or outside o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -81,7 +82,7 @@ class Heartbeat:
         self._waits, self._beat = False, 0
         self._where: tuple[str, ...] = ()
         self._waited = False  # in a collective that timed out: this rank's place is there, whatever it does now
-        self._seen: dict[int, tuple[Note | None, float]] = {}
+        self._seen: dict[int, tuple[Note, float]] = {}
         self._busy: defaultdict[str, float] = defaultdict(float)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._go_on, daemon=True)
@@ -105,17 +106,20 @@ class Heartbeat:
     def missing(self) -> str:
         """Which ranks a collective that timed out was waiting for, and where they are; takes some seconds."""
         self._waited = True
-        before = {rank: self._read(rank) for rank in self._others}
+        before = self._read_others()
         time.sleep(BEATS_TO_SEE * self._beat_seconds)
-        notes = {rank: self._read(rank) for rank in self._others}
-        silent = [rank for rank in notes if notes[rank] == before[rank] and not _has_ended(notes[rank])]
+        notes = before | self._read_others()
+        silent = [rank for rank, note in notes.items() if note == before.get(rank) and not note.ended]
         return describe(notes, silent, (self._step(), self._timers.entered))
 
     def _go_on(self) -> None:
         next_beat = last = time.monotonic()
         while not self._closed.wait(TICK_SECONDS):
             now = time.monotonic()
-            if not self._waited:
+            if now - last > self._limit / 2:  # this process was stopped itself, maybe with all others
+                self._since = now
+                self._seen.clear()
+            elif not self._waited:
                 self._sample(now, now - last)
             last = now
             if now >= next_beat:
@@ -153,12 +157,14 @@ class Heartbeat:
         except OSError:  # a full disk, or a folder that went away: the main thread meets it too, and can say it
             return
 
-    def _read(self, rank: int) -> Note | None:
-        try:
-            found = json.loads(self._file(rank).read_text(encoding="utf-8"))
-            return Note(**{**found, "where": tuple(found["where"])})
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or it is being written
-            return None
+    def _read_others(self) -> dict[int, Note]:
+        notes = {}
+        for rank in self._others:
+            # There is none yet, or none on this host, or it is being written.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads(self._file(rank).read_text(encoding="utf-8"))
+                notes[rank] = Note(**{**found, "where": tuple(found["where"])})
+        return notes
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank_{rank}.json"
@@ -168,40 +174,32 @@ class Heartbeat:
         if now - self._since < 2 * self._beat_seconds:
             self._seen.clear()
             return
-        for rank in self._others:
-            note = self._read(rank)
-            known = self._seen.get(rank)
-            if known is None or (note is not None and note != known[0]):
+        for rank, note in self._read_others().items():
+            if rank not in self._seen or note != self._seen[rank][0]:
                 self._seen[rank] = (note, now)
-        notes = {rank: note for rank, (note, _) in self._seen.items()}
-        late = [rank for rank, (_, since) in self._seen.items() if now - since >= self._limit]
-        late = [rank for rank in late if not _has_ended(notes[rank])]
+        late = [rank for rank, (note, since) in self._seen.items() if now - since >= self._limit and not note.ended]
         if late and now - self._since >= self._limit:
+            notes = {rank: note for rank, (note, _) in self._seen.items()}
             error = RankError(describe(notes, late, (self._step(), self._timers.entered)))
             complain(error)
             os._exit(error.exit_code)
 
 
-def describe(notes: Mapping[int, Note | None], silent: Iterable[int], here: tuple[int, int]) -> str:
+def describe(notes: Mapping[int, Note], silent: Iterable[int], here: tuple[int, int]) -> str:
     """In words, which of the other ranks are waited for.
 
     silent: those from which nothing is heard any more. here: step and `entered` of this rank.
     """
     fix = "The run ends; the same command goes on from its newest checkpoint"
-    gone = [f"rank {rank}: {notes[rank] or 'no note of it was found'}" for rank in silent]
+    gone = [f"rank {rank}: {notes[rank]}" for rank in silent]
     if gone:
         return f"nothing is heard any more of ranks that the others wait for (stopped, or lost): {_list(gone)}. {fix}"
-    spoken = {rank: note for rank, note in notes.items() if note is not None}
-    furthest = max([here, *((note.step, note.entered) for note in spoken.values())])
-    behind = [rank for rank, note in spoken.items() if (note.step, note.entered) < furthest]
-    busy = behind or [rank for rank, note in spoken.items() if not note.waits]
+    furthest = max([here, *((note.step, note.entered) for note in notes.values())])
+    behind = [rank for rank, note in notes.items() if (note.step, note.entered) < furthest]
+    busy = behind or [rank for rank, note in notes.items() if not note.waits]
     who = "for which the others wait" if busy else "in which all ranks wait"
-    told = _list([f"rank {rank}: {spoken[rank]}" for rank in busy or spoken])
+    told = _list([f"rank {rank}: {notes[rank]}" for rank in busy or notes])
     return f"a collective did not finish, {who}: {told}. {fix}"
-
-
-def _has_ended(note: Note | None) -> bool:
-    return note is not None and note.ended
 
 
 def _list(parts: list[str]) -> str:

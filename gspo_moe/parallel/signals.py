@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gspo_moe.errors import Interrupted
+from gspo_moe.last_words import LAUNCHER_ERROR_FILE, is_about_another_rank
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -59,6 +60,9 @@ class StopSignals:
         self._entered = False
         for each, before in self._before.items():
             signal.signal(each, before)
+        # The launcher ends this rank, as a peer has died, and knows why; what this one would say is only that it has.
+        if self._received and LAUNCHER_ERROR_FILE in os.environ and error is not None and is_about_another_rank(error):
+            signal.raise_signal(self._received)
 
     def end_after(self, minutes: float | None) -> None:
         """Lets `check` end the work once this was made so many minutes ago; None never."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from gspo_moe.errors import RankError
+from gspo_moe.errors import GspoMoeError, RankError
 from gspo_moe.observability.slow_ranks import SlowRanks
 from gspo_moe.parallel.heartbeat import Heartbeat
 from gspo_moe.parallel.reduce import gather_objects
@@ -43,8 +43,13 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # What gloo and NCCL say; torch has no class of error for it.
-            if isinstance(error, RuntimeError) and "timed out" in str(error).lower() and self._groups.world_size > 1:
+            if self._groups.world_size > 1 and _timed_out(error):
                 raise RankError(self._heartbeat.missing()) from error
         finally:
             self._heartbeat.close()
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """Of a collective; torch has no class of error for it."""
+    foreign = isinstance(error, RuntimeError) and not isinstance(error, GspoMoeError)
+    return foreign and "timed out" in str(error).lower()

@@ -17,7 +17,7 @@ from tests.e2e.program import ROOT, SMALL_RL, TIMING, Program, json_lines, metri
 
 LAUNCHER: tuple[str | Path, ...] = ("bash", ROOT / "launch" / "torchrun.sh", "--nproc-per-node", "2")
 # What of a run's folder may change after its processes have gone: nothing.
-GONE_SECONDS = 5.0
+GONE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,15 @@ class Job:
     run: Path
     quickstart: FinishedRun
 
-    def command(self, *overrides: str, options: Sequence[str] = ()) -> list[str | Path]:
+    def command(self, *overrides: str, options: Sequence[str] = (), script: Sequence[str] = ()) -> list[str | Path]:
+        return [*LAUNCHER, *options, "--", *script, *self.arguments(*overrides)]
+
+    def arguments(self, *overrides: str) -> list[str | Path]:
+        """What stands behind the launcher's `--`."""
         model = f"model.hf={self.quickstart.path / 'cold_start' / 'hf'}"
         config = ROOT / "examples" / "quickstart.yaml"
         given = [*SMALL_RL, "checkpoint.interval=1", "logging.progress=false", *overrides]
-        return [*LAUNCHER, *options, "--", "train", config, model, f"logging.run_dir={self.run}", *given]
+        return ["train", config, model, f"logging.run_dir={self.run}", *given]
 
     def has_step(self, step: int) -> bool:
         metrics = self.run / "metrics.jsonl"
@@ -72,7 +76,8 @@ def nothing_goes_on(program: Program, run: Path) -> None:
     deadline = time.monotonic() + GONE_SECONDS
     while (left := program.processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [one.cmdline() for one in left if one.is_running()] == []
+    if left:
+        raise AssertionError(f"alive after {GONE_SECONDS} s: {left}\n{program.stderr}")
     before = _files(run)
     time.sleep(0.5)
     assert _files(run) == before

@@ -81,6 +81,10 @@ class Program:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    @property
+    def stderr(self) -> str:
+        return self._read(1)
+
     def kill(self) -> None:
         """SIGKILL to the program and all that it started, wherever they are by now."""
         while processes := self.processes():

@@ -60,12 +60,26 @@ def test_kills_at_random_moments(seed: int, quickstart: FinishedRun, tmp_path: P
             job.check()
             forget(job)
             continue
+        print(f"seed {seed}: {kind}, {moment}")
         nothing_goes_on(program, job.run)
         program.kill()
         done[f"{kind}, {moment}"] += 1
     succeed(job.command(), tmp_path)
     job.check()
     print(f"seed {seed}: {dict(sorted(done.items()))}")
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_the_ranks_anew(quickstart: FinishedRun, tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", quickstart)
+    program = Program(job.command(options=("--max-restarts", "2")), tmp_path)
+    for step in (2, 4):
+        program.wait_for(lambda step=step: job.has_step(step))  # type: ignore[misc]
+        kill(ranks(program)[1].pid)
+    outcome = program.finish()
+    assert (outcome.code, outcome.left_behind) == (0, ())
+    assert outcome.stderr.count("continuing from step ") == 2
+    job.check()
 
 
 def forget(job: Job) -> None:
