@@ -22,7 +22,9 @@ from gspo_moe.last_words import (
     under_launcher,
     wait_for_another_ranks_cause,
 )
+from gspo_moe.orphans import end_with_launcher
 from gspo_moe.packages import as_user_error, require
+from gspo_moe.parallel.signals import StopSignals
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
@@ -44,6 +46,7 @@ LIBRARY_NOISE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: the error's own, with one message and no stack trace, for ours."""
+    end_with_launcher()
     options = _options(arguments)
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
@@ -164,11 +167,17 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
     require("matplotlib")  # of the picture at the end
     if options.check or options.world_size is not None:
-        _check(config, options)
+        _check(load_config(options.config, options.overrides), options)
         return
+    with StopSignals() as stop:  # from the first moment, so that a signal ends all ranks of a run alike
+        _train_until(stop, options)
+
+
+def _train_until(stop: StopSignals, options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    stop.end_after(config.schedule.exit_after)
     with garbage.imports():
         from gspo_moe.parallel.groups import shut_down
         from gspo_moe.training.loop import train
@@ -176,7 +185,7 @@ def _train(options: argparse.Namespace) -> None:
 
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
     try:
-        trained = train(preflight(config))
+        trained = train(preflight(config), stop)
     except RunError:
         shut_down()
         raise

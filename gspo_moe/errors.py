@@ -44,11 +44,15 @@ class TrainingError(RunError):
 
 
 class Interrupted(RunError):
-    """A signal asked the run to end; the exit code is a shell's for that signal, 128 and its number."""
+    """A signal, or the end of its time, asked the run to end, and it did as asked."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+    exit_code = 0
+
+
+class RankError(GspoMoeError, RuntimeError):
+    """A rank that does not come to where the others wait for it."""
+
+    exit_code = 6
 
 
 class OutputError(GspoMoeError, OSError):

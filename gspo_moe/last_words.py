@@ -46,13 +46,14 @@ def of_the_system(error: Exception) -> GspoMoeError | None:
 
 def wait_for_another_ranks_cause(error: Exception) -> None:
     """Under a launcher, where `error` is merely the loss of a peer: leaves the launcher time to end this rank first."""
-    if LAUNCHER_ERROR_FILE in os.environ and _is_about_another_rank(error):
+    if LAUNCHER_ERROR_FILE in os.environ and is_about_another_rank(error):
         time.sleep(PEER_GRACE_SECONDS)
 
 
-def _is_about_another_rank(error: Exception) -> bool:
+def is_about_another_rank(error: BaseException) -> bool:
     """True for what a collective raises, which it mostly does because a peer has ended."""
-    return os.path.join("torch", "distributed") in traceback.extract_tb(error.__traceback__)[-1].filename
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and os.path.join("torch", "distributed") in frames[-1].filename
 
 
 def under_launcher(run: Callable[[argparse.Namespace], GspoMoeError | None]) -> Callable[..., GspoMoeError | None]:

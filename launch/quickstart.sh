@@ -19,6 +19,7 @@ if [ ! -d "$run/cold_start/hf" ]; then
     echo "== cold start: supervised, $run/cold_start"
     # shellcheck disable=SC2086
     launch examples/quickstart_sft.yaml "seed=$seed" "logging.run_dir=$run/cold_start" ${COLD_START:-}
+    [ -d "$run/cold_start/hf" ] || exit 0 # a signal ended it; the same command goes on
 fi
 echo "== GSPO: $run"
 launch examples/quickstart.yaml "seed=$seed" "model.hf=$run/cold_start/hf" "logging.run_dir=$run" "$@"

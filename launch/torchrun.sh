@@ -9,11 +9,12 @@
 #   --local-addr ADDRESS        where the others find this host (the address from which it reaches the endpoint)
 #   --dry-run                   print the command, check what a training is told (gspo-moe train --check), and stop
 #   --help                      print this
+#   any other of torchrun       such as --max-restarts 3, --log-dir DIR --tee 3, --rdzv-id NAME
 # GSPO_MOE_PYTHON=python3 runs on a Python that has all packages, as a container's may: without pip, network, or .venv.
 # The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-known="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run, --help"
+own="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run, --help"
 
 fail() {
     echo "torchrun.sh: $1" >&2
@@ -21,6 +22,7 @@ fail() {
 }
 declare -A option=([nodes]=1 [nproc-per-node]="" [rdzv-endpoint]="" [local-addr]="")
 dry_run=
+handed_on=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         -h | --help)
@@ -31,14 +33,25 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
             dry_run=yes
             shift
             ;;
+        --nodes=* | --nproc-per-node=* | --rdzv-endpoint=* | --local-addr=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            ;;
         --nodes | --nproc-per-node | --rdzv-endpoint | --local-addr)
             if [ $# -lt 2 ] || [ "$2" = -- ]; then
-                fail "$1 stands without its value; options are $known"
+                fail "$1 stands without its value; options are $own"
             fi
             option[${1#--}]=$2
             shift 2
             ;;
-        *) fail "unknown option $1; options are $known, and what to run stands behind --" ;;
+        -*)
+            handed_on+=("$1")
+            shift
+            while [ $# -gt 0 ] && [[ $1 != -* ]]; do # its values
+                handed_on+=("$1")
+                shift
+            done
+            ;;
+        *) fail "unknown option $1; options are $own and torchrun's, and what to run stands behind --" ;;
     esac
 done
 [ $# -ge 2 ] || fail "nothing to run; end with -- train CONFIG.yaml section.key=value ..."
@@ -54,10 +67,7 @@ if [ -n "${PYTHON:-}${GSPO_MOE_PYTHON:-}" ] || [ ! -x "$root/.venv/bin/torchrun"
     { [ "$gpus" -gt 0 ] && [ -n "$cpu_build" ]; }; then
     python=$(bash "$root/launch/install.sh")
 fi
-# Slurm's warning reaches the ranks too, and they have time to finish the step that they are in and to save it.
-environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"
-    "PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}")
+environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
 # Nothing is installed there, so this folder's code is found by its place.
 [ -n "${GSPO_MOE_PYTHON:-}" ] && environment+=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
 processes=gpu
@@ -83,7 +93,7 @@ case $1 in
     *) program=(-m gspo_moe "$@") ;;
 esac
 command=(env "${environment[@]}" "$python" "$root/launch/elastic.py" "${meeting[@]}"
-    --nproc-per-node "${option[nproc-per-node]:-$processes}" "${program[@]}")
+    --nproc-per-node "${option[nproc-per-node]:-$processes}" "${handed_on[@]}" "${program[@]}")
 if [ -n "$dry_run" ]; then
     printf '%q ' "${command[@]}"
     echo

@@ -40,6 +40,7 @@ WORK = (
     "rollout.cuda_graph",
     "rollout.servers",
     "schedule.micro_batch_tokens",
+    "schedule.exit_after",
     "task.reward.workers",
     "task.reward.timeout_seconds",
     "task.reward.allow_all_failed",

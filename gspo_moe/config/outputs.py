@@ -1,25 +1,14 @@
-"""Where results go: found to be writable, and by one process alone, before the work starts. Torch-free."""
+"""Where results go: found to be writable before the work starts. Torch-free."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
-import logging
 import os
-import socket
 import tempfile
-from datetime import datetime
 from pathlib import Path
-from typing import IO
 
-from gspo_moe.errors import ConfigError
-
-LOCK_FILE = "run.lock"
 LONGEST_NAME = 100  # in messages
 ROOM_FOR = "..partial"  # what goes around a name while its file is being written
-_log = logging.getLogger(__name__)
-_held: dict[Path, IO[str]] = {}
 
 
 def output_fault(path: Path, *, folder: bool = False) -> str | None:
@@ -61,38 +50,3 @@ def _fault(path: Path, folder: bool) -> str | None:
             return None
     except OSError as error:
         return f"{path}{below} is not writable ({error.strerror}); name another {'folder' if folder else 'place'}"
-
-
-def hold(folder: Path, key: str) -> None:
-    """Makes `folder` and takes it for this process until it ends, however it ends; a second call changes nothing.
-
-    The kernel drops the lock with the process (or the last child forked from it); the file stays and blocks nobody.
-    key: what to call the folder, such as `logging.run_dir`. Raises ConfigError while another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = (folder / LOCK_FILE).resolve()
-    if path in _held:
-        return
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ConfigError(
-                f"{key}={folder} is in use by {_holder(file)}; wait for its end, end it, or name another folder"
-            ) from None
-        _log.warning("%s=%s: no locks here (%s); see that no second run writes there", key, folder, error.strerror)
-    file.truncate(0)
-    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-    file.flush()
-    _held[path] = file
-
-
-def _holder(file: IO[str]) -> str:
-    file.seek(0)
-    try:
-        found = json.loads(file.read())
-        return f"process {found['pid']} on {found['host']} since {found['since']}"
-    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not yet written
-        return "another process"

@@ -53,9 +53,13 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """`steps` RL steps (or supervised batches); a micro-batch packs up to `micro_batch_tokens` tokens."""
+    """`steps` RL steps (or supervised batches); a micro-batch packs up to `micro_batch_tokens` tokens.
+
+    exit_after: minutes after its start at which a run saves its last whole step and ends, as at a signal; None: never.
+    """
 
     steps: PositiveInt = 100
+    exit_after: PositiveFloat | None = None
     micro_batch_tokens: PositiveInt = 4096
     sft_batch: PositiveInt = 64
 

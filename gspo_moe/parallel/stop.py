@@ -1,30 +1,17 @@
-"""Ends a run at the same place on every rank: what one rank found, or a signal that one of them got.
+"""Ends a run at the same place on every rank: what one rank found ends all of them.
 
 Invariant: ranks that wait for each other in collectives must leave them together, so an error of one rank alone is kept
-until the next place where all of them ask.
+until the next place where all of them ask. `signals.py` does so with signals.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-from multiprocessing import resource_tracker
-from types import FrameType, TracebackType
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
-from gspo_moe.errors import GspoMoeError, Interrupted
-from gspo_moe.parallel.reduce import gather_objects, most
+from gspo_moe.errors import GspoMoeError
+from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import device
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Slurm signals every process of a job, and torchrun hands its own on: a rank gets one signal twice.
-ONE_SIGNAL_SECONDS = 5.0
-STDERR = 2
 
 
 def raise_everywhere(error: GspoMoeError | None) -> None:
@@ -41,63 +28,3 @@ def largest(value: int) -> int:
     largest = torch.tensor(value, device=device().torch_device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
-
-
-def start_resource_tracker() -> None:
-    """multiprocessing's process that outlives no trainer; it lets signals to its group pass, but SIGUSR1 only so."""
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    resource_tracker.ensure_running()
-    signal.signal(signal.SIGUSR1, before)
-
-
-class StopSignals:
-    """While entered, keeps SIGTERM, SIGINT and SIGUSR1 until `check`; a second one ends the process at once.
-
-    What follows within `ONE_SIGNAL_SECONDS` is the same signal by another way. SIGUSR1 is Slurm's usual warning.
-    Signals reach the main thread alone: entered in another, it keeps none.
-    """
-
-    def __init__(self) -> None:
-        self._received, self._since = 0, 0.0
-        self._entered = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._received, self._entered = 0, True
-        if threading.current_thread() is threading.main_thread():
-            start_resource_tracker()
-            self._before = {each: signal.signal(each, self._keep) for each in SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        for each, before in self._before.items():
-            signal.signal(each, before)
-
-    def check(self) -> None:
-        """Raises Interrupted on every rank where any of them got a signal. Collective, but for outside of `with`."""
-        received = largest(self._received) if self._entered else 0
-        if received:
-            raise Interrupted(f"ended by {signal.Signals(received).name}", received)
-
-    def asked(self, group: dist.ProcessGroup) -> bool:
-        """Whether one of the group's ranks got a signal, for work that ends early before all meet in `check`.
-
-        Collective over the group.
-        """
-        return bool(most(self._received, group)) if self._entered else False
-
-    def _keep(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
-            if time.monotonic() - self._since < ONE_SIGNAL_SECONDS:
-                return
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        self._received, self._since = number, time.monotonic()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            name = signal.Signals(number).name
-            told = f"gspo-moe: {name}: the last whole step is saved, then it ends; a second signal ends it at once\n"
-            os.write(STDERR, told.encode())  # print raises where the signal came in the middle of another one

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gspo_moe.config.outputs import hold, output_fault
+from gspo_moe.config.lease import hold
+from gspo_moe.config.outputs import output_fault
 from gspo_moe.errors import ConfigError, StudyError
 from gspo_moe.observability.reward_errors import FILE, first_reward_error
 from gspo_moe.study.cells import Cell, Job, arms, bank_jobs, cells, cold_start_job

@@ -28,8 +28,8 @@ from pebble import ProcessPool
 
 from gspo_moe.config.schema import TaskConfig
 from gspo_moe.errors import GspoMoeError, RewardError
+from gspo_moe.orphans import end_with
 from gspo_moe.tasks import make_task
-from gspo_moe.tasks.orphans import end_with
 from gspo_moe.tasks.protocol import Item, Task
 from gspo_moe.tasks.rewards import Step, give_reward, give_rewards, is_batched, prepare, take_step
 from gspo_moe.types import Conversation, Prompt, Reward

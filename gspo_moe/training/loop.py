@@ -15,6 +15,7 @@ from gspo_moe.kernels import kernels
 from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
+from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.platform import device, peak_rss_gib
 from gspo_moe.training.first_step import tell_first_step
 from gspo_moe.training.rl import rl_step
@@ -23,26 +24,29 @@ from gspo_moe.training.saving import save, save_whole_step
 from gspo_moe.training.session import Plan, Trainer, open_session, open_trainer
 from gspo_moe.training.sft import sft_step
 from gspo_moe.training.shown import show_prompt
+from gspo_moe.training.watch import Watch
 
 _log = logging.getLogger(__name__)
 
 
-def train(plan: Plan) -> bool:
+def train(plan: Plan, stop: StopSignals | None = None) -> bool:
     """Runs or continues the run that `plan` describes; False for a finished one, which stays as it is. Collective.
 
+    stop: entered by the caller, so that signals end nothing else, neither while an error's last step is being saved.
     Raises RunError for what ends the run; the last whole step is then saved.
     """
-    session = open_session(plan)
+    session = open_session(plan, stop)
     try:
         trainer = open_trainer(session)
         config, export = plan.config, session.run_path / "hf"
         unfinished = trainer.unfinished
-        if unfinished:
-            if session.groups.is_main and config.logging.progress:
-                print(show_prompt(plan), file=sys.stderr, flush=True)
-            _run(trainer)
-        if config.checkpoint.export_hf:
-            export_hf(session.model, export, plan.tokenizer)
+        with Watch(trainer) as watch:
+            if unfinished:
+                if session.groups.is_main and config.logging.progress:
+                    print(show_prompt(plan), file=sys.stderr, flush=True)
+                _run(trainer, watch)
+            if config.checkpoint.export_hf:
+                export_hf(session.model, export, plan.tokenizer)
         if not config.checkpoint.keep and session.groups.is_main:
             write_whole(session.run_path / FINISHED_FILE, f"{trainer.progress.step} steps\n")
         return unfinished
@@ -50,20 +54,18 @@ def train(plan: Plan) -> bool:
         session.close()
 
 
-def _run(trainer: Trainer) -> None:
+def _run(trainer: Trainer, watch: Watch) -> None:
     log = RunLog(trainer)
     try:
-        with trainer.session.stop:  # also while saving: a signal then ends nothing that the error does not end
-            try:
-                _steps(trainer, log)
-            except RunError as error:
-                error.args = (f"{error}. {save_whole_step(trainer, log)}",)
-                raise
+        _steps(trainer, log, watch)
+    except RunError as error:
+        error.args = (f"{error}. {save_whole_step(trainer, log)}",)
+        raise
     finally:
         log.close()
 
 
-def _steps(trainer: Trainer, log: RunLog) -> None:
+def _steps(trainer: Trainer, log: RunLog, watch: Watch) -> None:
     session, config = trainer.session, trainer.session.config
     steps, shown = config.schedule.steps, session.groups.is_main and config.logging.progress
     if shown:
@@ -75,6 +77,7 @@ def _steps(trainer: Trainer, log: RunLog) -> None:
         while trainer.progress.step < steps:
             session.stop.check()
             metrics = _step(trainer, log)
+            watch.step_is_done()
             progress.update(trainer.progress.step, metrics)
             if trainer.progress.step == begun + 1:
                 tell_first_step(session, metrics)

@@ -7,7 +7,7 @@ import os
 from gspo_moe.config.checks import check_files, check_reference, check_vocabulary
 from gspo_moe.config.continuing import check_continues
 from gspo_moe.config.layout import check_layout
-from gspo_moe.config.outputs import hold
+from gspo_moe.config.lease import hold
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
 from gspo_moe.data.rendering import Renderer

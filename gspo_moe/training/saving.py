@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gspo_moe.config.checkpoints import checkpoint_name, newest_checkpoint
 from gspo_moe.config.continuing import recorded_run
+from gspo_moe.config.lease import lost
 from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.training.checkpoint import save_checkpoint
@@ -32,10 +33,11 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
 def save(trainer: Trainer, log: RunLog) -> Path | None:
     """The checkpoint written, None where `checkpoint.keep` is 0. Collective.
 
-    Raises TrainingError, on every rank, where weights or the optimizer's state are not finite.
+    Raises, on every rank, TrainingError where weights or the optimizer's state are not finite, and OutputError where
+    another process has taken the run's folder.
     """
     session = trainer.session
-    raise_everywhere(_broken(trainer))
+    raise_everywhere(lost() or _broken(trainer))
     log.flush()
     if not session.config.checkpoint.keep:
         return None

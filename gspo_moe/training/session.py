@@ -24,7 +24,7 @@ from gspo_moe.observability.no_learning import NoLearning
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
-from gspo_moe.parallel.stop import StopSignals, start_resource_tracker
+from gspo_moe.parallel.signals import StopSignals, start_resource_tracker
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
@@ -150,8 +150,11 @@ class Session:
             self.servers.fleet.close()
 
 
-def open_session(plan: Plan) -> Session:
-    """Joins the process group, builds the model and fills in its first weights. Collective."""
+def open_session(plan: Plan, stop: StopSignals | None = None) -> Session:
+    """Joins the process group, builds the model and fills in its first weights. Collective.
+
+    stop: entered by the caller where signals are to end the session's work; None for a session that they just end.
+    """
     config = plan.config
     groups = initialize(plan.layout, config.seed, config.parallel.timeout_minutes)
     vocab, servers = plan.tokenizer.vocab_size, None
@@ -160,7 +163,7 @@ def open_session(plan: Plan) -> Session:
     model = build_model(config, plan.architecture, groups, vocab=vocab, value_head=config.has_value_head)
     draw_value_head(model, config.seed)
     load_initial_weights(config, model)
-    stop, rollout = StopSignals(), config.rollout
+    stop, rollout = stop or StopSignals(), config.rollout
     longest = config.schedule.micro_batch_tokens
     engine: MegatronEngine | ServerEngine
     if servers is None:

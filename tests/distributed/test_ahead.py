@@ -16,7 +16,7 @@ from gspo_moe.errors import RolloutError
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import initialize
 from gspo_moe.parallel.reduce import gather_objects
-from gspo_moe.parallel.stop import StopSignals
+from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.rollout.answers import Answerer
 from gspo_moe.rollout.queue import GroupQueue, Pace
 from gspo_moe.rollout.servers.ahead import ServerSource

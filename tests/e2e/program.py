@@ -78,9 +78,17 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def stderr(self) -> str:
+        return self._read(1)
+
     def kill(self) -> None:
         """SIGKILL to the program and all that it started, wherever they are by now."""
-        while processes := self._processes():
+        while processes := self.processes():
             for process in processes:
                 process.kill()
             psutil.wait_procs(processes, timeout=SECONDS_TO_END)
@@ -104,12 +112,12 @@ class Program:
         except subprocess.TimeoutExpired:
             self.kill()
             raise TimeoutError(f"still running after {seconds} s:\n{self._read(0)}{self._read(1)}") from None
-        _, left = psutil.wait_procs(self._processes(), timeout=SECONDS_TO_END)
+        _, left = psutil.wait_procs(self.processes(), timeout=SECONDS_TO_END)
         commands = tuple(" ".join(process.cmdline()) for process in left)
         self.kill()
         return Outcome(code, self._read(0), self._read(1), commands)
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
         return [
             process
             for process in psutil.process_iter(["environ", "status"])

@@ -24,7 +24,8 @@ REFUSED = (
     ("", "nothing to run; end with -- train CONFIG.yaml"),
     ("--nodes 2 --", "nothing to run; end with -- train CONFIG.yaml"),
     ("train config.yaml", "unknown option train; options are --nodes N"),
-    ("--nodes=2 -- train config.yaml", "unknown option --nodes=2; options are --nodes N"),
+    ("--nodes=2 -- train config.yaml", "--nodes 2 needs --rdzv-endpoint HOST:PORT, the same on every host"),
+    ("--nodes=1 --max-restarts 1 --tee -- ", "nothing to run; end with -- train CONFIG.yaml"),
     ("--nodes -- train config.yaml", "--nodes stands without its value"),
     ("--nodes two -- train config.yaml", "--nodes two: give a whole number from 1 up"),
     ("--nproc-per-node 0 -- train config.yaml", "--nproc-per-node 0: give a whole number from 1 up"),
@@ -132,6 +133,7 @@ def test_slurm_on_two_hosts(hosts: list[Host], tmp_path: Path) -> None:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "gspo[1-2]",
         "SLURM_CPUS_PER_TASK": "1",
+        "RANK_LOGS": str(tmp_path / "ranks"),
         "SLURM_SUBMIT_DIR": str(ROOT),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
@@ -186,6 +188,24 @@ def test_a_port_in_use_and_a_gpu_that_torch_does_not_see_are_one_sentence(taken:
     message = f"torchrun.sh: --rdzv-endpoint {endpoint}: that port is in use on this host; end what has it, or"
     assert found.stderr.startswith(message if taken else "torchrun.sh: nvidia-smi lists GPUs, and torch ")
     assert found.stderr.count("\n") == 1
+
+
+def test_a_host_that_waits_says_who_is_there_and_ends_at_a_signal() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=1"]
+    quick = "import sys; sys.path.insert(0, sys.argv[1]); import elastic; elastic.WAITING_SECONDS = 1.0"
+    command = [sys.executable, "-c", f"{quick}; sys.exit(elastic.main(sys.argv[2:]))", str(ROOT / "launch"), *meeting]
+    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "1", "-m", "gspo_moe", "--version"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as alone:
+        assert alone.stderr is not None
+        said = iter(alone.stderr)
+        told = next(line for line in said if "(127.0.0.1)" in line)
+        assert f"s still waiting for 2 hosts to meet at {endpoint}: 1 there (127.0.0.1); start the same" in told
+        alone.terminate()
+        *_, last = said
+    assert (alone.returncode, last) == (0, "torchrun.sh: SIGTERM ends it: no rank runs here\n")
 
 
 def wrap(file: Path, command: str) -> None:

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from gspo_moe.cli import USER_ERROR, main
+from gspo_moe.config.lease import LOCK_FILE, hold
 from gspo_moe.config.loading import load_config
-from gspo_moe.config.outputs import LOCK_FILE, hold
 from gspo_moe.data.tokenizers import SentencePieceTokenizer
 from gspo_moe.observability import load_run
 from tests.e2e.conftest import FinishedRun

@@ -21,7 +21,7 @@ FLOORS = (
     {"packages", "algorithms"},
     {"section", "manifest"},
     {"last_words"},
-    {"types", "external", "files", "plain_json"},
+    {"types", "external", "files", "orphans", "plain_json"},
     {"errors", "garbage"},
     {"__init__"},
 )

@@ -27,7 +27,8 @@ from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import ModelInput
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import most
-from gspo_moe.parallel.stop import StopSignals, largest, raise_everywhere
+from gspo_moe.parallel.signals import StopSignals
+from gspo_moe.parallel.stop import largest, raise_everywhere
 from gspo_moe.platform import device
 from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
 from gspo_moe.rollout.embedded.expert_ranks import experts_holders

@@ -19,7 +19,8 @@ from gspo_moe.config.schema import Config
 from gspo_moe.errors import RolloutError, RunError
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.reduce import gather_objects
-from gspo_moe.parallel.stop import StopSignals, raise_everywhere
+from gspo_moe.parallel.signals import StopSignals
+from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.servers.pieces import Pieces

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from gspo_moe.errors import RolloutError
 from gspo_moe.parallel.reduce import gather_objects, most
-from gspo_moe.parallel.stop import StopSignals, raise_everywhere
+from gspo_moe.parallel.signals import StopSignals
+from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams, WeightSink
 from gspo_moe.rollout.servers.counters import server_metrics
 from gspo_moe.rollout.servers.fleet import Fleet

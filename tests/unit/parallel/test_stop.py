@@ -7,20 +7,20 @@ import signal
 
 import pytest
 
-from gspo_moe.parallel import stop
+from gspo_moe.parallel import signals
 
 
 def test_a_signal_sent_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     now, killed = [100.0], list[tuple[int, int]]()
-    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stop.os, "kill", lambda *given: killed.append(given))
-    with stop.StopSignals():
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "kill", lambda *given: killed.append(given))
+    with signals.StopSignals():
         signal.raise_signal(signal.SIGUSR1)
-        now[0] += stop.ONE_SIGNAL_SECONDS / 2
+        now[0] += signals.ONE_SIGNAL_SECONDS / 2
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert killed == []
-        now[0] += stop.ONE_SIGNAL_SECONDS
+        now[0] += signals.ONE_SIGNAL_SECONDS
         signal.raise_signal(signal.SIGTERM)
         assert killed == [(os.getpid(), signal.SIGTERM)]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -8,7 +8,7 @@ import pytest
 
 from gspo_moe.config import ConfigError, load_config
 from gspo_moe.config.continuing import CONFIG_FILE, record_run
-from gspo_moe.config.outputs import LOCK_FILE
+from gspo_moe.config.lease import LOCK_FILE
 from gspo_moe.training.preflight import take_run_folder
 
 

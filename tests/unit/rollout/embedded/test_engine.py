@@ -12,7 +12,7 @@ from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.model.build import Model
 from gspo_moe.model.cache import KVCache
 from gspo_moe.model.weights import RandomSource
-from gspo_moe.parallel.stop import StopSignals
+from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.rollout.embedded import engine
 from gspo_moe.rollout.embedded.decoder import StepInput, StepOutput
 from gspo_moe.rollout.embedded.engine import MegatronEngine

@@ -296,7 +296,7 @@ def test_what_a_server_fails_with_ends_the_run_and_a_signal_too() -> None:
         run.take()
 
     def stop() -> None:
-        raise Interrupted("ended by SIGTERM", 15)
+        raise Interrupted("ended by SIGTERM")
 
     run = Run(steady(1), Saved(), stop=SimpleNamespace(check=stop))
     with pytest.raises(Interrupted):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
-from gspo_moe.parallel.stop import StopSignals
+from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.servers.engine import ServerEngine
 from gspo_moe.rollout.servers.records import Answer, Ask

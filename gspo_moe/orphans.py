@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, whatever ended that one."""
+"""Processes that end with the one that started them, whatever ended that one: reward workers, a launcher's ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ import time
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 WATCH_SECONDS = 1.0
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set for every rank, whoever calls torchrun
+LAUNCHER = "GSPO_MOE_LAUNCHER"  # its pid, from launch/elastic.py
+
+
+def end_with_launcher() -> None:
+    """Has a rank killed once torchrun, its parent, has gone: it would go on writing where the next start writes."""
+    if TORCHRUN not in os.environ:
+        return
+    end_with(os.getppid())
+    try:
+        os.kill(int(os.environ.get(LAUNCHER, os.getppid())), 0)
+    except ProcessLookupError:  # before the lines above
+        os._exit(1)
 
 
 def end_with(parent: int) -> None:
