@@ -22,7 +22,12 @@ class DataError(GspoMoeError, ValueError):
 
 
 class RunError(GspoMoeError, RuntimeError):
-    """Ends a run that had begun. Raised on every rank at once, so that together they can save the last whole step."""
+    """Ends a run that had begun. Raised on every rank at once, so that together they can save the last whole step.
+
+    saves: whether they should.
+    """
+
+    saves = True
 
 
 class RolloutError(RunError):
@@ -43,12 +48,35 @@ class TrainingError(RunError):
     exit_code = 5
 
 
+class CollapseError(RunError):
+    """The bounds of `guard` were left for too long."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, *, saves: bool = True) -> None:
+        super().__init__(message)
+        self.saves = saves
+
+
+class DivergenceError(TrainingError):
+    """Ranks, or trainer and rollouts, no longer have the same weights."""
+
+    exit_code = 7
+    saves = False
+
+
 class Interrupted(RunError):
     """A signal asked the run to end; the exit code is a shell's for that signal, 128 and its number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class NotReproduced(GspoMoeError, ArithmeticError):
+    """A replayed mini-batch that is not what its run found."""
+
+    exit_code = 8
 
 
 class OutputError(GspoMoeError, OSError):
