@@ -26,8 +26,10 @@ def _replay(options: argparse.Namespace) -> None:
         from gspo_moe.replay.replay import check, replay
         from gspo_moe.replay.shown import shown
 
-    found = replay(options.dump, options.weights)
-    shut_down()
+    try:
+        found = replay(options.dump, options.weights)
+    finally:
+        shut_down()
     if int(os.environ.get("RANK", "0")) == 0:
         print(*shown(found), sep="\n")
     check(found)
