@@ -1,7 +1,7 @@
-"""What comparing weights over ranks costs: `torchrun --nproc-per-node N tools/measure_replica_check.py CONFIG.yaml ...`.
+"""What comparing weights over ranks costs: `torchrun --nproc-per-node N tools/measure_replica_check.py CONFIG.yaml`.
 
-Takes `STEPS` RL steps of the config after a first one, then compares `CHECKS` times; prints the CPU seconds of the first rank's process for one of each, and the share of a step that
-`parallel.check_interval` makes of it.
+Takes `STEPS` RL steps of the config (overrides may follow it) after a first one, then compares `CHECKS` times; prints
+the CPU seconds of the first rank's process for one of each, and the share of a step with `parallel.check_interval`.
 """
 
 from __future__ import annotations

@@ -22,4 +22,5 @@ def named_over_ranks(model: Model) -> dict[str, torch.nn.Parameter]:
         if ".layers." in name and first.prepend_axis_num:
             name = name.replace(".layers.", f".layers.{offset.pop(0)}.")
         found[name + (f" from {offset}" if any(offset) else "")] = parameter
+    assert len(found) == len(set(found.values())), "two parameters of one name"
     return found

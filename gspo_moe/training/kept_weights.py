@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from gspo_moe.errors import CheckpointError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.garbage import uncollected
 from gspo_moe.model.build import Model
@@ -38,10 +37,10 @@ def keep_weights(folder: Path, model: Model) -> str | None:
         add_manifest(stage(folder), {})
         if model.groups.is_main:
             replace_folder(stage(folder), folder)
-    except (OSError, RuntimeError, CheckpointError) as error:
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(stage(folder), ignore_errors=True)
-        return str(error)
-    return None
+        fault = str(error)
+    return next((each for each in gather_objects(fault) if each is not None), None)
 
 
 @torch.no_grad()

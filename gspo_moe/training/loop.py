@@ -157,8 +157,10 @@ def _check_updates(trainer: Trainer) -> None:
         return
     fix = (
         "lower optimizer.lr, or look for what is too large: rewards, algorithm.kl.coeff, rollout.temperature, or the "
-        "weights themselves; folder skipped of the run has what they were made from"
+        "weights themselves"
     )
+    if trainer.session.config.stage == "rl":
+        fix += "; gspo-moe replay computes again what is in the run's folder skipped"
     if skipped >= limit:
         raise TrainingError(
             f"the last {skipped} updates were skipped, as their loss or gradients were not finite, and optimizer."
