@@ -14,13 +14,13 @@ def named_over_ranks(model: Model) -> dict[str, torch.nn.Parameter]:
     That is where a checkpoint stores it: the same for data-parallel replicas, for what tensor or expert ranks have
     whole (norms, routers), and for an embedding that the first pipeline stage shares with the last one.
     """
-    found = {}
-    for parameter, shard in weight_shards(model).items():
+    found, shards = {}, weight_shards(model)
+    for parameter, shard in shards.items():
         first = stored(shard)[0]
         offset = list(first.global_offset)
         name = first.key
         if ".layers." in name and first.prepend_axis_num:
             name = name.replace(".layers.", f".layers.{offset.pop(0)}.")
         found[name + (f" from {offset}" if any(offset) else "")] = parameter
-    assert len(found) == len(set(found.values())), "two parameters of one name"
+    assert len(found) == len(shards), "two parameters of one name"
     return found
