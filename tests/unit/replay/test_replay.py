@@ -67,8 +67,10 @@ def test_a_broken_weight_is_named_with_all_that_follows_from_it(
     assert told.endswith("reproduced\n")
 
 
-@pytest.mark.parametrize("overrides", [("routing.replay=r2", "algorithm.kl.coeff=0.1"), ("algorithm.name=rspo",)])
-def test_an_answer_that_breaks_the_loss_is_named(
+@pytest.mark.parametrize(
+    "overrides", [("routing.replay=r2", "algorithm.kl.coeff=0.1"), ("algorithm.name=rspo",), ("algorithm.name=gspo",)]
+)
+def test_an_answer_whose_gradient_overflows_is_named(
     overrides: tuple[str, ...], skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With what its loss needs of the old policy: replayed routes and a reference, or the router's scores."""
@@ -77,11 +79,35 @@ def test_an_answer_that_breaks_the_loss_is_named(
     capsys.readouterr()
     assert main(["replay", str(file)]) == 0
     told = capsys.readouterr().out
-    run, here = re.findall(r"^gradient norm +(\S+) +(\S+)$", told, re.MULTILINE)[0]
-    assert run == here
-    assert re.search(r"not finite: 0 of 23 weights, 1 of 8 sequences, [1-9]", told), told
-    assert "  sequence of sample 5: mean log-ratio " in told
+    for name in ("loss", "gradient norm"):
+        run, here = re.findall(rf"^{name} +(\S+) +(\S+)$", told, re.MULTILINE)[0]
+        assert run == here
+    assert "not finite: 0 of 23 weights, 0 of 8 sequences, " in told
+    assert "\nlargest loss: sequence of sample 5: mean log-ratio " in told
     assert told.endswith("reproduced\n")
+
+
+def test_a_log_prob_of_the_engine_that_breaks_a_ratio_is_named(
+    skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = []
+
+    def impossible(trainer: Trainer, batch: Batch) -> Batch:
+        """To the engine the first token of answer 5 was all but impossible, and it is a bad answer."""
+        samples, one = list(batch.samples), batch.samples[5]
+        log_probs = (-1000.0, *one.rollout_log_probs[1:])
+        samples[5] = dataclasses.replace(one, advantage=-1.0, rollout_log_probs=log_probs)
+        position = one.response_mask.index(1)
+        where.append((position, one.token_ids[position]))
+        return dataclasses.replace(batch, samples=tuple(samples))
+
+    (file,) = skipped(impossible, "algorithm.old_log_probs=rollout", "routing.record=false")
+    capsys.readouterr()
+    assert main(["replay", str(file)]) == 0
+    told = capsys.readouterr().out
+    ((position, token),) = where
+    assert "not finite: 0 of 23 weights, 1 of 8 sequences, " in told
+    assert f"loss inf; first at token {position} (id {token}): ratio inf\n" in told
 
 
 def samples_of(file: Path) -> list[list[int]]:
