@@ -159,7 +159,7 @@ def _gradient_of(parameter: Any) -> torch.Tensor:
 def _broken(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Those that are not finite, over all ranks, each once. Collective."""
     here = []
-    for name, values in tensors.items():
+    for name, values in ((name, tensor.detach()) for name, tensor in tensors.items()):
         wrong = (~values.isfinite()).nonzero()
         if len(wrong):
             first = tuple(wrong[0].tolist())

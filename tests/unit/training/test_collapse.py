@@ -110,6 +110,7 @@ def test_a_collapse_is_taken_back_and_a_kill_changes_nothing(
     assert untimed(other) == untimed(run)
 
 
+@pytest.mark.slow
 def test_a_start_from_the_checkpoint_that_was_gone_back_to_knows_of_it(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

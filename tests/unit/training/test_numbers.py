@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def test_rollouts_of_other_weights_than_the_trainers_end_the_run_unsaved(
     def breaks_in_2(trainer: Trainer) -> StepResult:
         found = rl_step(trainer)
         if trainer.progress.step == 2:
-            copied = trainer.session.answerer.engine._rounded.model.gpt_chunks[0]
+            engine: Any = trainer.session.answerer.engine
+            copied = engine._rounded.model.gpt_chunks[0]
             flip(copied.decoder.layers[1].mlp.experts.linear_fc2.weight, (3, 1, 2))
             assert copied.decoder.layers[1].mlp.experts.linear_fc2.weight.dtype == torch.bfloat16
         return found
