@@ -37,9 +37,15 @@ def skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     return run
 
 
+def differing(batch: Batch) -> Batch:
+    """With advantages: all answers of these random weights earn the same."""
+    samples = [dataclasses.replace(one, advantage=0.1 * (-1) ** i) for i, one in enumerate(batch.samples)]
+    return dataclasses.replace(batch, samples=tuple(samples))
+
+
 def loud(trainer: Trainer, batch: Batch) -> Batch:
     """One answer's advantage is near float32's largest number."""
-    samples = [dataclasses.replace(one, advantage=0.1 * (-1) ** i) for i, one in enumerate(batch.samples)]
+    samples = list(differing(batch).samples)
     samples[5] = dataclasses.replace(samples[5], advantage=3e38)
     return dataclasses.replace(batch, samples=tuple(samples))
 
@@ -47,7 +53,7 @@ def loud(trainer: Trainer, batch: Batch) -> Batch:
 def broken_weight(trainer: Trainer, batch: Batch) -> Batch:
     with torch.no_grad():
         trainer.session.model.gpt_chunks[0].decoder.final_layernorm.weight[3] = float("inf")
-    return batch
+    return differing(batch)
 
 
 def test_a_broken_weight_is_named_with_all_that_follows_from_it(
@@ -64,6 +70,11 @@ def test_a_broken_weight_is_named_with_all_that_follows_from_it(
     assert re.search(r"^gradient norm +nan +nan$", told, re.MULTILINE)
     assert "not finite: 1 of 21 weights, 8 of 8 sequences, " in told
     assert "  weight decoder.final_layernorm.weight[3] = inf\n" in told
+    assert re.search(
+        r"  sequence of sample \d+: mean log-ratio nan, loss nan; first at token \d+ .*: log-prob nan$",
+        told,
+        re.MULTILINE,
+    )
     assert told.endswith("reproduced\n")
 
 
@@ -116,7 +127,7 @@ def test_what_the_weights_and_the_data_did_not_break_is_not_reproduced(
 ) -> None:
     def failing_device(trainer: Trainer, batch: Batch) -> Batch:
         monkeypatch.setattr(trainer.optimizer.megatron, "get_grad_norm", lambda: float("inf"))
-        return batch
+        return differing(batch)
 
     dumps = skipped(failing_device)
     capsys.readouterr()
