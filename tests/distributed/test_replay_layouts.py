@@ -31,17 +31,18 @@ def loud(trainer: Trainer, batch: Batch) -> object:
     return learn(trainer, dataclasses.replace(batch, samples=tuple(samples)))
 
 
-def skip_in_each(folder: Path) -> None:
+def skip_in_each(folder: Path, names: tuple[str, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "learn", loud)
-        for name, overrides in LAYOUTS.items():
-            with opened(folder / name, *overrides, "algorithm.mini_batches=2") as trainer:
+        for name in names:
+            with opened(folder / name, *LAYOUTS[name], "algorithm.mini_batches=2") as trainer:
                 assert rl.rl_step(trainer).metrics["optimizer/skipped_updates"] == 1
 
 
-def test_one_process_finds_what_two_found(tmp_path: Path) -> None:
-    launch(skip_in_each, 2, tmp_path)
-    for name in LAYOUTS:
+@pytest.mark.parametrize("names", [("expert", "pipeline"), pytest.param(("tensor", "context"), marks=pytest.mark.slow)])
+def test_one_process_finds_what_two_found(names: tuple[str, ...], tmp_path: Path) -> None:
+    launch(skip_in_each, 2, tmp_path, names)
+    for name in names:
         dumps = sorted((tmp_path / name / "skipped").glob("step_*.safetensors"))
         assert len(dumps) == (2 if name == "expert" else 1), name
         try:
