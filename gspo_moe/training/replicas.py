@@ -17,7 +17,7 @@ class ReplicaCheck:
     """Of one model, whose parameters stay the same tensors; collective over all ranks, its making too."""
 
     def __init__(self, model: Model, engine: RolloutEngine) -> None:
-        self._tensors = named_over_ranks(model)
+        self._tensors = named_over_ranks(model) if model.groups.world_size > 1 else {}
         self._shared = SharedTensors(list(self._tensors))
         self._engine = engine
 
