@@ -25,6 +25,7 @@ from gspo_moe.last_words import (
 from gspo_moe.orphans import end_with_launcher
 from gspo_moe.packages import as_user_error, require
 from gspo_moe.parallel.signals import StopSignals
+from gspo_moe.replay.command import add_replay
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
@@ -138,15 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace it, though runs may rest on its rollouts")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. routing.engine_routes=true")
     command.set_defaults(run=_bank)
+    add_replay(commands)
     command = commands.add_parser("study", help="arms x seeds from one cold start, compared in pairs")
     command.add_argument("study", metavar="STUDY.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. 'seeds=[1, 2]' set.schedule.steps=20")
     command.set_defaults(run=_study)
     command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
     command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
-    command.add_argument(
-        "--output", type=Path, metavar="FILE.html", help="the page, whole in one file, over an earlier one"
-    )
+    command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, in one file, over an earlier one")
     command.add_argument("--figures", type=Path, metavar="DIR", help="its figures as PNG and SVG, over earlier ones")
     command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form; replaces an earlier one")
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")

@@ -22,7 +22,12 @@ class DataError(GspoMoeError, ValueError):
 
 
 class RunError(GspoMoeError, RuntimeError):
-    """Ends a run that had begun. Raised on every rank at once, so that together they can save the last whole step."""
+    """Ends a run that had begun. Raised on every rank at once, so that together they can save the last whole step.
+
+    saves: whether they should.
+    """
+
+    saves = True
 
 
 class RolloutError(RunError):
@@ -43,6 +48,23 @@ class TrainingError(RunError):
     exit_code = 5
 
 
+class CollapseError(RunError):
+    """The bounds of `guard` were left for too long."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, *, saves: bool = True) -> None:
+        super().__init__(message)
+        self.saves = saves
+
+
+class DivergenceError(TrainingError):
+    """Ranks, or trainer and rollouts, no longer have the same weights."""
+
+    exit_code = 7
+    saves = False
+
+
 class Interrupted(RunError):
     """A signal, or the end of its time, asked the run to end, and it did as asked."""
 
@@ -52,7 +74,13 @@ class Interrupted(RunError):
 class RankError(GspoMoeError, RuntimeError):
     """A rank that does not come to where the others wait for it."""
 
-    exit_code = 6
+    exit_code = 9
+
+
+class NotReproduced(GspoMoeError, ArithmeticError):
+    """A replayed mini-batch that is not what its run found."""
+
+    exit_code = 8
 
 
 class OutputError(GspoMoeError, OSError):

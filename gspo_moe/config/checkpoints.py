@@ -33,13 +33,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
     """Renames a checkpoint, so that no run goes on from it or removes it; where it is then."""
-    taken = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    taken = checkpoint.with_name(f"{checkpoint.name}.{why}")
     number = 1
     while taken.exists() or taken.is_symlink():
         number += 1
-        taken = checkpoint.with_name(f"{checkpoint.name}.damaged{number}")
+        taken = checkpoint.with_name(f"{checkpoint.name}.{why}{number}")
     checkpoint.rename(taken)
     return taken
 

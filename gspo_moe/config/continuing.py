@@ -47,6 +47,7 @@ WORK = (
     "task.reward.max_failure_rate",
     "optimizer.max_skipped_updates",
     "checkpoint",
+    "guard",
     "logging",
 )
 # How long the run is and what is measured of it.

@@ -151,6 +151,22 @@ def log_ratios_are_there_to_split(config: Config) -> Iterator[str]:
         )
 
 
+def there_is_something_to_go_back_to(config: Config) -> Iterator[str]:
+    guard, checkpoint = config.guard, config.checkpoint
+    if not guard.bounds or guard.action != "roll_back":
+        return
+    if not checkpoint.interval or not checkpoint.keep:
+        yield (
+            f"guard.action=roll_back with checkpoint.interval={checkpoint.interval} and checkpoint.keep="
+            f"{checkpoint.keep} has no checkpoint to go back to; set both to 1 or more, or guard.action=stop"
+        )
+    if config.rollout.bank is not None:
+        yield (
+            f"guard.action=roll_back with rollout.bank={config.rollout.bank}: the bank has no prompts beside those of "
+            "the run's steps to go on with; set guard.action=stop"
+        )
+
+
 RULES = (
     mini_batches_divide,
     staleness_has_old_routes,
@@ -164,10 +180,12 @@ RULES = (
     overlong_buffer_fits,
     numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
+    there_is_something_to_go_back_to,
 )
 SFT_RULES = (
     servers_wait_for_rl,
     there_are_rollouts_to_measure,
     numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
+    there_is_something_to_go_back_to,
 )

@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from gspo_moe.config import rules
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.config.chat import ChatConfig
+from gspo_moe.config.guard import GuardConfig
 from gspo_moe.config.model import ModelConfig, TokenizerConfig
 from gspo_moe.config.rollout import EvaluationConfig, RolloutConfig
 from gspo_moe.config.routing import RoutingConfig
@@ -55,6 +56,7 @@ class Config(Section):
     routing: RoutingConfig = RoutingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @field_validator("model", mode="before")

@@ -11,7 +11,10 @@ from gspo_moe.section import Section
 
 
 class ParallelConfig(Section):
-    """How many ranks share what; data parallelism is what is left of the world."""
+    """How many ranks share what; data parallelism is what is left of the world.
+
+    check_interval: steps between two looks whether ranks still have the same weights to the bit, 0 for none.
+    """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
@@ -23,6 +26,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     timeout_minutes: PositiveFloat = 10.0
+    check_interval: NonNegativeInt = 10
 
     @property
     def expert_tensor_size(self) -> int:

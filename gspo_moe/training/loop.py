@@ -17,10 +17,12 @@ from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.platform import device, peak_rss_gib
+from gspo_moe.training import collapse
 from gspo_moe.training.first_step import tell_first_step
+from gspo_moe.training.guard import Collapse
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
-from gspo_moe.training.saving import save, save_whole_step
+from gspo_moe.training.saving import last_saved, save, save_whole_step
 from gspo_moe.training.session import Plan, Trainer, open_session, open_trainer
 from gspo_moe.training.sft import sft_step
 from gspo_moe.training.shown import show_prompt
@@ -59,7 +61,7 @@ def _run(trainer: Trainer, watch: Watch) -> None:
     try:
         _steps(trainer, log, watch)
     except RunError as error:
-        error.args = (f"{error}. {save_whole_step(trainer, log)}",)
+        error.args = (f"{error}. {save_whole_step(trainer, log) if error.saves else last_saved(trainer)}",)
         raise
     finally:
         log.close()
@@ -72,16 +74,20 @@ def _steps(trainer: Trainer, log: RunLog, watch: Watch) -> None:
         _show_header(trainer)
     if trainer.progress.step == 0 or trainer.progress.evaluation_due:
         _evaluate(trainer, log)
+    collapse.remember(trainer)
     begun = trainer.progress.step
     with Progress(steps, done=begun, enabled=shown) as progress:
         while trainer.progress.step < steps:
             session.stop.check()
-            metrics = _step(trainer, log)
+            metrics, collapsed = _step(trainer, log)
             watch.step_is_done()
             progress.update(trainer.progress.step, metrics)
             if trainer.progress.step == begun + 1:
                 tell_first_step(session, metrics)
             _check_updates(trainer)
+            if collapsed is not None:
+                collapse.act(trainer, log, collapsed)
+                continue
             if trainer.progress.step == steps or _due(trainer.progress.step, config.evaluation.interval, steps):
                 _evaluate(trainer, log)
             if _due(trainer.progress.step, config.checkpoint.interval, steps):
@@ -103,7 +109,8 @@ def _due(step: int, interval: int, steps: int) -> bool:
     return bool(interval) and step % interval == 0 and step < steps
 
 
-def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
+def _step(trainer: Trainer, log: RunLog) -> tuple[dict[str, float], Collapse | None]:
+    """Metrics, and what `guard` finds in them."""
     session = trainer.session
     if session.config.stage == "rl":
         outcome = rl_step(trainer)
@@ -113,6 +120,10 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
         metrics |= session.server_metrics()
     else:
         metrics = sft_step(trainer)
+    interval = session.config.parallel.check_interval
+    if interval and trainer.progress.step % interval == 0:
+        with session.timers("replicas"):
+            trainer.replicas(trainer.progress.step)
     timings = session.timers.take()
     metrics |= timings
     metrics["throughput/tokens_per_second"] = metrics["throughput/tokens"] / timings["timing/step_seconds"]
@@ -123,8 +134,9 @@ def _step(trainer: Trainer, log: RunLog) -> dict[str, float]:
     metrics["memory/peak_rss_gib"] = peak_rss_gib()
     if device().kind == "cuda":
         metrics["memory/peak_device_gib"] = device().peak_memory_gib()
+    found = collapse.look(trainer, metrics)
     log.metrics(trainer.progress.step, metrics)
-    return metrics
+    return metrics, found
 
 
 def _evaluate(trainer: Trainer, log: RunLog) -> None:
@@ -148,8 +160,10 @@ def _check_updates(trainer: Trainer) -> None:
         return
     fix = (
         "lower optimizer.lr, or look for what is too large: rewards, algorithm.kl.coeff, rollout.temperature, or the "
-        "weights themselves; folder skipped of the run has what they were made from"
+        "weights themselves"
     )
+    if trainer.session.config.stage == "rl":
+        fix += "; gspo-moe replay computes again what is in the run's folder skipped"
     if skipped >= limit:
         raise TrainingError(
             f"the last {skipped} updates were skipped, as their loss or gradients were not finite, and optimizer."

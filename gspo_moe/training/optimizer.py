@@ -39,6 +39,7 @@ class Optimizer:
     """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step.
 
     adam_steps: updates so far that were not skipped. skipped_in_a_row: the latest updates, all of which were.
+    lr_factor: of the schedule's learning rates, from the next move of the schedule on.
     """
 
     def __init__(self, config: Config, model: Model, total_updates: int) -> None:
@@ -47,6 +48,7 @@ class Optimizer:
         self._wrapped = _wrap(config, model)
         self.adam_steps = 0
         self.skipped_in_a_row = 0
+        self.lr_factor = 1.0
         settings = config.optimizer
         with adam_of(config.model.backend.optimizer):
             self.megatron: Any = get_megatron_optimizer(_settings(config, model), model.chunks)
@@ -66,7 +68,7 @@ class Optimizer:
         )
         # The scheduler's first value belongs to update 0; with warm-up that would be a learning rate of zero.
         self._ahead = 1 if settings.warmup_updates else 0
-        self.scheduler.step(increment=self._ahead)
+        self._move_schedule(self._ahead)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.megatron.scale_loss
 
@@ -77,9 +79,9 @@ class Optimizer:
     def restore(self, found: Mapping[str, Mapping[str, torch.Tensor]], adam_steps: int, updates: int) -> None:
         """Goes on after `updates` updates, `adam_steps` of which were not skipped; settings stay the config's own."""
         restore(self.megatron.chained_optimizers, found, adam_steps)
-        self.adam_steps = adam_steps
+        self.adam_steps, self.skipped_in_a_row = adam_steps, 0
         self.scheduler.num_steps = 0
-        self.scheduler.step(increment=updates + self._ahead)
+        self._move_schedule(updates + self._ahead)
 
     @property
     def updates(self) -> int:
@@ -114,8 +116,13 @@ class Optimizer:
             self.megatron.step_with_ready_grads()
             self.adam_steps += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.scheduler.step(increment=1)
+        self._move_schedule(1)
         return UpdateResult(grad_norm, learning_rate, skipped=not finite)
+
+    def _move_schedule(self, updates: int) -> None:
+        self.scheduler.step(increment=updates)
+        for group in self.megatron.param_groups:
+            group["lr"] *= self.lr_factor
 
     def _clip(self, grad_norm: float) -> None:
         for part in self.megatron.chained_optimizers:

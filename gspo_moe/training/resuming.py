@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch.distributed as dist
 
 from gspo_moe.config.checkpoints import checkpoints, set_aside
+from gspo_moe.config.continuing import recorded_run
 from gspo_moe.errors import DamagedCheckpoint
 from gspo_moe.model.build import Model
+from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.roll_backs import after, read_roll_backs
+
+if TYPE_CHECKING:
+    from gspo_moe.training.session import Trainer
 
 _log = logging.getLogger(__name__)
+
+
+def go_on(trainer: Trainer) -> None:
+    """Puts `trainer` where the run's newest checkpoint stands, and publishes its weights. Collective."""
+    session, config = trainer.session, trainer.session.config
+    is_main = session.groups.is_main
+    trainer.roll_backs = tuple(gather_objects(read_roll_backs(session.run_path) if is_main else [])[0])
+    trainer.optimizer.lr_factor = config.guard.lr_factor ** len(trainer.roll_backs)
+    progress = load_newest(
+        trainer.checkpoints,
+        session.model,
+        trainer.optimizer,
+        recorded_run(session.run_path) if is_main else None,
+        config.checkpoint.on_damage,
+    )
+    trainer.progress, trainer.dumped_weights = after(trainer.roll_backs, progress), None
+    session.publish(trainer.progress.policy_version)
 
 
 def load_newest(

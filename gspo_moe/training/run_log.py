@@ -20,19 +20,26 @@ class RunLog:
     """The run's files, written by the main process alone; the others' calls do nothing."""
 
     def __init__(self, trainer: Trainer) -> None:
-        config, step = trainer.session.config, trainer.progress.step
-        self._samples_per_step = config.logging.samples_per_step
+        self._config, step = trainer.session.config, trainer.progress.step
+        self._samples_per_step = self._config.logging.samples_per_step
         self._main = trainer.session.groups.is_main
         if self._main:
-            path = trainer.session.run_path
-            record_run(config)
+            record_run(self._config)
             plan = trainer.session.plan
-            write_start(path, step, plan.layout, plan.architecture, dist.get_world_size())
-            self._metrics = MetricsWriter(
-                path, resume_step=step, wandb=config.logging.wandb, config_dump=config.model_dump(mode="json")
-            )
-            self._samples = SampleWriter(path, resume_step=step)
-            self._layers = LayerWriter(path, resume_step=step)
+            write_start(self._config.run_path, step, plan.layout, plan.architecture, dist.get_world_size())
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        path, dump = self._config.run_path, self._config.model_dump(mode="json")
+        self._metrics = MetricsWriter(path, resume_step=step, wandb=self._config.logging.wandb, config_dump=dump)
+        self._samples = SampleWriter(path, resume_step=step)
+        self._layers = LayerWriter(path, resume_step=step)
+
+    def go_back(self, step: int) -> None:
+        """Takes away what was written of later steps, as a start from a checkpoint of that step does."""
+        if self._main:
+            self.close()
+            self._open(step)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._main:

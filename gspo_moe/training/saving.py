@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gspo_moe.config.checkpoints import checkpoint_name, newest_checkpoint
+from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, newest_checkpoint
 from gspo_moe.config.continuing import recorded_run
 from gspo_moe.config.lease import lost
 from gspo_moe.errors import TrainingError
@@ -14,12 +14,18 @@ from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.session import Trainer
 
 
+def last_saved(trainer: Trainer) -> str:
+    """In words."""
+    newest = newest_checkpoint(trainer.checkpoints)
+    return f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
+
+
 def save_whole_step(trainer: Trainer, log: RunLog) -> str:
     """Saves what the last whole step left, if that is not saved yet; what came of it, in words. Collective."""
     step, newest = trainer.progress.step, newest_checkpoint(trainer.checkpoints)
     if not trainer.session.config.checkpoint.keep:
         return "Nothing is saved, as checkpoint.keep=0 asks"
-    where = f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
+    where = last_saved(trainer)
     if trainer.optimizer.updates != trainer.progress.policy_version:
         return f"{where}: the step that it was in had changed the weights"
     if step and (newest is None or newest.name < checkpoint_name(step)):
@@ -33,11 +39,14 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
 def save(trainer: Trainer, log: RunLog) -> Path | None:
     """The checkpoint written, None where `checkpoint.keep` is 0. Collective.
 
-    Raises, on every rank, TrainingError where weights or the optimizer's state are not finite, and OutputError where
-    another process has taken the run's folder.
+    Raises, on every rank, TrainingError where weights or the optimizer's state are not finite, or weights are not alike
+    that must be, and OutputError where another process has taken the run's folder. What is from before the first of the
+    latest steps out of the bounds of `guard` is kept too.
     """
     session = trainer.session
     raise_everywhere(lost() or _broken(trainer))
+    if session.config.parallel.check_interval:
+        trainer.replicas(trainer.progress.step)
     log.flush()
     if not session.config.checkpoint.keep:
         return None
@@ -47,12 +56,20 @@ def save(trainer: Trainer, log: RunLog) -> Path | None:
             session.model,
             trainer.optimizer,
             trainer.progress,
-            session.config.checkpoint.keep,
+            session.config.checkpoint.keep + _since_bad(trainer),
             session.plan.tokenizer,
             recorded_run(session.run_path) if session.groups.is_main else None,
         )
     log.metrics(trainer.progress.step, session.timers.take())
     return saved
+
+
+def _since_bad(trainer: Trainer) -> int:
+    """Checkpoints since figures left their bounds, with the one to come."""
+    first = trainer.guard.first_bad
+    if first is None:
+        return 0
+    return 1 + sum(one.name >= checkpoint_name(first) for one in checkpoints(trainer.checkpoints))
 
 
 def _broken(trainer: Trainer) -> TrainingError | None:

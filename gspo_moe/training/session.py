@@ -10,7 +10,6 @@ from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.checkpoints import checkpoints
-from gspo_moe.config.continuing import recorded_run
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
@@ -42,9 +41,13 @@ from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import is_batched
 from gspo_moe.training.checkpoint import Progress
+from gspo_moe.training.guard import Guard
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
-from gspo_moe.training.resuming import load_newest
+from gspo_moe.training.replicas import ReplicaCheck
+from gspo_moe.training.resuming import go_on
+from gspo_moe.training.roll_backs import FILE as ROLL_BACKS_FILE
+from gspo_moe.training.roll_backs import RollBack
 from gspo_moe.training.servers import make_sink
 from gspo_moe.types import Prompt, RolloutGroup
 
@@ -202,6 +205,8 @@ class Trainer:
 
     reference: the frozen policy of a KL penalty, None without one.
     probe_packs: this rank's packs of the probe set, once the first probe has fixed it.
+    roll_backs: how the run was taken back so far.
+    dumped_weights: where weights were kept last for a skipped mini-batch, behind the steps that Adam had taken.
     """
 
     session: Session
@@ -210,6 +215,17 @@ class Trainer:
     progress: Progress
     reference: Model | None = None
     probe_packs: list[TrainingPack] | None = None
+    roll_backs: tuple[RollBack, ...] = ()
+    dumped_weights: tuple[int, str] | None = None
+
+    @cached_property
+    def guard(self) -> Guard:
+        return Guard(self.session.config.guard)
+
+    @cached_property
+    def replicas(self) -> ReplicaCheck:
+        """Its making is collective."""
+        return ReplicaCheck(self.session.model, self.session.answerer.engine)
 
     @cached_property
     def prompts(self) -> PromptSource:
@@ -221,6 +237,13 @@ class Trainer:
     def queue(self) -> GroupQueue:
         """Of the groups to come."""
         return self.session.queue(self.prompts)
+
+    def forget_prompts(self) -> None:
+        """Gives up all that was asked for; the next step asks anew from where `progress` stands then."""
+        if self.session.ahead is not None:
+            self.session.ahead.close()
+        vars(self).pop("queue", None)
+        vars(self).pop("prompts", None)
 
     def finish_step(self, prompts: Iterable[Prompt], updates: int) -> Mapping[str, float]:
         """Moves on behind a step that used these prompts up, and hands its weights to the next rollouts. Collective.
@@ -261,14 +284,11 @@ def open_trainer(session: Session) -> Trainer:
         reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)
     if checkpoints(trainer.checkpoints):
-        trainer.progress = load_newest(
-            trainer.checkpoints,
-            session.model,
-            optimizer,
-            recorded_run(session.run_path) if session.groups.is_main else None,
-            config.checkpoint.on_damage,
-        )
+        go_on(trainer)
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
-    session.publish(trainer.progress.policy_version)
+    else:
+        if session.groups.is_main:
+            (session.run_path / ROLL_BACKS_FILE).unlink(missing_ok=True)  # of a run that left no checkpoint
+        session.publish(0)
     return trainer

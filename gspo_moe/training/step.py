@@ -76,14 +76,14 @@ def train_minibatch(
         assert recorder is not None
         assert record is not None
         shift_of = router_shift(model, recorder, packs, record)
-    head = partial(_policy_head, minibatch, settings, shift_of)
+    head = partial(policy_head, minibatch, settings, shift_of)
     statistics, log_probs, update = _step(model, optimizer, packs, head, record)
     recordings = [] if record is None else record.recordings()
     trained = with_each([Trained(one) for one in packs], log_probs_T=log_probs, recording=recordings)
     return MinibatchResult(statistics, update, trained)
 
 
-def _policy_head(
+def policy_head(
     minibatch: Minibatch,
     settings: PolicySettings,
     shift_of: ShiftOf | None,

@@ -19,6 +19,7 @@ from gspo_moe.types import TrainingSample
 from tests.launch import launch
 from tests.policy import trained
 from tests.qwen3 import architecture, layout, random_sequences
+from tests.replicas import check_replicas
 from tests.steps import train_supervised
 
 DONE = Progress(step=2, prompt_position=12, policy_version=3)
@@ -119,6 +120,7 @@ def hand_on(folder: Path) -> None:
                 found = learn(model, optimizer, config, ring.exact)
                 for ours, theirs in zip(found, expected, strict=False):
                     assert ours == pytest.approx(theirs, rel=ring.tolerance), (kind, stage)
+                check_replicas(model, stage.removesuffix("+"), ring.tied)
 
 
 def test_a_run_goes_on_in_any_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"study", "report"},
+    {"study", "report", "replay"},
     {"training"},
     {"evaluation"},
     {"rollout", "scoring"},

@@ -91,6 +91,10 @@ class MegatronEngine:
         self.version = version
         return {}
 
+    def differing(self) -> list[str]:
+        """Which weights of a rounded copy are not those that were published last."""
+        return [] if self._rounded is None else self._rounded.differing(self._policy)
+
     def room(self, params: SamplingParams) -> int:
         """The longest prompt whose sequence, answered, fits the model and a micro-batch."""
         limits = (self._model.architecture.max_positions, self._prefill_tokens)

@@ -24,6 +24,7 @@ from gspo_moe.config.schema import Config
 from gspo_moe.errors import ConfigError
 from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.experts import GroupedExperts
+from gspo_moe.parallel.equality import row_hashes
 from gspo_moe.platform import Backends, choose_backends
 from gspo_moe.platform.backend import LAYERS
 from gspo_moe.rollout.embedded.fp8 import round_activations, round_weight
@@ -51,15 +52,30 @@ class RoundedCopy:
     @torch.no_grad()
     def take(self, policy: Model) -> None:
         """Rounds the policy's weights as they are now into the copy."""
+        for _, copied, rounded in self._pairs(policy):
+            copied.copy_(rounded)
+
+    @torch.no_grad()
+    def differing(self, policy: Model) -> list[str]:
+        """Which of the copy's weights are not, to the bit, the policy's as they are now, rounded."""
+        names, hashes = [], []
+        for name, copied, rounded in self._pairs(policy):
+            names.append(name)
+            hashes.append(row_hashes(copied).sum() - row_hashes(rounded.to(copied)).sum())
+        wrong = torch.stack(hashes).tolist()
+        return list(dict.fromkeys(name for name, differs in zip(names, wrong, strict=True) if differs))
+
+    def _pairs(self, policy: Model) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Of each of the copy's weights its name, itself and what it is to be, in whatever dtype."""
         for chunk, ours in zip(policy.gpt_chunks, self.model.gpt_chunks, strict=True):
             weights = dict(chunk.named_parameters())
             for name, copied in ours.named_parameters():
                 if id(copied) not in self._rounded:
-                    copied.copy_(weights[name])
+                    yield name, copied, weights[name]
                     continue
                 # One matrix at a time: rounding takes some of them in float32.
                 for one, source in zip(_matrices(copied), _matrices(weights[name]), strict=True):
-                    one.copy_(round_weight(source))
+                    yield name, one, round_weight(source)
 
 
 def _matrices(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""A mini-batch that two processes skipped, in any layout, is what one process computes again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gspo_moe.parallel.groups import shut_down
+from gspo_moe.replay.replay import replay
+from gspo_moe.training import rl
+from gspo_moe.training.batch import Batch
+from gspo_moe.training.session import Trainer
+from tests.launch import launch
+from tests.unit.training.test_rl import opened
+
+LAYOUTS = {
+    "expert": ("parallel.expert=2", "algorithm.name=rspo"),
+    "pipeline": ("parallel.pipeline=2", "routing.replay=r2"),
+    "tensor": ("parallel.tensor=2", "algorithm.kl.coeff=0.1"),
+    "context": ("parallel.context=2", "algorithm.name=gspo"),
+}
+learn = rl.learn
+
+
+def loud(trainer: Trainer, batch: Batch) -> object:
+    """One answer of the second mini-batch has an advantage near float32's largest number."""
+    samples = [dataclasses.replace(one, advantage=0.1 * (-1) ** i) for i, one in enumerate(batch.samples)]
+    samples[9] = dataclasses.replace(samples[9], advantage=3e38)
+    return learn(trainer, dataclasses.replace(batch, samples=tuple(samples)))
+
+
+def skip_in_each(folder: Path, names: tuple[str, ...]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "learn", loud)
+        for name in names:
+            with opened(folder / name, *LAYOUTS[name], "algorithm.mini_batches=2") as trainer:
+                assert rl.rl_step(trainer).metrics["optimizer/skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("names", [("expert", "pipeline"), pytest.param(("tensor", "context"), marks=pytest.mark.slow)])
+def test_one_process_finds_what_two_found(names: tuple[str, ...], tmp_path: Path) -> None:
+    launch(skip_in_each, 2, tmp_path, names)
+    for name in names:
+        dumps = sorted((tmp_path / name / "skipped").glob("step_*.safetensors"))
+        assert len(dumps) == (2 if name == "expert" else 1), name
+        try:
+            found = replay(dumps[-1])
+        finally:
+            shut_down()
+        assert found.is_reproduced, (name, found.figures)
+        assert max(found.sequences, key=lambda one: abs(one.loss)).sample == 9, name
+        assert (len(found.sequences), found.broken_weights) == (8, []), name
