@@ -23,8 +23,8 @@ ONE_STEP = ("parallel.expert=4", "schedule.steps=1", "evaluation.prompts=0", "ch
 REFUSED = (
     ("", "nothing to run; end with -- train CONFIG.yaml"),
     ("--nodes 2 --", "nothing to run; end with -- train CONFIG.yaml"),
-    ("train config.yaml", "unknown option train; options are --nodes N"),
-    ("--nodes=2 -- train config.yaml", "unknown option --nodes=2; options are --nodes N"),
+    ("train config.yaml", "unknown option train; options come first, and what to run stands behind --"),
+    ("--nodes=2 -- train config.yaml", "unknown option --nodes=2; torchrun.sh --help lists them"),
     ("--nodes -- train config.yaml", "--nodes stands without its value"),
     ("--nodes two -- train config.yaml", "--nodes two: give a whole number from 1 up"),
     ("--nproc-per-node 0 -- train config.yaml", "--nproc-per-node 0: give a whole number from 1 up"),
