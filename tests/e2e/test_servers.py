@@ -78,6 +78,8 @@ def check(run: Path) -> None:
         assert found["sync/probe_difference"] < 1e-4
         assert (found["rollout/servers/up"], found["rollout/servers/retries"]) == (1, 0)
         assert 0 < found["rollout/servers/utilisation"] <= 1
+        assert found["timing/waiting_seconds"] > 0
+        assert found["queue/idle_seconds"] > 0
         assert found["rollout/servers/latency_median_seconds"] <= found["rollout/servers/latency_tail_seconds"]
     assert sorted(path.name for path in (run / "weights").iterdir()) == ["version-00000002", "version-00000004"]
 
