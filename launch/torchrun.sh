@@ -14,51 +14,12 @@
 # The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-own="--nodes N, --nproc-per-node G, --rdzv-endpoint HOST:PORT, --local-addr ADDRESS, --dry-run, --help"
-
-fail() {
-    echo "torchrun.sh: $1" >&2
-    exit 2
-}
+source "$root/launch/options.sh"
 declare -A option=([nodes]=1 [nproc-per-node]="" [rdzv-endpoint]="" [local-addr]="")
-dry_run=
+declare -A switches=([dry-run]="")
 handed_on=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case $1 in
-        -h | --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-            exit
-            ;;
-        --dry-run)
-            dry_run=yes
-            shift
-            ;;
-        --nodes=* | --nproc-per-node=* | --rdzv-endpoint=* | --local-addr=*)
-            set -- "${1%%=*}" "${1#*=}" "${@:2}"
-            ;;
-        --nodes | --nproc-per-node | --rdzv-endpoint | --local-addr)
-            if [ $# -lt 2 ] || [ "$2" = -- ]; then
-                fail "$1 stands without its value; options are $own"
-            fi
-            option[${1#--}]=$2
-            shift 2
-            ;;
-        -*)
-            handed_on+=("$1")
-            shift
-            while [ $# -gt 0 ] && [[ $1 != -* ]]; do # its values
-                handed_on+=("$1")
-                shift
-            done
-            ;;
-        *) fail "unknown option $1; options are $own and torchrun's, and what to run stands behind --" ;;
-    esac
-done
-[ $# -ge 2 ] || fail "nothing to run; end with -- train CONFIG.yaml section.key=value ..."
-shift
-for name in nodes nproc-per-node; do
-    [[ ${option[$name]:-1} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${option[$name]}: give a whole number from 1 up"
-done
+read_options "$@"
+whole_numbers nodes ${option[nproc-per-node]:+nproc-per-node}
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
 python=$root/.venv/bin/python
@@ -88,18 +49,18 @@ else
     meeting=(--nnodes "${option[nodes]}" --rdzv-backend c10d --rdzv-endpoint "$endpoint"
         ${is_host:+--rdzv-conf "is_host=$is_host"} --local-addr "$address")
 fi
-case $1 in
-    *.py) program=("$@") ;;
-    *) program=(-m gspo_moe "$@") ;;
+case ${run[0]} in
+    *.py) program=("${run[@]}") ;;
+    *) program=(-m gspo_moe "${run[@]}") ;;
 esac
 command=(env "${environment[@]}" "$python" "$root/launch/elastic.py" "${meeting[@]}"
     --nproc-per-node "${option[nproc-per-node]:-$processes}" "${handed_on[@]}" "${program[@]}")
-if [ -n "$dry_run" ]; then
+if [ -n "${switches[dry-run]}" ]; then
     printf '%q ' "${command[@]}"
     echo
-    [ "$1" = train ] || exit 0
+    [ "${run[0]}" = train ] || exit 0
     here=${option[nproc-per-node]:-$((gpus > 0 ? gpus : 1))}
-    env "${environment[@]}" "$python" -m gspo_moe "$@" --check --world-size $((here * option[nodes])) >&2
+    env "${environment[@]}" "$python" -m gspo_moe "${run[@]}" --check --world-size $((here * option[nodes])) >&2
     exit
 fi
 exec "${command[@]}"

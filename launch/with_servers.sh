@@ -17,38 +17,15 @@
 # Servers write to server_N.log in this folder; SERVER_LOGS=DIR names another.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-
-fail() {
-    echo "with_servers.sh: $1" >&2
-    exit 2
-}
+source "$root/launch/options.sh"
 declare -A option=([model]="" [engine]=vllm [servers]=1 [server-gpus]="" [trainer-gpus]="" [nproc-per-node]=""
     [server-python]="" [server-options]="" [server-command]="" [port]=8000 [start-seconds]=1800)
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case $1 in
-        -h | --help)
-            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
-            exit
-            ;;
-        --*)
-            [ -n "${option[${1#--}]+known}" ] || fail "unknown option $1; bash launch/with_servers.sh --help lists them"
-            if [ $# -lt 2 ] || [ "$2" = -- ]; then
-                fail "$1 stands without its value"
-            fi
-            option[${1#--}]=$2
-            shift 2
-            ;;
-        *) fail "unknown option $1; options come first, and what to run stands behind --" ;;
-    esac
-done
-[ $# -ge 2 ] || fail "nothing to run; end with -- train CONFIG.yaml section.key=value ..."
-shift
+declare -A switches=()
+read_options "$@"
 [ -f "${option[model]}/config.json" ] ||
     fail "--model '${option[model]}' is no folder with a config.json; give the run's model"
 [[ ${option[engine]} =~ ^(vllm|sglang)$ ]] || fail "--engine ${option[engine]}: give vllm or sglang"
-for name in servers port start-seconds; do
-    [[ ${option[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name ${option[$name]}: give a whole number from 1 up"
-done
+whole_numbers servers port start-seconds
 count=${option[servers]}
 IFS=, read -r -a gpus <<<"${option[server-gpus]}"
 each=$((${#gpus[@]} / count))
@@ -113,7 +90,7 @@ echo "with_servers.sh: $count ${option[engine]} up (${urls[*]}), logs in $logs" 
 trainer=()
 [ -z "${option[trainer-gpus]}" ] || trainer+=("CUDA_VISIBLE_DEVICES=${option[trainer-gpus]}")
 env "${trainer[@]}" bash "$root/launch/torchrun.sh" \
-    ${option[nproc-per-node]:+--nproc-per-node "${option[nproc-per-node]}"} -- "$@" "rollout.engine=${option[engine]}" \
+    ${option[nproc-per-node]:+--nproc-per-node "${option[nproc-per-node]}"} -- "${run[@]}" "rollout.engine=${option[engine]}" \
     "rollout.servers.urls=[$(IFS=,; echo "${urls[*]}")]" &
 trainer_pid=$!
 # A signal to this script is the trainer's, which saves its last whole step.

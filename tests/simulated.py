@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gspo_moe.rollout.servers.counters import Counters
 from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.types import Prompt
 from tests.servers import Servers
@@ -97,11 +98,14 @@ class SimulatedServers(Servers):
         self._clock, self._length, self._pace, self.version, self._slots = clock, length, pace, version, slots
         self._given: list[_Given] = []
         self._paused = False
+        self._counters = Counters()
         self.asked: list[Ask] = []
         self.fail: dict[str, Exception] = {}
 
     def submit(self, ask: Ask) -> Future[Answer]:
         one = _Given(ask, Future())
+        self._counters.begin(self._clock.now)
+        one.future.add_done_callback(lambda _: self._counters.end(self._clock.now))
         self.asked.append(ask)
         self._given.append(one)
         self._start()
@@ -109,6 +113,11 @@ class SimulatedServers(Servers):
 
     def close(self) -> None:
         self._given.clear()
+
+    def take_counters(self) -> Counters:
+        self._counters.advance(self._clock.now)
+        taken, self._counters = self._counters, self._counters.successor()
+        return taken
 
     def publish(self, version: int) -> None:
         """Breaks every answer off, of some before their first token, and changes the weights."""

@@ -4,7 +4,8 @@ Trains on answers that go on while weights change, in one process: servers of th
 `--tokens` tokens of each answer a step. So an answer has tokens of several versions, as partial rollouts of a server
 have, and at equal weights engine and trainer agree: what the figures by lag say is what the steps have moved. Printed
 by lag, means over steps: share of tokens, k3 and log-ratio of trainer over rollout policy, slots that changed since the
-token was sampled, and by the step's own mini-batches; then the held-out accuracy. `--out` keeps them as JSON.
+token was sampled, and by the step's own mini-batches; then what the probe behind a sync would read of servers that had
+kept the weights of the step before, and the held-out accuracy. `--out` keeps them as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import defaultdict
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,24 @@ class EmbeddedServers:
         pass
 
 
+def probed(session: Any, version: int) -> Any:
+    """The probe's answer of the weights as they are."""
+    from gspo_moe.rollout.engine import Request
+    from gspo_moe.rollout.servers.probe import probe_ask, probe_ids
+
+    ask = probe_ask(probe_ids(session.plan.tokenizer.vocab_size), version)
+    ((answer,),) = session.answerer.engine.generate([Request(ask.uid, ask.token_ids, 1)], ask.params)
+    return answer
+
+
+def apart(model: Any, answer: Any) -> float:
+    """As the probe has it, nats a token."""
+    from gspo_moe.training.servers import log_probs_of
+
+    scored = log_probs_of(model, answer.token_ids)[-len(answer.log_probs) :]
+    return mean(abs(a - b) for a, b in zip(answer.log_probs, scored, strict=True))
+
+
 def train(path: str, overrides: list[str], max_staleness: int, tokens: int) -> tuple[list[dict[str, float]], float]:
     """Each step's metrics and the held-out accuracy behind the last one."""
     from gspo_moe.config import load_config
@@ -124,6 +143,7 @@ def train(path: str, overrides: list[str], max_staleness: int, tokens: int) -> t
         )
     trainer, steps = open_trainer(session), []
     for number in range(config.schedule.steps):
+        old = probed(session, number)
         with session.timers("step"):
             batch = collect(trainer)
             if max_staleness:
@@ -132,7 +152,7 @@ def train(path: str, overrides: list[str], max_staleness: int, tokens: int) -> t
             trainer.finish_step(batch.prompts, config.algorithm.mini_batches)
             if max_staleness:
                 fleet.publish()
-        steps.append({**batch.metrics, **figures.metrics})
+        steps.append({**batch.metrics, **figures.metrics, "probe": apart(session.model, old)})
         print(f"step {number + 1}", file=sys.stderr, flush=True)
     accuracy = evaluation_metrics(session.evaluate("at the end"), ())["eval/accuracy"]
     session.close()
@@ -160,6 +180,9 @@ def main() -> None:
         row = {name: mean([each[key] for each in steps if key in each] or [float("nan")]) for name, key in keys.items()}
         found["by_lag"].append(row)
         print(f"{lag:17d} " + " ".join(f"{value:17.3g}" for value in row.values()))
+    probe = sorted(each["probe"] for each in steps)
+    found["probe"] = {"least": probe[0], "median": median(probe), "most": probe[-1]}
+    print("the probe of weights one step old: " + ", ".join(f"{name} {at:.2g}" for name, at in found["probe"].items()))
     print(f"mean lag {found['lag']:.2f}, clipped {found['clipped']:.1%}, held-out accuracy {accuracy:.3f}")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -39,8 +39,8 @@ def seconds(nbytes: float, tensors: int, machine: Machine) -> dict[str, tuple[fl
     inside = nbytes / GB / machine.nvlink
     return {
         "folder": (nbytes / GB / machine.disk + read, read),
-        "broadcast, NCCL between nodes": (2 * crossing + 2 * each_end,) * 2,
-        "broadcast, NCCL within a node": (2 * inside + 2 * each_end,) * 2,
+        "broadcast, NCCL between nodes": (crossing + each_end,) * 2,  # one bucket is collected as another is sent
+        "broadcast, NCCL within a node": (inside + each_end,) * 2,
         "CUDA IPC": (inside + 2 * each_end,) * 2,
     }
 

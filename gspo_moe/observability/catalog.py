@@ -28,7 +28,7 @@ class MetricDoc:
 FIGURES = {"mean": "mean", "std": "standard deviation", "min": "smallest value", "max": "largest value"}
 PHASES = {
     "rollout": "generation",
-    "waiting": "waiting for rollouts that servers sample while training runs",
+    "waiting": "waiting for rollouts of servers; on-policy, all of generation",
     "reward": "rewarding answers",
     "old_log_probs": "the old policy's log-probs",
     "reference": "the reference's log-probs",
@@ -157,7 +157,7 @@ METRICS = (
     MetricDoc("queue/running", "groups", "asked for and not answered when the step has taken its own"),
     MetricDoc("queue/dropped", "groups", "given up as older than `rollout.max_staleness`, and asked for again"),
     MetricDoc("queue/dropped_tokens", "tokens", "response tokens of those"),
-    MetricDoc("queue/idle_seconds", "s", "time in which the servers had nothing to do, mean over data-parallel ranks"),
+    MetricDoc("queue/idle_seconds", "s", "time in which the servers had nothing to do, mean over the ranks that ask"),
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because the loss or a gradient was not finite"),

@@ -80,12 +80,13 @@ class GroupQueue:
         """
         self._ask(self._prompts.take(max(0, self._pace.wanted(step) - len(self._asked))), step)
         oldest = version - self._pace.max_staleness * self._pace.updates
-        if self._ahead is not None and self._pace.drops:  # else nothing under way is ever that old
-            self._ask_again(self._ahead, self._ahead.running(), step, oldest)
+        dropping = self._ahead if self._pace.drops else None  # else nothing is ever that old
+        if dropping is not None:
+            self._ask_again(dropping, dropping.running(), step, oldest)
         while True:
-            if self._ahead is not None:
+            if dropping is not None:
                 came = [one.group for one in self._asked.values() if one.group is not None]
-                self._ask_again(self._ahead, {group.prompt.uid: _age(group) for group in came}, step, oldest)
+                self._ask_again(dropping, {group.prompt.uid: _age(group) for group in came}, step, oldest)
             ready = self._ready()
             if len(ready) == self._pace.prompts:
                 break
@@ -119,17 +120,15 @@ class GroupQueue:
         self._ask([one.prompt for uid, one in self._asked.items() if uid in old], step)
 
     def figures(self) -> dict[str, float]:
-        """Of the queue as it is, and of what happened since the last call; empty where nothing is ahead. Collective."""
+        """Of the queue as it is, and of what happened since the last call; empty where nothing is ahead."""
         if self._ahead is None:
             return {}
         ready = sum(one.group is not None for one in self._asked.values())
-        idle = gather_objects(self._ahead.idle_seconds(), self._ranks)
         found = {
             "queue/ready": ready,
             "queue/running": len(self._asked) - ready,
             "queue/dropped": self._dropped,
             "queue/dropped_tokens": self._dropped_tokens,
-            "queue/idle_seconds": sum(idle) / len(idle),
         }
         self._dropped = self._dropped_tokens = 0
         return found

@@ -8,6 +8,7 @@ gathered (`parallel.exchange`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,10 +51,6 @@ class AheadSource(RolloutSource, Protocol):
         """Wants no answers to these prompts, as far as this rank has any that are not taken."""
         ...
 
-    def idle_seconds(self) -> float:
-        """How long, since the last call, this rank had nothing under way."""
-        ...
-
     def close(self) -> None:
         """Gives everything up."""
         ...
@@ -88,7 +85,8 @@ class EngineSource:
         return [group for step, prompts in asked for group in self._answers(prompts, step)]
 
     def _answers(self, prompts: list[Prompt], step: int) -> list[RolloutGroup]:
-        with self._timers("rollout"):
+        servers = self.config.rollout.engine != "megatron"
+        with self._timers("rollout"), self._timers("waiting") if servers else nullcontext():
             samples = self.config.rollout.samples_per_prompt
             params = training_params(self.config, self._stop_ids, step)
             share = self._answerer.generate(prompts, samples, params, ahead=True)

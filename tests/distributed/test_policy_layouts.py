@@ -21,6 +21,7 @@ from gspo_moe.model.weights import load_weights
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data, reduce_statistics
 from gspo_moe.platform import prepare_megatron
+from gspo_moe.rollout.embedded import engine
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.comparison import gather_layers
@@ -84,10 +85,10 @@ def share(groups: Groups, values: Sequence[Any]) -> list[Any]:
 
 def generate(model: Model) -> dict[str, Named]:
     """The rollouts of this rank's requests, by kind of sampling, uid and sample."""
-    engine = MegatronEngine(model, max_batch=10, prefill_tokens=9)
+    sampler = MegatronEngine(model, max_batch=10, prefill_tokens=9)
     mine = share(model.groups, requests(samples=3))
     return {
-        kind: {(r.uid, r.sample_index): r for group in engine.generate(mine, params) for r in group}
+        kind: {(r.uid, r.sample_index): r for group in sampler.generate(mine, params) for r in group}
         for kind, params in SAMPLINGS.items()
     }
 
@@ -192,8 +193,23 @@ def one_process() -> dict[str, Any]:
         return {"rollouts": rollouts, "samples": samples, **observe(model, optimizer, samples, {}, {})}
 
 
+def check_whole_steps(expected: dict[str, Named]) -> None:
+    """Each decode step by the model's own forward, in which the allgather dispatcher has the ranks meet."""
+    parallel = {"dispatcher": "allgather"}
+    lean, engine.lean_obstacle = engine.lean_obstacle, lambda model: "as with Transformer Engine's experts"
+    policy = config(**parallel), layout(2), SIZES
+    with trained(*policy, LoudRows(SIZES, 2, VOCAB), VOCAB) as (model, _):
+        mine = generate(model)
+        steps = sum(len(one.response_ids) for one in mine["sampled"].values())
+        assert len(set(gather_over_data(steps, model.groups))) == 2, "one rank has to step for the other"
+        same_rollouts(together(model.groups, mine), expected, parallel)
+    engine.lean_obstacle = lean
+
+
 def check_layouts(world_size: int, folder: Path) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=False)
+    if world_size == 2:
+        check_whole_steps(expected["rollouts"])
     for parallel in LAYOUTS[world_size]:
         policy = config(**parallel), layout(world_size, **parallel), SIZES
         with trained(*policy, LoudRows(SIZES, 2, VOCAB), VOCAB) as (model, optimizer):

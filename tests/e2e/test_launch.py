@@ -23,7 +23,7 @@ ONE_STEP = ("parallel.expert=4", "schedule.steps=1", "evaluation.prompts=0", "ch
 REFUSED = (
     ("", "nothing to run; end with -- train CONFIG.yaml"),
     ("--nodes 2 --", "nothing to run; end with -- train CONFIG.yaml"),
-    ("train config.yaml", "unknown option train; options are --nodes N"),
+    ("train config.yaml", "unknown option train; options come first, and what to run stands behind --"),
     ("--nodes=2 -- train config.yaml", "--nodes 2 needs --rdzv-endpoint HOST:PORT, the same on every host"),
     ("--nodes=1 --max-restarts 1 --tee -- ", "nothing to run; end with -- train CONFIG.yaml"),
     ("--nodes -- train config.yaml", "--nodes stands without its value"),

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from gspo_moe.rollout.bank import read_bank
 from tests.e2e.program import ROOT, SMALL_MODEL, TASK, Program, gspo_moe, metrics_by_step, succeed, torchrun
 from tests.launch import free_port, free_ports
 
@@ -53,11 +55,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "hf"
 
 
-@pytest.fixture
-def server(model: Path, tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Each run gives it its own weights before it asks."""
     port = free_port()
     command: list[str | Path] = [sys.executable, STAND_IN, model, "--port", str(port), "--routes"]
-    program = Program(command, tmp_path, PYTHONPATH=str(ROOT))
+    program = Program(command, tmp_path_factory.mktemp("server"), PYTHONPATH=str(ROOT))
     yield Server(model, f"http://127.0.0.1:{port}")
     program.kill()
 
@@ -75,6 +78,8 @@ def check(run: Path) -> None:
         assert found["sync/probe_difference"] < 1e-4
         assert (found["rollout/servers/up"], found["rollout/servers/retries"]) == (1, 0)
         assert 0 < found["rollout/servers/utilisation"] <= 1
+        assert found["timing/waiting_seconds"] > 0
+        assert found["queue/idle_seconds"] > 0
         assert found["rollout/servers/latency_median_seconds"] <= found["rollout/servers/latency_tail_seconds"]
     assert sorted(path.name for path in (run / "weights").iterdir()) == ["version-00000002", "version-00000004"]
 
@@ -97,6 +102,36 @@ def test_a_run_of_two_processes(server: Server, tmp_path: Path) -> None:
     )
     succeed([*command, "parallel.expert=2", "logging.run_dir=run"], tmp_path)
     check(tmp_path / "run")
+
+
+def test_a_bank_of_servers_answers_is_learnt_from_without_them(server: Server, tmp_path: Path) -> None:
+    """Log-probs are held against transformers' of the same tokens, and what a run learns from against the bank."""
+    from transformers import AutoModelForCausalLM
+
+    given = ("rollout.engine=vllm", f"rollout.servers.urls=[{server.url}]", "rollout.servers.start_seconds=100")
+    settings = (*STEPS, f"model={{hf: {server.model}}}", "logging.run_dir=run")
+    config, file = write_config(tmp_path), tmp_path / "bank.safetensors"
+    succeed(gspo_moe("bank", config, file, *settings, *given, "rollout.max_staleness=1"), tmp_path)
+    groups = read_bank(str(file)).groups
+    assert [group.prompt.uid for group in groups] == [f"train/{number}" for number in range(8)]
+    rollouts = [one for group in groups for one in group.rollouts]
+    reference = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32).eval()
+    for one in rollouts:
+        assert [version for version, _ in one.versions] == [0]
+        tokens = torch.tensor(one.token_ids)
+        with torch.no_grad():
+            output = reference(input_ids=tokens[None], output_router_logits=True)
+        log_probs_T = output.logits[0].log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+        assert one.log_probs == pytest.approx(log_probs_T[len(one.prompt_ids) - 1 :].tolist(), abs=1e-4)
+        picked = torch.stack([scores.topk(2).indices for scores in output.router_logits], 1)[:-1]
+        assert one.routes is not None
+        assert torch.equal(one.routes.long().sort(-1).values, picked.sort(-1).values)
+
+    succeed(gspo_moe("train", config, *settings, "schedule.steps=1", f"rollout.bank={file}"), tmp_path)
+    found = metrics_by_step(tmp_path / "run")[1]
+    assert found["mismatch/k3"] < 1e-8
+    assert found["reward/mean"] == pytest.approx(sum(one.total_reward for one in rollouts[:8]) / 8)
+    assert found["rollout/tokens"] == sum(len(one.response_ids) for one in rollouts[:8])
 
 
 def test_one_command_starts_trainer_and_servers(model: Path, tmp_path: Path) -> None:

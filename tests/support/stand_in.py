@@ -1,6 +1,6 @@
 """A server that speaks vLLM's protocol as `gspo_moe.rollout.servers.vllm` does, on a tiny model, with faults to order.
 
-    python tests/support/stand_in.py HF_FOLDER --port 8000 [--logprobs-mode processed_logprobs] [--routes]
+    python tests/support/stand_in.py HF_FOLDER --port 8000 [--logprobs-mode processed_logprobs] [--routes] [--count 3]
 
 Log-probs are real: transformers' model in float32, each token's whole sequence anew. Weights come by folders and by
 broadcasts. `/stand_in/fault` has it fail, or die, which only one in a process of its own can.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import importlib
 import io
 import json
 import os
@@ -35,7 +36,7 @@ _LOADING = threading.Lock()  # transformers changes settings of the process whil
 # dies, or hangs, as it is to take weights for the `count`th time from then on.
 FAULTS = (
     "no_log_probs", "too_many_log_probs", "nan", "token", "too_long", "garbage", "cut", "error", "hang", "old_version",
-    "unavailable", "no_routes", "die", "stall",
+    "unavailable", "no_routes", "load_error", "die", "stall",
 )  # fmt: skip
 
 
@@ -175,6 +176,8 @@ class StandIn:
         assert body["method"] == "load_folder"
         folder, version = body["args"]
         await self._falter()
+        if self._takes("load_error"):
+            return web.json_response({"error": {"message": "ordered"}}, status=500)
         self._model.load(Path(folder))
         return web.json_response({"results": [{"version": version}]})
 
@@ -376,13 +379,18 @@ def main() -> None:
     options.add_argument("--port", type=int, required=True)
     options.add_argument("--logprobs-mode", default="raw_logprobs")
     options.add_argument("--routes", action="store_true")
+    options.add_argument(
+        "--count", type=int, default=1, help="servers, each a process, on as many ports one behind the other"
+    )
     given = options.parse_args()
     torch.set_num_threads(1)
+    importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")  # once for all of them
 
     async def app() -> web.Application:
         return StandIn(given.folder, logprobs_mode=given.logprobs_mode, routes=given.routes).app()
 
-    web.run_app(app(), host="127.0.0.1", port=given.port, print=None)
+    number = next((number for number in range(1, given.count) if os.fork() == 0), 0)
+    web.run_app(app(), host="127.0.0.1", port=given.port + number, print=None)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from gspo_moe.errors import RolloutError
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.servers.broadcast_sink import BroadcastSink
+from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.folder_sink import FolderSink, write_folder
 from gspo_moe.rollout.servers.probe import Probe, probe_ids
 from gspo_moe.rollout.servers.records import Answer, Ask, Post
@@ -145,6 +146,36 @@ def test_a_folder_and_a_broadcast_bring_the_trainers_weights(running: Running) -
         (of_broadcast,) = check_all(running, Reference(running.folder / "same"), [ask("w", tokens)])
         assert of_broadcast.version == version
         version = next(VERSIONS)
+
+
+class BreaksOff:
+    """The fleet, but for the third bucket: that one comes, and its answer does not."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self.buckets = fleet, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fleet, name)
+
+    def everywhere(self, post: Post) -> list[Any]:
+        found = self._fleet.everywhere(post)
+        self.buckets += post.path == "/update_weights"
+        if post.path == "/update_weights" and self.buckets == 3:
+            raise RolloutError("planted")
+        return found
+
+
+def test_a_broadcast_that_breaks_off_begins_anew(running: Running) -> None:
+    fleet: Any = BreaksOff(running.fleet)
+    sink = BroadcastSink(fleet, running.dialect, VllmTransfer(), probe(running), "127.0.0.1", bucket_bytes=100_000)
+    version = next(VERSIONS)
+    with model(12) as policy:
+        assert sink.publish(policy, version)["sync/probe_difference"] < 1e-4
+        write_folder(policy, running.folder / "anew")
+    assert fleet.buckets > 6
+    (answer,) = check_all(running, Reference(running.folder / "anew"), [ask("anew", prompt(19, seed=2))])
+    assert answer.version == version
+    running.fleet.expect(version)
 
 
 def test_the_probe_tells_of_weights_that_a_server_took_wrongly(running: Running) -> None:

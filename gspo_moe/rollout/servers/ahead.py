@@ -9,7 +9,6 @@ Invariant: all state is behind `_change`, and no answer of a prompt that was giv
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -54,7 +53,7 @@ class ServerSource:
     """A RolloutSource of servers, which go on with what was asked until it is taken.
 
     servers: on the first rank of each model replica; None on the others, which get what they train on from it.
-    wait, clock: of the thread that takes; a test's may run in a time of their own.
+    wait: of the thread that takes; a test's may run in a time of its own.
     """
 
     def __init__(
@@ -66,15 +65,13 @@ class ServerSource:
         timers: Timers,
         stop: StopSignals,
         wait: Wait = threading.Condition.wait,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._servers, self._answerer, self._config, self._stop_ids = servers, answerer, config, stop_ids
-        self._timers, self._stop, self._wait, self._clock = timers, stop, wait, clock
+        self._timers, self._stop, self._wait = timers, stop, wait
         self._change = threading.Condition()
         self._open: dict[str, _Open] = {}
         self._whole: list[_Open] = []
         self._fault: BaseException | None = None
-        self._idle_since, self._idle = clock(), 0.0
 
     def ask(self, prompts: Sequence[Prompt], step: int) -> None:
         """As `RolloutSource`; each data-parallel rank asks for its share.
@@ -100,8 +97,6 @@ class ServerSource:
         ]
         one = _Open(prompt, params, pieces, over)
         with self._change:
-            if not self._open:
-                self._idle += self._clock() - self._idle_since
             self._open[prompt.uid] = one
         for number in range(request.samples):
             self._send(one, number)
@@ -135,13 +130,8 @@ class ServerSource:
         one.over(number, rollout.turns)
         if len(one.ended) == len(one.pieces):
             self._whole.append(one)
-            self._close(one)
+            del self._open[one.prompt.uid]
             self._change.notify_all()
-
-    def _close(self, one: _Open) -> None:
-        del self._open[one.prompt.uid]
-        if not self._open:
-            self._idle_since = self._clock()
 
     def take(self) -> list[RolloutGroup]:
         """As `RolloutSource`. Raises on every rank what servers failed with; Interrupted at a signal."""
@@ -190,20 +180,11 @@ class ServerSource:
             for one in given_up:
                 one.given_up = True
                 self._answerer.pool.forget([one.prompt] * len(one.pieces))
-                if one.prompt.uid in self._open:
-                    self._close(one)
+                self._open.pop(one.prompt.uid, None)
             self._whole = [one for one in self._whole if not one.given_up]
             futures = [future for one in given_up for future in one.futures.values()]
         for future in futures:
             future.cancel()
-
-    def idle_seconds(self) -> float:
-        """How long, since the last call, this rank had nothing under way."""
-        with self._change:
-            now = self._clock()
-            idle = self._idle + (now - self._idle_since if not self._open else 0.0)
-            self._idle, self._idle_since = 0.0, now
-            return idle
 
     def close(self) -> None:
         """Gives everything up."""

@@ -18,7 +18,7 @@ class Counters:
     """answers, tokens: that came. retries: answers asked for once more. taken_out: servers found dead.
 
     latencies: seconds, of each answer. busy: request-seconds in flight. span: seconds in which there were any.
-    most: requests in flight at once.
+    most: requests in flight at once. began, since: the clock's at the last look, and when this was last brought to now.
     """
 
     answers: int = 0
@@ -31,6 +31,12 @@ class Counters:
     most: int = 0
     in_flight: int = 0
     since: float = 0.0
+    began: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which nothing was in flight."""
+        return self.since - self.began - self.span
 
     def begin(self, now: float) -> None:
         self.advance(now)
@@ -54,17 +60,18 @@ class Counters:
 
     def successor(self) -> Counters:
         """Goes on from here with nothing counted but what is in flight."""
-        return Counters(in_flight=self.in_flight, most=self.in_flight, since=self.since)
+        return Counters(in_flight=self.in_flight, most=self.in_flight, since=self.since, began=self.since)
 
 
 def server_metrics(counted: Sequence[Counters], servers_up: Sequence[int]) -> dict[str, float]:
-    """Of the fleets of all processes that ask; none of them where nothing was asked for."""
+    """Of the fleets of all processes that ask; of answers nothing where none came."""
     latencies = [seconds for one in counted for seconds in one.latencies]
     span = max((one.span for one in counted), default=0.0)
     metrics = {
         "rollout/servers/up": float(min(servers_up)),
         "rollout/servers/taken_out": float(sum(one.taken_out for one in counted)),
         "rollout/servers/retries": float(sum(one.retries for one in counted)),
+        "queue/idle_seconds": sum(one.idle for one in counted) / len(counted),
     }
     if not latencies or not span:
         return metrics

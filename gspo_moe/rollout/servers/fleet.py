@@ -14,21 +14,17 @@ import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
 from gspo_moe.packages import require
 from gspo_moe.rollout.servers.counters import Counters
-from gspo_moe.rollout.servers.link import Link
+from gspo_moe.rollout.servers.link import Link, open_session
 from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, Dialect, Post, ServerDown
-
-if TYPE_CHECKING:
-    import aiohttp
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds, before an Ask is asked again
-KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps just as a request is on its way
 HEALTH_SECONDS = 10.0  # for an answer; a server's HTTP side is free while it computes
 
 
@@ -42,11 +38,12 @@ class Fleet:
         self._version: int | None = None
         self._syncs = self._syncing = False  # this process gives weights; it does so now
         self._dark_since = 0.0  # where no server is up
-        self._counters = Counters()
+        now = time.monotonic()
+        self._counters = Counters(since=now, began=now)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
         self._thread.start()
-        self._session = self._wait(_session())
+        self._session = self._wait(open_session())
         self._links, self._changed = self._wait(self._open(options.urls))
         self._watch = asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
 
@@ -180,12 +177,15 @@ class Fleet:
                 f"{len(posts) or 'some'} were to be told of something; start them again"
             )
         found = await asyncio.gather(*map(self._told, links, posts), return_exceptions=True)
-        for one in found:
-            if isinstance(one, BaseException) and not isinstance(one, ServerDown):
+        took = any(not isinstance(one, BaseException) for one in found)
+        for link, post, one in zip(links, posts, found, strict=True):
+            if isinstance(one, BadAnswer) and post.version is not None and took:  # weights that others could load
+                await self._take_out(link, one)
+            elif isinstance(one, BaseException) and not isinstance(one, ServerDown):
                 raise one
         if not self.up:
             raise RolloutError(f"no rollout server is up any more ({self._faults()}); start them again")
-        return [one for one in found if not isinstance(one, ServerDown)]
+        return [one for one in found if not isinstance(one, RolloutError)]
 
     async def _told(self, link: Link, post: Post) -> Any:
         try:
@@ -234,14 +234,16 @@ class Fleet:
         """Lets a healthy server in, once it has the newest weights, and takes out one that is not healthy."""
         if link.loading.locked():
             return
+        healthy = False
         try:
-            link.waits = False
             await link.send(self._dialect.health(), HEALTH_SECONDS)
+            healthy = True
             if link.up:
                 return
             async with link.loading:
                 await self._catch_up(link)
         except RolloutError as fault:
+            link.waits = link.waits and healthy
             await self._take_out(link, fault)
             return
         link.let_in()
@@ -288,11 +290,3 @@ class Fleet:
 
     def _faults(self) -> str:
         return "; ".join(link.why for link in self._links if not link.up)
-
-
-async def _session() -> aiohttp.ClientSession:
-    import aiohttp
-
-    # `concurrency` is the limit, and each request has its own time.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
-    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))

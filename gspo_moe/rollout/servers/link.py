@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 BUSY = frozenset({408, 425, 429})  # of HTTP's 4xx, those which another time may go well
 SHOWN = 500  # characters of what a server said
+KEEP_ALIVE = 2.0  # seconds; servers close idle connections after 5, perhaps just as a request is on its way
+
+
+async def open_session() -> aiohttp.ClientSession:
+    import aiohttp
+
+    # How many requests there are is the caller's to limit, and each has its own time.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
 
 
 class Link:

@@ -40,7 +40,7 @@ class Probe:
 
         Raises RolloutError, with both log-probs, where one is beyond the tolerance or a server answers badly.
         """
-        ask = _ask(self.prompt_ids, version)
+        ask = probe_ask(self.prompt_ids, version)
 
         def answers() -> list[Answer]:
             return [self.dialect.answer(ask, body) for body in self.servers.everywhere(self.dialect.ask(ask))]
@@ -79,7 +79,7 @@ def probe_ids(vocab_size: int) -> tuple[int, ...]:
     return tuple((7919 * (position + 1)) % vocab_size for position in range(PROMPT_TOKENS))
 
 
-def _ask(prompt_ids: tuple[int, ...], version: int) -> Ask:
+def probe_ask(prompt_ids: tuple[int, ...], version: int) -> Ask:
     params = SamplingParams(
         temperature=1.0,
         top_p=1.0,

@@ -23,6 +23,7 @@ from gspo_moe.observability.timers import Timers
 from gspo_moe.rollout.answers import Answerer
 from gspo_moe.rollout.queue import GroupQueue, Pace, lags
 from gspo_moe.rollout.servers.ahead import ServerSource
+from gspo_moe.rollout.servers.counters import server_metrics
 from gspo_moe.rollout.servers.records import Ask
 from gspo_moe.tasks.pool import Item
 from gspo_moe.types import Conversation, Prompt, Reward, RolloutGroup
@@ -117,7 +118,6 @@ class Run:
             Timers(lambda: None),
             self.stop,
             wait=lambda condition, seconds: self.clock.step(),
-            clock=lambda: self.clock.now,
         )
         self.prompts = PromptSource(Endless(), "train", self.saved.position)
         drops = script.stragglers == "drop"
@@ -128,7 +128,7 @@ class Run:
     def take(self) -> list[RolloutGroup]:
         """The groups of the next step."""
         groups = self.queue.draw(self.step, self.step * UPDATES)
-        self.figures.append(self.queue.figures())
+        self.figures.append(self.queue.figures() | server_metrics([self.servers.take_counters()], [1]))
         return groups
 
     def learn(self, groups: list[RolloutGroup], seconds: float) -> Saved:

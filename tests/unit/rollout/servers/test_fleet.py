@@ -144,6 +144,23 @@ def test_a_dead_server_is_left_and_let_back_in_with_the_newest_weights(
     assert both.take_counters().taken_out == 1
 
 
+def test_a_server_that_cannot_load_what_others_can_is_left(
+    stand_ins: list[Running], tiny_models: tuple[Path, Path], fleet: Make
+) -> None:
+    both = fleet(stand_ins)
+    publish(both, tiny_models[0], 1)
+    stand_ins[0].order("load_error", 1)
+    publish(both, tiny_models[1], 2)
+    assert both.take_counters().taken_out == 1
+    assert stand_ins[1].server._version == "2"
+    eventually(lambda: both.up == 2)
+    assert stand_ins[0].server._version == "2", "by another try"
+    for one in stand_ins:
+        one.order("load_error", 1)
+    with pytest.raises(RolloutError, match="collective_rpc was answered with HTTP 500"):
+        publish(both, tiny_models[0], 3)
+
+
 def test_a_server_that_missed_weights_waits_for_the_process_that_has_them(
     stand_ins: list[Running], tiny_models: tuple[Path, Path], fleet: Make
 ) -> None:
@@ -206,7 +223,7 @@ def test_closing_gives_up_what_is_under_way(
 
 
 def test_figures_of_several_processes_on_a_clock_of_their_own() -> None:
-    one, other = Counters(), Counters()
+    one, other = Counters(since=4.0, began=4.0), Counters(since=1.0, began=1.0)
     one.begin(10.0)
     one.begin(12.0)
     one.came(100, 3.0)
@@ -215,6 +232,7 @@ def test_figures_of_several_processes_on_a_clock_of_their_own() -> None:
     one.end(20.0)
     one.advance(30.0)
     other.retries, other.taken_out = 2, 1
+    other.advance(5.0)
     assert (one.span, one.busy, one.most) == (10.0, 2 * 1 + 1 * 9, 2)
     found = server_metrics([one, other], [3, 2])
     assert found == pytest.approx(
@@ -222,6 +240,7 @@ def test_figures_of_several_processes_on_a_clock_of_their_own() -> None:
             "rollout/servers/up": 2.0,
             "rollout/servers/taken_out": 1.0,
             "rollout/servers/retries": 2.0,
+            "queue/idle_seconds": (6.0 + 10.0 + 4.0) / 2,
             "rollout/servers/tokens_per_second": 15.0,
             "rollout/servers/latency_median_seconds": 5.5,
             "rollout/servers/latency_tail_seconds": 7.95,
@@ -231,7 +250,8 @@ def test_figures_of_several_processes_on_a_clock_of_their_own() -> None:
     again = one.successor()
     again.begin(31.0)
     again.advance(32.0)
-    assert (again.answers, again.busy, again.most) == (0, 1.0, 1)
+    assert (again.answers, again.busy, again.most, again.idle) == (0, 1.0, 1, 1.0)
     assert set(server_metrics([Counters()], [1])) == {
-        f"rollout/servers/{name}" for name in ("up", "taken_out", "retries")
+        "queue/idle_seconds",
+        *(f"rollout/servers/{name}" for name in ("up", "taken_out", "retries")),
     }
