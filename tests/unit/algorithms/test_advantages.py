@@ -53,6 +53,7 @@ def test_float32_rewards_keep_shape_and_dtype() -> None:
         ([0.0, 1.0], 1, ConfigError, "raise samples_per_prompt"),
         ([0.0, float("nan"), 1.0, 1.0], 2, DataError, "reward 1 is nan"),
         ([0.0, 1.0, 1.0, float("-inf")], 2, DataError, "reward 3 is -inf"),
+        ([0.0, 1e200, 1.0, 1.0], 2, DataError, "reward 1 is 1e"),
         ([[0.0, 1.0]], 2, DataError, r"\[1, 2\]"),
         ([0, 1], 2, DataError, "floats"),
     ],
