@@ -133,8 +133,8 @@ class Workers:
             self._start_one(now)
         for number, load in list(roster.give(now)):
             self._send(number, load)
-        looks = LOOK_SECONDS if any(one.state is not State.IDLE for one in roster.members.values()) else math.inf
-        seconds = min(roster.wait(now), looks)
+        looks = roster.missing(now) or any(one.state is not State.IDLE for one in roster.members.values())
+        seconds = min(roster.wait(now), LOOK_SECONDS if looks else math.inf)
         return None if seconds == math.inf else seconds
 
     def _start_one(self, now: float) -> None:
@@ -171,9 +171,10 @@ class Workers:
         for number, worker in list(self._workers.items()):
             if worker.printed in heard:
                 self._read(worker)
-            if worker.channel in heard:
+            alive = worker.process.is_alive()
+            if worker.channel in heard or not alive:
                 self._listen(number, worker)
-            elif not worker.process.is_alive():
+            if not alive and number in self._workers:
                 self._end(number, _how_it_ended(worker.process))
 
     def _listen(self, number: int, worker: Worker) -> None:
@@ -238,5 +239,5 @@ def _how_it_ended(process: SpawnProcess) -> str:
 
 
 def _show(text: bytes) -> None:
-    if text:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)

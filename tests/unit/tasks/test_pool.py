@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from gspo_moe.config.task import RewardConfig, TaskConfig
-from gspo_moe.tasks import make_task
+from gspo_moe.tasks import make_task, workers
 from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.rewards import Reward, Step
@@ -418,6 +419,21 @@ def test_workers_that_never_start_fail_their_items_within_a_limit(
         rewards = pool.rewards(answers("1", "2", "3"))
     assert [error in str(one.error) for one in rewards] == [True] * 3
     assert {one.timed_out for one in rewards} == {"batch_seconds" in limits}
+
+
+def test_where_the_system_gives_no_process_items_fail_after_three_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = list[object]()
+
+    def refuse(process: object) -> None:
+        tries.append(process)
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(SpawnProcess, "start", refuse)
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    with TaskPool(TaskConfig(), seed=1, make=make_trouble) as pool:
+        error = pool.rewards(answers("1"))[0].error
+    assert error == "train/0: no process for a worker ([Errno 11] Resource temporarily unavailable)"
+    assert len(tries) in (3, 4), "one may come before the first batch"
 
 
 def test_a_largest_reward_of_ones_own() -> None:
