@@ -31,7 +31,6 @@ PACKAGES = (
     Package("torch", "torch"),
     Package("megatron-core", "megatron.core"),
     Package("numpy", "numpy"),
-    Package("pebble", "pebble"),
     Package("psutil", "psutil"),
     Package("pydantic", "pydantic"),
     Package("PyYAML", "yaml"),

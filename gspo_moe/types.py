@@ -110,7 +110,7 @@ class Reward:
 
     total: what the policy learns from. parts: the rubric's named parts, none where it gave a number.
     error: why `total` is `task.reward.failure_reward`, with the rubric's stack trace where it raised; else None.
-    timed_out: the error is that it took longer than `task.reward.timeout_seconds`.
+    timed_out: the error is that it took longer than `task.reward.timeout_seconds`, or all of them `batch_seconds`.
     """
 
     total: float

@@ -18,7 +18,7 @@ prepare() {
     local download="python3 -m pip download --quiet --disable-pip-version-check --only-binary=:all: --python-version 3.12
         --implementation cp $platforms --platform manylinux2014_x86_64 --dest $wheels"
     local ours peers
-    ours=$(grep -E '^(pebble|psutil|pydantic)==' "$root/launch/requirements.txt")
+    ours=$(grep -E '^(psutil|pydantic)==' "$root/launch/requirements.txt")
     peers=$(grep -E '^(trl|datasets|dill|multiprocess)==' "$root/tools/requirements_trl.txt")
     $download $ours && $download --no-deps megatron-core==0.19.2 $peers liger-kernel==0.8.5 || return 1
     git -C "$root" describe --always --dirty --abbrev=40 --match= >"$root/.gpu/commit"

@@ -24,7 +24,7 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     $pip torch==2.13.0+cpu 2>/dev/null || $pip $cpu_index torch==2.13.0+cpu 2>/dev/null ||
         echo "setup_trl: no CPU build of torch within reach; taking pip's default build, which is large" >&2
 fi
-ours=$(grep -E '^(torch|pebble|psutil|pydantic|PyYAML|numpy|sentencepiece|tokenizers|safetensors)==' "$root/launch/requirements.txt")
+ours=$(grep -E '^(torch|psutil|pydantic|PyYAML|numpy|sentencepiece|tokenizers|safetensors)==' "$root/launch/requirements.txt")
 $pip --requirement "$root/tools/requirements_trl.txt" $ours ||
     fail "the packages could not be installed; pip's message stands above, and a second call goes on from there"
 venv=$(cd "$venv" && pwd)

@@ -10,6 +10,7 @@ import torch
 from gspo_moe.errors import ConfigError, DataError
 
 STD_EPSILON = 1e-6
+LARGEST = 1e150  # squares of larger ones are infinite, and all advantages then 0
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = True) -> torch.Tensor:
@@ -17,7 +18,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = Tr
 
     scale: False leaves the division out (2503.20783).
     rewards: floats [N], the rollouts of a prompt next to each other. Returns [N] in the rewards' dtype, computed in
-    float64. Raises ConfigError for group_size < 2, DataError for rewards that do not fill groups or are not finite.
+    float64. Raises ConfigError for group_size < 2, DataError for rewards that do not fill groups, are not finite
+    or are larger than 1e150.
     """
     rewards_GS = _groups(rewards, group_size)
     advantages_GS = rewards_GS - rewards_GS.mean(dim=1, keepdim=True)
@@ -45,11 +47,11 @@ def _groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
             f"rewards must be floats [N] with N a multiple of group_size={group_size}, got {rewards.dtype} "
             f"{list(rewards.shape)}; give one reward for every rollout of every prompt"
         )
-    finite = rewards.isfinite()
-    if not finite.all():
-        index = int((~finite).nonzero()[0])
+    fits = rewards.double().abs() <= LARGEST
+    if not fits.all():
+        index = int((~fits).nonzero()[0])
         raise DataError(
-            f"reward {index} is {rewards[index].item()}; let the reward function return finite numbers, or raise, "
-            "which counts as a failure and gets failure_reward"
+            f"reward {index} is {rewards[index].item()}, which is no number of at most {LARGEST:g} in size; let the "
+            "reward function return finite numbers, or raise, which counts as a failure and gets failure_reward"
         )
     return rewards.double().reshape(-1, group_size)

@@ -27,12 +27,18 @@ class RewardTerm(Section):
 
 
 class RewardConfig(Section):
-    """Rewards run in worker processes; one that raises, hangs or exceeds 1e6 is counted and gets `failure_reward`.
+    """Rewards run in worker processes; one that raises, hangs or exceeds `largest` is counted as `failure_reward`.
 
     name: of the registry (`math`, `code`, `exact`, ...), or `path/to/file.py:function`, `my_module:function`; null is
     the task's own. A name alone stands for the section.
     options: of the one that `name` names. sum: terms in place of a name; a list alone stands for the section.
+    timeout_seconds: of one reward. batch_seconds: of all of a step's or an evaluation's together; null is no limit.
+    start_seconds: until a worker has imported and made the task.
+    memory_mb: MiB that a worker may have beyond what it holds then; null is no limit.
+    output_kb: of what rewards print in a step or an evaluation, KiB that are shown.
+    largest: the largest reward in size.
     allow_all_failed: goes on also where no answer of a step or an evaluation got a reward of its own.
+    max_failed_batches: of prompts in a row without one, after which the run then ends.
     max_failure_rate: the largest share of a step's or an evaluation's rewards that may fail; a larger one ends the run.
     """
 
@@ -41,8 +47,14 @@ class RewardConfig(Section):
     sum: tuple[RewardTerm, ...] = ()
     workers: PositiveInt = 1
     timeout_seconds: PositiveFloat = 10.0
+    batch_seconds: PositiveFloat | None = None
+    start_seconds: PositiveFloat = 300.0
+    memory_mb: PositiveInt | None = 8192
+    output_kb: PositiveInt = 16
     failure_reward: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0
+    largest: Annotated[float, Field(gt=0.0, le=1e6)] = 1e6
     allow_all_failed: bool = False
+    max_failed_batches: PositiveInt = 10
     max_failure_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
 
     def faults(self) -> Iterator[str]:
@@ -50,6 +62,16 @@ class RewardConfig(Section):
             yield f"task.reward.name={self.name} and task.reward.sum are both given; make the name a term of the sum"
         if self.name is None and self.options:
             yield "task.reward.options are given without task.reward.name; name the reward that they are for"
+        if abs(self.failure_reward) > self.largest:
+            yield (
+                f"task.reward.failure_reward={self.failure_reward:g} is larger than task.reward.largest="
+                f"{self.largest:g}; raise the one or bring the other nearer to 0"
+            )
+        if self.batch_seconds is not None and self.batch_seconds < self.timeout_seconds:
+            yield (
+                f"task.reward.batch_seconds={self.batch_seconds:g} is below task.reward.timeout_seconds="
+                f"{self.timeout_seconds:g}, which one reward may take; raise the one or lower the other"
+            )
 
     @property
     def is_given(self) -> bool:

@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 
 SHOWN = (
     ("reward", "reward/mean", "{:.3f}"),
+    ("FAILED REWARDS", "reward/failure_rate", "{:.1%}"),
     ("clipped", "clip_fraction/sequence", "{:.1%}"),
     ("slot change", "routing/staleness/slot_change", "{:.2%}"),
     ("loss", "sft/loss", "{:.3f}"),
@@ -23,6 +24,7 @@ SHOWN = (
     ("servers wait", "queue/idle_seconds", "{:.1f} s"),
     ("tokens/s", "throughput/tokens_per_second", "{:,.0f}"),
 )
+FAULTS = ("reward/failure_rate",)  # shown where they are not 0
 
 
 def show_header(rows: Sequence[tuple[str, str]], stream: TextIO | None = None) -> None:
@@ -65,7 +67,8 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` steps are done; shows those of its metrics that matter."""
-        figures = "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in SHOWN if name in metrics)
+        shown = [row for row in SHOWN if row[1] in metrics and (metrics[row[1]] or row[1] not in FAULTS)]
+        figures = "  ".join(f"{label} {form.format(metrics[name])}" for label, name, form in shown)
         self._bar.update(self._task, completed=step, figures=figures)
         if self._plain:
             left = (time.monotonic() - self._start) / max(1, step - self._done) * (self._total - step)

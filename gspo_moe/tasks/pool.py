@@ -1,52 +1,35 @@
 """A task's own code in worker processes: what raises, hangs, crashes or gives nonsense is an error and never fatal.
 
-Items travel in groups, so that talking to the workers costs little. A group has one item's time limit; when it runs
-over, or takes its worker down, its items are done again one by one, each with the whole limit to itself. A rubric of
-the batch form gets a group in one call, and whole prompts in a group; where it raises, its items come one by one too.
-Which items make a group depends on their prompts alone, so that a group can start once its last item is there, while
-answers to others are still being sampled.
+Items travel in groups, so that talking to the workers costs little; each has the time limit to itself, and one that
+runs over it, or takes its worker down, costs no other (`tasks.roster`). A rubric of the batch form gets a group in one
+call, which has that limit, and whole prompts in a group; where it raises, its items come one by one. Which items make a
+group depends on their prompts alone, so that a group can start once its last item is there, while answers to others are
+still being sampled.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import multiprocessing
 import os
 import pickle
-import signal
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import wait
 from itertools import groupby
-from pathlib import Path
-from typing import TypeVar
-
-from pebble import ProcessPool
 
 from gspo_moe.config.schema import TaskConfig
-from gspo_moe.errors import GspoMoeError, RewardError
-from gspo_moe.orphans import end_with
 from gspo_moe.tasks import make_task
-from gspo_moe.tasks.protocol import Item, Task
-from gspo_moe.tasks.rewards import Step, give_reward, give_rewards, is_batched, prepare, take_step
+from gspo_moe.tasks.protocol import Item
+from gspo_moe.tasks.rewards import Step, give_reward, take_step
+from gspo_moe.tasks.roster import Group, Outcome
+from gspo_moe.tasks.worker import Job, MakeTask, Start
+from gspo_moe.tasks.workers import Workers
 from gspo_moe.types import Conversation, Prompt, Reward
 
 GROUPS_PER_WORKER = 4
 MAX_GROUP = 64
-MAX_ROUNDS = 3
-OURS = str(Path(__file__).parent)
-POLL_SECONDS = 1.0  # a pool that breaks leaves what it had not handed out yet waiting for ever
-
-MakeTask = Callable[[TaskConfig, int], Task]
-Result = TypeVar("Result", Reward, Step)
-Job = Callable[[Task, Prompt, Conversation], Result | str]  # which a worker imports by name; a text is an error
-
 
 Over = Callable[[int, Conversation], None]  # takes a conversation, by the number of its prompt, once it has ended
-Started = Future | BrokenProcessPool  # a group of items that workers were given, or could not be given
 
 
 class Begun:
@@ -56,9 +39,9 @@ class Begun:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], groups: Sequence[list[int]], start: Callable[[list[Item]], Started]
+        self, prompts: Sequence[Prompt], groups: Sequence[list[int]], start: Callable[[list[Item]], Group]
     ) -> None:
-        self.prompts, self.started = list(prompts), dict[int, Started]()
+        self.prompts, self.started = list(prompts), dict[int, Group]()
         self._groups, self._start = groups, start
         self._group_of = {index: number for number, group in enumerate(groups) for index in group}
         self._items: dict[int, Item] = {}
@@ -81,8 +64,8 @@ class TaskPool:
     def __init__(self, config: TaskConfig, seed: int, make: MakeTask = make_task, batched: bool = False) -> None:
         """batched: keeps the conversations of one prompt in one group, for a rubric of the batch form."""
         self._reward, self._batched = config.reward, batched
-        self._task = (make, pickle.dumps(config), seed)
-        self._pool: ProcessPool | None = None
+        self._start = Start(os.getpid(), make, pickle.dumps(config), seed)
+        self._workers: Workers | None = None
         self._begun: dict[tuple[str, ...], Begun] = {}  # by the uids of their prompts
         self._lock = threading.RLock()  # servers' answers end on another thread than the one that wants rewards
 
@@ -92,24 +75,16 @@ class TaskPool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def start(self) -> bool:
-        """Starts the workers, which are ready a second later, while the caller does something else; True if they go.
-
-        Where the system gives no process the first batch tries again, and says so.
-        """
-        try:
-            return bool(self._running_pool().active)
-        except RuntimeError:
-            self.close()
-            return False
+    def start(self) -> None:
+        """Starts the workers, which are ready a second later, while the caller does something else."""
+        self._running()
 
     def close(self) -> None:
         """Ends the workers, busy or not; a later batch starts new ones."""
         with self._lock:
-            if self._pool is not None:
-                self._pool.stop()
-                self._pool.join()
-                self._pool = None
+            if self._workers is not None:
+                self._workers.stop()
+                self._workers = None
             for begun in self._begun.values():
                 begun.started.clear()
 
@@ -124,8 +99,8 @@ class TaskPool:
         it.
         """
 
-        def start(items: list[Item]) -> Started:
-            return self._schedule(self._running_pool(), give_reward, items)
+        def start(items: list[Item]) -> Group:
+            return self._running().submit(give_reward, items)
 
         begun = Begun(prompts, self._grouped(prompts), start)
         with self._lock:
@@ -164,29 +139,27 @@ class TaskPool:
             for item, found in zip(items, self._outcomes(take_step, items, {}), strict=True)
         ]
 
-    def _error(self, item: Item, found: str | BaseException, what: str) -> str:
-        text = f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else found
-        if isinstance(found, TimeoutError):
-            text = f"no {what} within task.reward.timeout_seconds={self._reward.timeout_seconds:g}"
-        return f"{item[0].uid}: {text}"
+    def _error(self, item: Item, found: Outcome, what: str) -> str:
+        return f"{item[0].uid}: no {what} {found}" if isinstance(found, TimeoutError) else f"{item[0].uid}: {found}"
 
-    def _outcomes(
-        self, job: Job[Result], items: Sequence[Item], started: Mapping[int, Started]
-    ) -> list[Result | str | BaseException]:
-        """Of each item the job's result, or why there is none; started: groups that are with the workers already."""
-        outcomes: dict[int, Result | str | BaseException] = {}
-        pending = self._grouped([prompt for prompt, _ in items])
-        for round_number in range(MAX_ROUNDS):
-            retry: list[list[int]] = []
-            for group, result in zip(pending, self._run(job, items, pending, started), strict=True):
-                pool_broke = isinstance(result, BrokenProcessPool) and round_number < MAX_ROUNDS - 1
-                if isinstance(result, list):
-                    outcomes.update(zip(group, result, strict=True))
-                elif len(group) > 1 or pool_broke:
-                    retry.extend([index] for index in group)
-                else:
-                    outcomes[group[0]] = result
-            pending, started = retry, {}
+    def _outcomes(self, job: Job, items: Sequence[Item], started: Mapping[int, Group]) -> list[Outcome]:
+        """Of each item what came of it; started: groups that are with the workers already."""
+        if not items:
+            return []
+        groups = self._grouped([prompt for prompt, _ in items])
+        with self._lock:
+            workers = self._running()  # before `started` is read, which the end of workers empties
+            given = [
+                started.get(number) or workers.submit(job, [items[index] for index in group])
+                for number, group in enumerate(groups)
+            ]
+        limit = self._reward.batch_seconds
+        if wait([one.future for one in given], limit).not_done:
+            workers.abandon(given, TimeoutError(f"within task.reward.batch_seconds={limit:g}, of all {len(items)}"))
+        workers.show_rest()
+        outcomes: dict[int, Outcome] = {}
+        for group, one in zip(groups, given, strict=True):
+            outcomes.update(zip(group, one.future.result(), strict=True))
         return [outcomes[index] for index in range(len(items))]
 
     def _grouped(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -200,81 +173,14 @@ class TaskPool:
                 groups.append(whole)
         return groups
 
-    def _run(
-        self, job: Job[Result], items: Sequence[Item], groups: list[list[int]], started: Mapping[int, Started]
-    ) -> list[list[Result | str] | BaseException]:
-        """For each group its outcomes, or what ended it."""
-        if not groups:
-            return []
+    def _running(self) -> Workers:
         with self._lock:
-            pool = self._running_pool()  # before `started` is read, which a broken pool's end empties
-            given = [
-                started[number] if number in started else self._schedule(pool, job, [items[index] for index in group])
-                for number, group in enumerate(groups)
-            ]
-        while wait([one for one in given if isinstance(one, Future)], POLL_SECONDS).not_done and pool.active:
-            pass
-        lost = BrokenProcessPool("the pool broke before this item was handed to a worker")
-        return [
-            one if not isinstance(one, Future) else (one.exception() or one.result()) if one.done() else lost
-            for one in given
-        ]
-
-    def _schedule(self, pool: ProcessPool, job: Job[Result], items: list[Item]) -> Started:
-        try:
-            return pool.schedule(_work, args=(self._task, job, items), timeout=self._reward.timeout_seconds)
-        except RuntimeError as error:  # the pool broke while it was being filled
-            return BrokenProcessPool(str(error))
-
-    def _running_pool(self) -> ProcessPool:
-        with self._lock:
-            if self._pool is not None and not self._pool.active:  # a worker that is killed while idle breaks the pool
+            if self._workers is not None and not self._workers.running:
                 self.close()
-            if self._pool is None:
-                self._pool = ProcessPool(
-                    max_workers=self._reward.workers,
-                    initializer=_start_worker,
-                    initargs=(os.getpid(), *self._task),
-                    context=multiprocessing.get_context("spawn"),
-                )
-            return self._pool
+            if self._workers is None:
+                self._workers = Workers(self._reward, self._start)
+            return self._workers
 
 
 def _uids(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     return tuple(prompt.uid for prompt in prompts)
-
-
-def _start_worker(trainer: int, make: MakeTask, config: bytes, seed: int) -> None:
-    end_with(trainer)
-    # At a signal to its group, or to a whole job, the trainer finishes its step, and needs its workers.
-    os.setsid()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    prepare(_worker_task(make, config, seed).rubric)
-
-
-@functools.cache
-def _worker_task(make: MakeTask, config: bytes, seed: int) -> Task:
-    """The worker's task: built when the worker starts, outside any item's time limit, and kept."""
-    return make(pickle.loads(config), seed)
-
-
-def _work(task: tuple[MakeTask, bytes, int], job: Job[Result], items: Sequence[Item]) -> list[Result | str]:
-    made = _worker_task(*task)
-    if job is give_reward and len(items) > 1 and is_batched(made.rubric):
-        try:
-            return give_rewards(made.rubric, items)  # type: ignore[return-value]  # of that job
-        except RewardError as error:  # no item's fault, so that each alone would hide it
-            return [f"{type(error).__name__}: {error}"] * len(items)
-    return [_work_on_one(made, job, *item) for item in items]
-
-
-def _work_on_one(task: Task, job: Job[Result], prompt: Prompt, turns: Conversation) -> Result | str:
-    try:
-        return job(task, prompt, turns)
-    except GspoMoeError as error:  # says all there is to say
-        return f"{type(error).__name__}: {error}"
-    except Exception as error:  # a task may be any code, and none of its errors may end the run
-        trace = error.__traceback__
-        while trace and trace.tb_next and trace.tb_frame.f_code.co_filename.startswith(OURS):
-            trace = trace.tb_next
-        return "".join(traceback.format_exception(type(error), error, trace)).strip()

@@ -34,7 +34,8 @@ class Rubric(Protocol):
         """The reward of a whole conversation: a number, normally 0 (wrong) to 1 (right), or its parts by name.
 
         The reward is the parts' sum, unless one of them is called "reward", or "score": then that is, and the others
-        are only logged. Every number must be at most `tasks.rewards.LARGEST_REWARD` in size.
+        are only logged. Every number must be at most `tasks.rewards.LARGEST_REWARD` in size, the reward at most
+        `task.reward.largest`.
         """
         ...
 

@@ -12,6 +12,7 @@ from gspo_moe.types import Conversation, Prompt, Prompts, Reward
 
 LARGEST_REWARD = 1e6  # beyond it squares and sums of rewards leave float32, and advantages their precision
 CHECKED = 1000
+LONGEST_SHOWN = 200  # characters
 TOTALS = ("reward", "score")  # the part that is the reward; the latter is verl's name for it
 
 
@@ -42,14 +43,24 @@ def as_reward(given: object) -> Reward | str:
         is_number = isinstance(number, Real)
         if not is_number or not abs(number) <= LARGEST_REWARD:
             part = "" if parts is not given else f" as {name!r}"
-            return f"reward gave {value!r}{part}, which is no number from {-LARGEST_REWARD:.0f} to {LARGEST_REWARD:.0f}"
-        numbers[name] = float(number)
+            least, most = f"{-LARGEST_REWARD:.0f}", f"{LARGEST_REWARD:.0f}"
+            return f"reward gave {shown(value)}{part}, which is no number from {least} to {most}"
+        numbers[str(name)] = float(number)
     if not parts or not all(isinstance(name, str) for name in parts):
-        return f"reward gave {given!r}; give a number, or at least one part by its name"
+        return f"reward gave {shown(given)}; give a number, or at least one part by its name"
     total = sum(numbers.values()) if total_name is None else numbers.pop(total_name)
     if not abs(total) <= LARGEST_REWARD:
         return f"reward gave parts with the sum {total:g}, which is beyond {LARGEST_REWARD:.0f} in size"
     return Reward(total, numbers)
+
+
+def shown(value: object) -> str:
+    """A value as a message can hold it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = f"an {type(value).__name__} of {value.bit_length()} bits" if isinstance(value, int) else str(type(value))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]}...{text[-LONGEST_SHOWN // 2 :]}"
 
 
 def _number(value: Any) -> Any:
@@ -106,7 +117,7 @@ def prepare(rubric: Rubric) -> None:
 def take_step(task: Task, prompt: Prompt, turns: Conversation) -> Step | str:
     """The environment's next turn, its first where there are no turns, or what is wrong with what it gave."""
     said = task.environment.step(prompt, turns) if turns else task.environment.reset(prompt)
-    given = f"{'step' if turns else 'reset'} gave {said!r}, which"
+    given = f"{'step' if turns else 'reset'} gave {shown(said)}, which"
     if said is None:
         return Step(None)
     if not isinstance(said, str):

@@ -134,6 +134,7 @@ def _metrics(drawn: Sequence[RolloutGroup], kept: Sequence[RolloutGroup]) -> dic
         "reward/std": rewards.std().item() if len(rewards) > 1 else 0.0,
         "reward/failures": sum(reward.error is not None and not reward.timed_out for reward in given),
         "reward/timeouts": sum(reward.timed_out for reward in given),
+        "reward/failure_rate": sum(reward.error is not None for reward in given) / len(rollouts),
         **{f"reward/parts/{name}": value for name, value in part_means(given).items()},
         "groups/count": len(kept),
         "groups/drawn": len(drawn),

@@ -119,7 +119,13 @@ class Session:
     @cached_property
     def reward_errors(self) -> RewardErrors:
         reward = self.config.task.reward
-        return RewardErrors(self.config.run_path, self.groups.is_main, reward.allow_all_failed, reward.max_failure_rate)
+        return RewardErrors(
+            self.config.run_path,
+            self.groups.is_main,
+            reward.allow_all_failed,
+            reward.max_failure_rate,
+            reward.max_failed_batches,
+        )
 
     @cached_property
     def no_learning(self) -> NoLearning:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # so its first import ends the child well, where what it needs without a GPU is in place.
 PROGRAM = """
 import importlib, json, os, sys, types, warnings
-import torch, numpy, pydantic, yaml, pebble, psutil, matplotlib.figure, matplotlib.backends.backend_agg, plotly.offline
+import torch, numpy, pydantic, yaml, psutil, matplotlib.figure, matplotlib.backends.backend_agg, plotly.offline
 import rich.console, rich.progress, rich.table, rich.live, safetensors.torch, torch.utils.tensorboard, jinja2.sandbox
 import torch.distributed.checkpoint, torch.nn.attention.varlen, reasoning_gym
 

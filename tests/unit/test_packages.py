@@ -38,11 +38,11 @@ def test_the_kernels_are_built_for_the_oldest_torch_that_is_allowed() -> None:
 def test_what_is_missing_is_named_with_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packages.missing() == []
     assert packages.describe_missing() == ""
-    absent(monkeypatch, "pebble", "plotly")
-    assert packages.describe_missing() == "pebble, plotly (gspo-moe report)"
+    absent(monkeypatch, "psutil", "plotly")
+    assert packages.describe_missing() == "psutil, plotly (gspo-moe report)"
     packages.require("matplotlib")
-    with pytest.raises(ConfigError, match=r"pebble is not installed, which training needs; run `pip install pebble`"):
-        packages.require("pebble")
+    with pytest.raises(ConfigError, match=r"psutil is not installed, which training needs; run `pip install psutil`"):
+        packages.require("psutil")
 
 
 @pytest.mark.parametrize(("module", "distribution"), [("yaml", "PyYAML"), ("megatron", "megatron-core")])
@@ -83,5 +83,5 @@ def test_it_speaks_where_no_package_is() -> None:
     command = [sys.executable, "-S", "-m", "gspo_moe.packages"]
     found = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    needed = "torch megatron-core numpy pebble psutil pydantic PyYAML rich safetensors tensorboard matplotlib"
+    needed = "torch megatron-core numpy psutil pydantic PyYAML rich safetensors tensorboard matplotlib"
     assert found.stderr == f"{sys.executable} lacks {needed.replace(' ', ', ')}; run `pip install {needed}`\n"

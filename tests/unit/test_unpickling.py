@@ -24,7 +24,7 @@ MAY = {
     ("model/reading.py", "dist_checkpointing.load"),  # under its guard
     ("model/reading.py", "dist_checkpointing.load_common_state_dict"),
     ("model/reading.py", "dist_checkpointing.load_tensors_metadata"),
-    ("tasks/pool.py", "pickle.loads"),  # a config, from a process to its own workers
+    ("tasks/worker.py", "pickle.loads"),  # a config and work, from a process to its own workers
     ("tasks/sandbox/inside.py", "exec"),  # what runs in the sandbox
     ("tasks/sandbox/inside.py", "eval"),
     ("tasks/sandbox/remote.py", "exec"),

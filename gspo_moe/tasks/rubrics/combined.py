@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gspo_moe.errors import RewardError
+from gspo_moe.errors import DataError, RewardError
 from gspo_moe.tasks.protocol import Item, Rubric
 from gspo_moe.tasks.rewards import as_reward, check_reward, given_rewards, is_batched, prepare
 from gspo_moe.types import Conversation, Prompt, Reward
@@ -52,7 +52,7 @@ class WeightedSum:
         for term, value in zip(self._terms, given, strict=True):
             reward = as_reward(value)
             if not isinstance(reward, Reward):
-                raise ValueError(f"{term.name}: {reward}")
+                raise DataError(f"{term.name}: {reward}")
             total += term.weight * reward.total
             parts[term.name] = reward.total
             parts |= {f"{term.name}/{part}": number for part, number in reward.parts.items()}

@@ -46,6 +46,8 @@ def confine(job: dict[str, Any]) -> None:
     ):
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    data = resource.getrlimit(resource.RLIMIT_DATA)[1]  # a worker's own limit on memory is not the program's
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     if job["filter"]:
         filtered(bytes.fromhex(job["filter"]))
     os.chdir(job["folder"])

@@ -45,6 +45,13 @@ def test_float32_rewards_keep_shape_and_dtype() -> None:
     assert degenerate_groups(rewards, 3) == 0
 
 
+def test_rewards_whose_squares_no_float_holds_are_refused_and_large_ones_are_not() -> None:
+    with pytest.raises(DataError, match=r"reward 1 is 1e\+200, which is no number of at most 1e\+150 in size"):
+        group_advantages(torch.tensor([0.0, 1e200, 1.0, 1.0], dtype=torch.float64), 4)
+    found = group_advantages(torch.tensor([0.0, 1e140], dtype=torch.float64), 2)
+    assert found.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
 @pytest.mark.parametrize("function", [group_advantages, degenerate_groups])
 @pytest.mark.parametrize(
     ("rewards", "group_size", "error", "message"),

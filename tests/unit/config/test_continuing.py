@@ -44,7 +44,7 @@ IDENTITY = {
     "max_prompt_tokens long_prompts numerics engine max_staleness stragglers",
     "task": "name options environment.name environment.options",
     "task.data": "held_out columns system template shuffle on_bad_record",
-    "task.reward": "name options sum failure_reward",
+    "task.reward": "name options sum failure_reward largest",
     "optimizer": "lr min_lr decay warmup_updates beta1 beta2 eps weight_decay clip_grad",
     "schedule": "sft_batch",
     "routing": "replay frozen_router aux_loss_coeff router_dtype",

@@ -32,6 +32,16 @@ def test_without_a_terminal_a_plain_line_a_step() -> None:
     assert lines[-1] == "step 100/100  0:00:00 left  reward 0.250  clipped 32.1%  slot change 0.25%  tokens/s 2,512"
 
 
+def test_rewards_that_failed_are_shown_where_there_are_any() -> None:
+    stream = io.StringIO()
+    with Progress(2, console=Console(file=stream, width=160)) as progress:
+        progress.update(1, {"reward/mean": 0.5, "reward/failure_rate": 0.0})
+        progress.update(2, {"reward/mean": 0.0, "reward/failure_rate": 1.0})
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("reward 0.500")
+    assert second.endswith("reward 0.000  FAILED REWARDS 100.0%")
+
+
 def test_a_continued_run_shows_its_own_steps() -> None:
     lines = _run(terminal=False, total=25, done=21).splitlines()
     assert [line.split()[1] for line in lines] == ["22/25", "23/25", "24/25", "25/25"]

@@ -30,7 +30,22 @@ def test_failed_rewards_are_shown_and_kept_also_where_they_end_the_run(
     assert first_reward_error(tmp_path / "run") == lines[0]
     assert [record.message.splitlines()[0] for record in caplog.records] == lines[:1] * 2
     assert "reward_errors.txt" in caplog.records[0].message
-    RewardErrors(tmp_path / "run", main=True, allow_all_failed=True).check(groups(2), "step 4")
+
+
+def test_where_all_may_fail_each_batch_says_so_and_too_many_in_a_row_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = RewardErrors(tmp_path, main=True, allow_all_failed=True, max_failed_batches=3)
+    for step, failed in enumerate((2, 2, 1, 2, 2), start=1):
+        errors.check(groups(failed), f"step {step}")
+    said = [record.message for record in caplog.records if "none of" in record.message]
+    left = {1: 2, 2: 1, 4: 2, 5: 1}
+    assert said == [
+        f"step {step}: none of 2 answers got a reward; the run ends where {more} batches more in a row have none"
+        for step, more in left.items()
+    ]
+    with pytest.raises(RewardError, match="as in 3 batches in a row"):
+        errors.check(groups(2), "step 6")
 
 
 def test_an_error_of_lone_surrogates_is_kept_too(tmp_path: Path) -> None:

@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from gspo_moe.config.task import RewardConfig, TaskConfig
-from gspo_moe.tasks import make_task
+from gspo_moe.tasks import make_task, workers
 from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.rewards import Reward, Step
+from gspo_moe.tasks.worker import MakeTask, within
 from gspo_moe.types import Conversation, Prompt, Turn
 from tests.turns import answered
 
@@ -32,6 +35,7 @@ TROUBLE: dict[str, Any] = {
     "huge": 10**400,
     "large": 1.1e6,
     "largest": -1e6,
+    "digits": 10**5000,
     "negative": -2,
     "true": True,
 }
@@ -54,6 +58,59 @@ if __name__ == "__main__":
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
 
 
+HUGE = b"x" * 2_000_000
+
+
+def _fork() -> float:
+    """The child comes back from the reward too."""
+    os.fork()
+    return 1.0
+
+
+def _close() -> float:
+    sys.stdout.close()
+    os.close(2)
+    return 1.0
+
+
+def _print() -> float:
+    os.write(1, b"first\n" + HUGE)
+    print("last")
+    return 1.0
+
+
+def _recurse(depth: int = 0) -> float:
+    return _recurse(depth + 1)
+
+
+def _raise(error: BaseException) -> float:
+    raise error
+
+
+def _leave() -> float:
+    """Ends its worker, but not the child that it has started."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    os._exit(0)
+
+
+# What a reward does, and what its error says; None where it is a reward of 1.
+KINDS: dict[str, tuple[Callable[[], Any], str | None]] = {
+    "forks": (_fork, None),
+    "closes": (_close, None),
+    "prints": (_print, None),
+    "a scalar": (lambda: np.float32(1.0), None),
+    "an array": (lambda: np.ones(1), "reward gave array([1.]), which is no number"),
+    "leaves": (_leave, "its worker ended with exit code 0"),
+    "is killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "its worker was ended by SIGKILL"),
+    "stops": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "no reward within task.reward.timeout_seconds"),
+    "grows": (lambda: bytearray(1 << 30), "MemoryError\n(more than task.reward.memory_mb lets a worker have)"),
+    "recurses": (_recurse, "RecursionError: maximum recursion depth"),
+    "interrupts": (lambda: _raise(KeyboardInterrupt("now")), "KeyboardInterrupt: now"),
+    "ends": (lambda: _raise(BaseException("at all")), "BaseException: at all"),
+    "tells": (lambda: _raise(ValueError("x" * 10**6)), "characters left out"),
+}
+
+
 class Trouble:
     """Does what the policy says last, in the worker; a number is its own reward, and what the environment says."""
 
@@ -65,6 +122,8 @@ class Trouble:
 
     def reward(self, prompt: Prompt, turns: Conversation) -> Any:
         answer = last_answer(turns)
+        if answer in KINDS:
+            return KINDS[answer][0]()
         if answer == "hang":
             time.sleep(3600)
         if answer == "crash":
@@ -96,6 +155,15 @@ def make_nothing(config: TaskConfig, seed: int) -> Task:
     raise RuntimeError("this worker cannot start")
 
 
+def make_slowly(config: TaskConfig, seed: int) -> Task:
+    time.sleep(3600)
+    raise AssertionError
+
+
+def make_and_end(config: TaskConfig, seed: int) -> Task:
+    os._exit(7)
+
+
 @pytest.fixture(scope="module")
 def bystanders() -> set[int | None]:
     """Child processes that are not the pool's: checkpoints leave a server behind."""
@@ -104,7 +172,7 @@ def bystanders() -> set[int | None]:
 
 @pytest.fixture(scope="module")
 def pool(bystanders: set[int | None]) -> Iterator[TaskPool]:
-    reward = RewardConfig(workers=2, timeout_seconds=LIMIT, failure_reward=-1.0)
+    reward = RewardConfig(workers=2, timeout_seconds=LIMIT, failure_reward=-1.0, memory_mb=256, output_kb=1)
     with TaskPool(TaskConfig(name="trouble", reward=reward), seed=1, make=make_trouble) as pool:
         yield pool
 
@@ -136,9 +204,12 @@ def test_an_empty_batch_is_empty(pool: TaskPool) -> None:
 
 def test_each_kind_of_nonsense_is_an_error_and_its_neighbours_keep_their_rewards(pool: TaskPool) -> None:
     rewards = pool.rewards(answers("0.5", "raise", *TROUBLE))
-    assert totals(rewards) == [0.5, *(-1.0,) * 8, -1e6, -2.0, 1.0]
-    assert failures(rewards) == list(range(1, 9))
+    assert totals(rewards) == [0.5, *(-1.0,) * 8, -1e6, -1.0, -2.0, 1.0]
+    assert failures(rewards) == [*range(1, 9), 10]
     assert not any(reward.timed_out for reward in rewards)
+    assert (
+        rewards[10].error == "train/10: reward gave an int of 16610 bits, which is no number from -1000000 to 1000000"
+    )
     error = str(rewards[1].error)
     assert error.startswith("train/1: Traceback (most recent call last):\n")
     assert error.count('  File "') == 1
@@ -265,7 +336,34 @@ def test_several_batches_are_begun_at_a_time_and_some_of_them_forgotten(pool: Ta
 
 
 def test_a_crash_says_how_the_worker_ended(pool: TaskPool) -> None:
-    assert "ProcessExpired" in str(pool.rewards(answers("crash"))[0].error)
+    assert pool.rewards(answers("crash"))[0].error == "train/0: its worker ended with exit code 3"
+
+
+def test_whatever_a_reward_does_costs_itself_alone(
+    pool: TaskPool, bystanders: set[int | None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = psutil.Process()
+    texts = [text for number, kind in enumerate(KINDS) for text in (str(number), kind)]
+    rewards = pool.rewards(answers(*texts))
+    for number, (kind, (_, error)) in enumerate(KINDS.items()):
+        good, bad = rewards[2 * number : 2 * number + 2]
+        assert (good.total, good.error) == (float(number), None), f"beside {kind}"
+        assert (bad.total, bad.error is None) == ((1.0, True) if error is None else (-1.0, False)), (kind, bad.error)
+        assert error is None or error in str(bad.error)
+        assert len(str(bad.error)) < 11_000
+    said = capfd.readouterr().err
+    assert len(said) < 2_000
+    assert "bytes that rewards printed are left out (task.reward.output_kb)" in said
+    _, alive = psutil.wait_procs([one for one in here.children(recursive=True) if "time.sleep(3600)" in _line(one)], 5)
+    assert alive == [], "what a reward starts ends with its worker"
+    assert totals(pool.rewards(answers("1", "closes", "prints", "2"))) == [1.0, 1.0, 1.0, 2.0]
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_workers_do_not_import_torch(pool: TaskPool) -> None:
@@ -301,7 +399,49 @@ def test_workers_that_cannot_start_fail_their_items_and_end() -> None:
     with TaskPool(TaskConfig(), seed=1, make=make_nothing) as pool:
         rewards = pool.rewards(answers(*[more_than_a_pipe_holds] * 3))
     assert (totals(rewards), failures(rewards)) == ([0.0] * 3, [0, 1, 2])
-    assert "BrokenProcessPool" in str(rewards[0].error)
+    assert "no worker can make its task: Traceback" in str(rewards[0].error)
+    assert str(rewards[0].error).endswith("RuntimeError: this worker cannot start")
+
+
+@pytest.mark.parametrize(
+    ("make", "limits", "error"),
+    [
+        (make_and_end, {}, "its worker ended with exit code 7"),
+        (make_slowly, {"start_seconds": 1.0}, "no worker has made its task within task.reward.start_seconds=1"),
+        (make_slowly, {"batch_seconds": 1.0}, "no reward within task.reward.batch_seconds=1, of all 3"),
+    ],
+)
+def test_workers_that_never_start_fail_their_items_within_a_limit(
+    make: MakeTask, limits: dict[str, float], error: str
+) -> None:
+    reward = RewardConfig(workers=2, timeout_seconds=1.0, **limits)
+    with TaskPool(TaskConfig(reward=reward), seed=1, make=make) as pool:
+        rewards = pool.rewards(answers("1", "2", "3"))
+    assert [error in str(one.error) for one in rewards] == [True] * 3
+    assert {one.timed_out for one in rewards} == {"batch_seconds" in limits}
+
+
+def test_where_the_system_gives_no_process_items_fail_after_three_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = list[object]()
+
+    def refuse(process: object) -> None:
+        tries.append(process)
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(SpawnProcess, "start", refuse)
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
+    with TaskPool(TaskConfig(), seed=1, make=make_trouble) as pool:
+        error = pool.rewards(answers("1"))[0].error
+    assert error == "train/0: no process for a worker ([Errno 11] Resource temporarily unavailable)"
+    assert len(tries) in (3, 4), "one may come before the first batch"
+
+
+def test_a_largest_reward_of_ones_own() -> None:
+    assert RewardConfig(largest=2.0, failure_reward=-2.0).largest == 2.0
+    assert within(Reward(-2.0, {"words": 500.0}), 2.0) == Reward(-2.0, {"words": 500.0})
+    assert within(Reward(2.5), 2.0) == "reward gave 2.5, which is larger than task.reward.largest=2 in size"
+    with pytest.raises(ValueError, match=r"task\.reward\.failure_reward=-3 is larger than task\.reward\.largest=2"):
+        RewardConfig(largest=2.0, failure_reward=-3.0)
 
 
 def test_real_tasks_give_rewards_and_a_runaway_expression_is_cut_off() -> None:

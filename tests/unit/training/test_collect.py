@@ -120,7 +120,7 @@ def test_groups_of_equal_rewards_are_replaced_by_new_prompts() -> None:
     metrics = found.metrics
     assert (metrics["groups/count"], metrics["groups/drawn"], metrics["groups/degenerate"]) == (2, 6, 3)
     assert metrics["reward/mean"] == pytest.approx((3 * 2 + 3 * 1) / 12)
-    assert metrics["reward/failures"] == 2
+    assert (metrics["reward/failures"], metrics["reward/failure_rate"]) == (2, pytest.approx(2 / 12))
     assert metrics["reward/parts/half"] == pytest.approx(metrics["reward/mean"] / 2)
     assert metrics["rollout/tokens"] == 6 * 9
     assert metrics["throughput/tokens"] == 2 * (9 + 4)

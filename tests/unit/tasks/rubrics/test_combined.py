@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gspo_moe.errors import ConfigError
+from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.tasks.protocol import Item, last_answer
+from gspo_moe.tasks.rewards import give_reward
 from gspo_moe.tasks.rubrics.combined import ByPrompt, Term, WeightedSum
+from gspo_moe.tasks.worker import one_outcome
 from gspo_moe.types import Conversation, Prompt
 from tests.turns import answered
 
@@ -61,8 +64,12 @@ def test_a_sum_weighs_totals_and_logs_terms_without_weights() -> None:
 
 
 def test_a_term_that_gives_no_number_is_named() -> None:
-    with pytest.raises(ValueError, match="format: reward gave None, which is no number"):
+    with pytest.raises(DataError, match="format: reward gave None, which is no number"):
         WeightedSum([Term("format", Fixed(None))]).reward(PROMPT, answered("x"))
+    for large in (1e308, 1e200, -1e300):
+        task: Any = SimpleNamespace(rubric=WeightedSum([Term("size", Fixed(large))]))
+        error = one_outcome(task, give_reward, (PROMPT, answered("x")), largest=1e6)
+        assert error == f"DataError: size: reward gave {large!r}, which is no number from -1000000 to 1000000"
 
 
 def test_a_sum_with_a_term_of_the_batch_form_is_one_itself() -> None:
