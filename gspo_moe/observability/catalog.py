@@ -119,6 +119,7 @@ METRICS = (
     MetricDoc("algorithm/{figure}", "", "the algorithm's own figures, mean over response tokens"),
     MetricDoc("kl/old_k3", "nats", "k3 estimate of KL(old ‖ policy), a token"),
     MetricDoc("kl/reference", "nats", "estimate of KL(policy ‖ reference), a token"),
+    MetricDoc("off_policy_mask/dropped", "fraction", "response tokens that `algorithm.off_policy_mask` drops"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
     MetricDoc("mismatch/weight_cut", "fraction", "tokens or sequences whose weight is truncated or masked"),
     MetricDoc("mismatch/k3", "nats", "k3 estimate of KL(rollout ‖ trainer), a token", (LAG,)),

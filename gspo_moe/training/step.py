@@ -14,6 +14,7 @@ import torch
 
 from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
 from gspo_moe.algorithms.loss import Counts, Extras, Settings
+from gspo_moe.algorithms.off_policy_mask import OffPolicyMask
 from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm, ValueOptions
 from gspo_moe.algorithms.statistics import Statistics
@@ -99,16 +100,17 @@ def _policy_head(
     kept = split.whole(found.log_probs.detach())
     old_log_probs_T = kept if one.old_log_probs_T is None else one.old_log_probs_T
     result = policy_loss(
-        _fused(algorithm.spec, split.bounds) if split.size == 1 else algorithm.spec,
+        _fused(algorithm.spec, split.bounds) if split.size == 1 and algorithm.dual_clip is None else algorithm.spec,
         found.log_probs,
         split.local(old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
-        Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
+        _settings(algorithm),
         Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
         Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),
             correction=_local_correction(one, old_log_probs_T, algorithm.mismatch),
+            off_policy_mask=_off_policy_mask(one, algorithm),
             kl=_kl_penalty(one, algorithm),
             entropy=found.entropy,
         ),
@@ -117,6 +119,17 @@ def _policy_head(
         return result.loss, (result.sums, kept)
     value = _value_loss(stage.values(), one, algorithm.settings, minibatch.num_tokens)
     return result.loss + value.loss.float(), (result.sums.with_values(value.sums), kept)
+
+
+def _settings(algorithm: AlgorithmConfig) -> Settings:
+    low, high = algorithm.clip_low, algorithm.clip_high
+    return Settings(low, high, algorithm.allow_wide_clip, algorithm.settings, algorithm.dual_clip)
+
+
+def _off_policy_mask(one: TrainingPack, algorithm: AlgorithmConfig) -> OffPolicyMask | None:
+    if algorithm.off_policy_mask is None:
+        return None
+    return OffPolicyMask(one.split.local(one.pack.rollout_log_probs_T), algorithm.off_policy_mask)
 
 
 def _kl_penalty(one: TrainingPack, algorithm: AlgorithmConfig) -> KLPenalty | None:
