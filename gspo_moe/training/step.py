@@ -27,7 +27,7 @@ from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
-from gspo_moe.routing.replay import replay
+from gspo_moe.routing.replay import Ledger, replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.packs import Minibatch, Trained, TrainingPack, recordings_of, replay_of, with_each
 from gspo_moe.training.shift import ShiftOf, router_shift
@@ -50,11 +50,12 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class MinibatchResult:
-    """statistics: over all ranks. packs: this rank's."""
+    """statistics: over all ranks. packs: this rank's. ledger: what its routers replayed."""
 
     statistics: PolicyStatistics
     update: UpdateResult
     packs: list[Trained]
+    ledger: Ledger
 
 
 def train_minibatch(
@@ -77,11 +78,11 @@ def train_minibatch(
         assert recorder is not None
         assert record is not None
         shift_of = router_shift(model, recorder, packs, record)
-    head = partial(_policy_head, minibatch, settings, shift_of)
-    statistics, log_probs, update = _step(model, optimizer, packs, head, record)
+    head, ledger = partial(_policy_head, minibatch, settings, shift_of), Ledger()
+    statistics, log_probs, update = _step(model, optimizer, packs, head, record, ledger)
     recordings = [] if record is None else record.recordings()
     trained = with_each([Trained(one) for one in packs], log_probs_T=log_probs, recording=recordings)
-    return MinibatchResult(statistics, update, trained)
+    return MinibatchResult(statistics, update, trained, ledger)
 
 
 def _policy_head(
@@ -223,7 +224,12 @@ def train_supervised(
 
 
 def _step(
-    model: Model, optimizer: Optimizer, packs: Sequence[TrainingPack], head: Head[S, K], record: RoutePass | None
+    model: Model,
+    optimizer: Optimizer,
+    packs: Sequence[TrainingPack],
+    head: Head[S, K],
+    record: RoutePass | None,
+    ledger: Ledger | None = None,
 ) -> tuple[S, list[K], UpdateResult]:
     """Statistics over all ranks, what was kept of each pack on the last stage, and the update."""
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
@@ -239,7 +245,7 @@ def _step(
     # Before the pass: in the midst of it the host would wait for all of the pack's forward.
     positions = [response_positions(one.pack, one.split) for one in packs]
     recording = no_recording if record is None else record.scope
-    with replay(model.chunks, model.groups, replay_of(packs), recording) as scope:
+    with replay(model.chunks, model.groups, replay_of(packs), recording, ledger=ledger) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope)
     statistics = None
     if kept:
