@@ -26,9 +26,9 @@ from gspo_moe.algorithms.ratios import SumOverContext, whole_sequences
 SPECS = {name: find_algorithm(name) for name in algorithm_names()}
 CLIPS = {name: spec.clips for name, spec in SPECS.items() if spec.clips is not None}
 WHOLE_SEQUENCES = tuple(name for name, spec in SPECS.items() if spec.terms == "sequence")
-SETTINGS = ("clip_low", "clip_high", "allow_wide_clip", "options")
+SETTINGS = ("clip_low", "clip_high", "allow_wide_clip", "options", "dual_clip")
 COUNTS = ("num_sequences", "num_tokens", "max_response_tokens")
-EXTRAS = ("router_shift", "correction", "kl", "entropy")
+EXTRAS = ("router_shift", "correction", "off_policy_mask", "kl", "entropy")
 
 
 def policy_loss(

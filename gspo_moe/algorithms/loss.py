@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from gspo_moe.algorithms.kl import KLPenalty
+from gspo_moe.algorithms.off_policy_mask import OffPolicyMask
 from gspo_moe.algorithms.policy_statistics import PolicyStatistics
 from gspo_moe.algorithms.ratios import LossInputs, Segments, log_ratios, on_response, weighted, whole_sequences
 from gspo_moe.algorithms.rollout_mismatch import Correction
@@ -23,17 +24,26 @@ from gspo_moe.section import Section
 Count = TypeVar("Count", int, float)
 
 # How a penalty on tokens is averaged: as the loss averages its own tokens.
-AVERAGES = {"sequence": LossInputs.sequence_mean, "token": LossInputs.token_mean, "fixed": LossInputs.fixed_mean}
+AVERAGES = {
+    "sequence": LossInputs.sequence_mean,
+    "token": LossInputs.token_mean,
+    "fixed": LossInputs.fixed_mean,
+    "sum": LossInputs.sequence_sum,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """clip_low, clip_high: None for the algorithm's own. options: its own keys, None for their defaults."""
+    """clip_low, clip_high: None for the algorithm's own. options: its own keys, None for their defaults.
+
+    dual_clip: c of `ratios.clip`, None for no bound.
+    """
 
     clip_low: float | None = None
     clip_high: float | None = None
     allow_wide_clip: bool = False
     options: Section | None = None
+    dual_clip: float | None = None
 
     def clips(self, spec: Algorithm) -> tuple[float, float]:
         """Raises ConfigError for clips that cannot work, and for those of a loss that has none."""
@@ -68,12 +78,14 @@ class Extras:
     """What a loss may have beside its log-probs.
 
     router_shift: floats [T], gamma of SPEC section 4. correction: weights against the mismatch between rollout engine
-    and trainer. kl: adds coeff times the KL to a reference, averaged over tokens as the loss averages its own.
+    and trainer. off_policy_mask: drops sequences that the policy has left. kl: adds coeff times the KL to a reference,
+    averaged over tokens as the loss averages its own.
     entropy: floats [T], detached, of the policy in nats, which is logged.
     """
 
     router_shift: torch.Tensor | None = None
     correction: Correction | None = None
+    off_policy_mask: OffPolicyMask | None = None
     kl: KLPenalty | None = None
     entropy: torch.Tensor | None = None
 
@@ -120,7 +132,14 @@ def policy_loss(
     _check_needs(spec, settings, counts, extras)
     clip_low, clip_high = settings.clips(spec)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
-    advantages_N, advantages_T = _advantages(spec, advantages, segments, extras.correction)
+    advantages_N, advantages_T = _advantages(spec, advantages, segments)
+    dropped_T = None
+    if extras.off_policy_mask is not None:
+        far_N = extras.off_policy_mask.far(log_probs, segments)
+        dropped_T = far_N[segments.sequence_T] & (advantages_T < 0)
+        advantages_N = advantages_N.masked_fill(far_N & (advantages_N < 0), 0.0)
+        advantages_T = advantages_T.masked_fill(dropped_T, 0.0)
+    advantages_N, advantages_T = _corrected(advantages_N, advantages_T, segments, extras.correction)
     sequences_here, tokens_here = segments.lengths_N.numel(), segments.lengths_N.sum().item()
     shift = extras.router_shift
     inputs = LossInputs(
@@ -136,14 +155,15 @@ def policy_loss(
         max_response_tokens=counts.max_response_tokens or 0,
         options=spec.options() if settings.options is None and spec.options is not None else settings.options,
         router_shift_T=None if shift is None else on_response(shift, segments, fill=1.0),
+        dual_clip=math.inf if settings.dual_clip is None else settings.dual_clip,
     )
     found = spec.objective(inputs)
     sums = PolicyStatistics.of_pack(log_ratio_T, found, segments)
-    for name, values_T in (("router_shift", shift), ("entropy", extras.entropy)):
+    for name, values_T in (("router_shift", shift), ("entropy", extras.entropy), ("off_policy_dropped", dropped_T)):
         sums = sums if values_T is None else sums.with_token_sum(name, values_T, segments)
     loss = -found.value_N.sum() / inputs.num_sequences
     if extras.kl is not None:
-        kl_T = extras.kl.estimate(log_ratios(log_probs, extras.kl.reference_log_probs, segments))
+        kl_T = extras.kl.estimate(log_ratios(log_probs, extras.kl.reference_log_probs, segments), log_ratio_T)
         penalty_N = extras.kl.coeff * AVERAGES[spec.average](inputs, kl_T)
         loss = loss + penalty_N.sum() / inputs.num_sequences
         sums = sums.with_reference(kl_T, penalty_N, segments)
@@ -153,6 +173,8 @@ def policy_loss(
 def _check_needs(spec: Algorithm, settings: Settings, counts: Counts, extras: Extras) -> None:
     if spec.average == "fixed" and not counts.max_response_tokens:
         raise ConfigError(f"{spec.name} divides by max_response_tokens; pass the length limit of generation")
+    if settings.dual_clip is not None and not (spec.dual_clip and settings.dual_clip > 1):
+        raise ConfigError(f"dual_clip={settings.dual_clip} of {spec.name}: it is above 1, for losses that `clip` makes")
     if spec.router_shift and extras.router_shift is None:
         instead = f", or take {spec.instead.removeprefix('algorithm.name=')}" if spec.instead else ""
         raise ConfigError(f"{spec.name} weighs tokens by router_shift; pass one a token{instead}")
@@ -181,10 +203,8 @@ def _count(name: str, given: Count | None, here: Count) -> Count:
     return given
 
 
-def _advantages(
-    spec: Algorithm, advantages: torch.Tensor, segments: Segments, correction: Correction | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] and [T] in float64, times the correction's weights: every J_i is linear in them as they are not negative."""
+def _advantages(spec: Algorithm, advantages: torch.Tensor, segments: Segments) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] and [T] in float64."""
     shapes = {} if spec.has_value_function else {"[N]": segments.lengths_N.shape}
     if spec.has_value_function or (spec.token_advantages and segments.sum_over_context is whole_sequences):
         shapes["[T]"] = segments.sequence_T.shape
@@ -196,7 +216,13 @@ def _advantages(
     by_sequence = not spec.has_value_function and advantages.shape == segments.lengths_N.shape
     _check_finite(exact if by_sequence else on_response(exact, segments))
     advantages_N = exact if by_sequence else segments.mean(exact)
-    advantages_T = exact[segments.sequence_T] if by_sequence else on_response(exact, segments)
+    return advantages_N, exact[segments.sequence_T] if by_sequence else on_response(exact, segments)
+
+
+def _corrected(
+    advantages_N: torch.Tensor, advantages_T: torch.Tensor, segments: Segments, correction: Correction | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times the correction's weights: every J_i is linear in them as they are not negative."""
     if correction is None:
         return advantages_N, advantages_T
     if correction.level == "token":

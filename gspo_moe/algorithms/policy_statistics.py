@@ -54,6 +54,8 @@ class PolicyStatistics(Statistics):
             metrics["router_shift/mean"] = self.sums["router_shift"].item() / tokens
         if "entropy" in self.sums:
             metrics["policy/entropy"] = self.sums["entropy"].item() / tokens
+        if "off_policy_dropped" in self.sums:
+            metrics["off_policy_mask/dropped"] = self.sums["off_policy_dropped"].item() / tokens
         own = {name.removeprefix(OWN): value for name, value in self.sums.items() if name.startswith(OWN)}
         metrics |= {name: value.item() / tokens for name, value in own.items()}
         if "value_loss" in self.sums:
@@ -72,5 +74,5 @@ class PolicyStatistics(Statistics):
 
     @torch.no_grad()
     def with_token_sum(self, name: str, values_T: torch.Tensor, segments: Segments) -> PolicyStatistics:
-        """The same with the sum over response tokens of `router_shift` or of the policy's `entropy`."""
+        """The same with the sum over response tokens of `router_shift`, of the `entropy` or of `off_policy_dropped`."""
         return PolicyStatistics({**self.sums, name: on_response(values_T, segments).sum()}, self.maxima)

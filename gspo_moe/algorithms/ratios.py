@@ -10,6 +10,7 @@ model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -148,6 +149,7 @@ class LossInputs:
     max_response_tokens: the length limit of generation.
     options: the algorithm's own keys, an instance of its `options`.
     router_shift_T: float64, gamma of SPEC section 4, 1 off the response, for algorithms that need it.
+    dual_clip: as `clip` takes it; infinite where nothing bounds that side.
     """
 
     log_probs_T: torch.Tensor
@@ -162,6 +164,11 @@ class LossInputs:
     max_response_tokens: int
     options: Any = None
     router_shift_T: torch.Tensor | None = None
+    dual_clip: float = math.inf
+
+    def clip(self, log_ratio: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`clip` at the bounds of the run."""
+        return clip(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
 
     def sequence_mean(self, values_T: torch.Tensor) -> torch.Tensor:
         """[N] whose sum over num_sequences is 1/N sum_i 1/|y_i| sum_t values: every sequence counts the same."""
@@ -174,6 +181,10 @@ class LossInputs:
     def fixed_mean(self, values_T: torch.Tensor) -> torch.Tensor:
         """[N] whose sum over num_sequences is 1/N sum_i 1/max_response_tokens sum_t values: no length counts."""
         return self.segments.sum(values_T) / self.max_response_tokens
+
+    def sequence_sum(self, values_T: torch.Tensor) -> torch.Tensor:
+        """[N] whose sum over num_sequences is 1/N sum_i sum_t values: sequences count by their length."""
+        return self.segments.sum(values_T)
 
 
 class Objective(NamedTuple):
@@ -191,10 +202,11 @@ class Objective(NamedTuple):
 
 
 def clip(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+    log_ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float = math.inf
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(log_ratio), and a bool of where the min is clipped.
 
+    dual_clip: c of arXiv 1912.09729, equation 3: where A < 0 the value is max(that, c A), clipped where r > c.
     Where r overflows, value and gradient are still those of the formula: 0 for A = 0, no gradient where clipped, and
     infinite for A < 0, which nothing bounds.
     """
@@ -202,8 +214,10 @@ def clip(
     ratio = log_ratio.detach().exp()
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     # exp is kept away from what has no gradient: 0 times its infinite slope is NaN.
-    active = torch.where(clipped | (advantages == 0), 0.0, log_ratio).exp()
-    return torch.where(clipped, ratio.clamp(low, high), active) * advantages, clipped
+    beyond = (advantages < 0) & (ratio > dual_clip)
+    active = torch.where(clipped | beyond | (advantages == 0), 0.0, log_ratio).exp()
+    bounded = torch.where(clipped, ratio.clamp(low, high), active)
+    return torch.where(beyond, dual_clip, bounded) * advantages, clipped | beyond
 
 
 def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -76,19 +76,23 @@ def correct(
     rollout_log_probs: torch.Tensor,
     segments: Segments,
 ) -> tuple[Correction, CorrectionStatistics]:
-    """Weights from w = exp(d), or by sequence exp(mean_t d), d = log_probs - rollout_log_probs at equal weights.
+    """Weights from w = exp(d), or by sequence s = exp(mean_t d), d = log_probs - rollout_log_probs at equal weights.
 
     The mean, not the sum: exp(sum_t d) vanishes or explodes with the length of a response.
     kind: `tis` truncates, min(w, high) (F. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training"); `mask` keeps w in [low, high] and gives 0 outside (IcePop, 2510.18855). bounds: low, high.
+    Training"); `mask` keeps w in [low, high] and gives 0 outside (IcePop, 2510.18855); `geo_mask`, by token, keeps w as
+    it is in sequences with s in [low, high] and gives 0 in others (2512.23075 masks whole sequences; by s as NeMo-RL's
+    seq-mask-tis). bounds: low, high.
     Denominators of the loss stay as they are: a masked token or sequence counts in them with nothing.
     Other arguments and errors as for `mismatch`.
     """
     log_ratio_T = log_ratios(log_probs, rollout_log_probs, segments)
-    ratio = log_ratio_T.exp() if level == "token" else segments.mean(log_ratio_T).exp()
+    mean_N = segments.mean(log_ratio_T).exp()
+    ratio = log_ratio_T.exp() if level == "token" else mean_N
     counted = segments.response_T.double() if level == "token" else segments.share_N
     low, high = bounds
-    cut = ratio > high if kind == "tis" else (ratio < low) | (ratio > high)
+    bounded = mean_N[segments.sequence_T] if kind == "geo_mask" else ratio
+    cut = bounded > high if kind == "tis" else (bounded < low) | (bounded > high)
     weights = ratio.clamp(max=high) if kind == "tis" else ratio.masked_fill(cut, 0.0)
     sums = {"count": counted.sum(), "weight": weighted(weights, counted).sum(), "cut": (counted * cut).sum()}
     return Correction(level, weights), CorrectionStatistics(sums, {})

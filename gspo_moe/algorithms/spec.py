@@ -26,12 +26,13 @@ class Algorithm:
     clips: the paper's own `clip_low` and `clip_high`; None where nothing is clipped by them.
     ratio: what is clipped, and with it which clips make sense.
     terms: `sequence` for one term a sequence, without weights a token.
-    average: what all counts the same: sequences, tokens of the mini-batch, or tokens over the length limit (`fixed`). A
-        KL penalty is averaged alike.
+    average: what all counts the same: sequences, tokens of the mini-batch, or tokens over the length limit (`fixed`);
+        with `sum` tokens of a sequence add up and sequences are averaged. A KL penalty is averaged alike.
     advantages: of a group of answers to one prompt, with or without the division by their rewards' deviation, or by GAE
         from a value function, one a token; `options` is then a `ValueOptions`.
     token_advantages: group advantages may also be given one a token.
     unbounded_below: `clip_low` may be 1, which is no lower bound.
+    dual_clip: it is made of `ratios.clip`, whose lower branch `algorithm.dual_clip` may bound.
     router_shift: it needs gamma of SPEC section 4, for which routes and scores are recorded.
     instead: for where that cannot be had: `algorithm.name=..., which ...`.
     dynamic_sampling: replaces groups of equal rewards unless the config says otherwise.
@@ -45,10 +46,11 @@ class Algorithm:
     clips: tuple[float, float] | None
     ratio: Literal["sequence", "token"] = "token"
     terms: Literal["sequence", "token"] = "token"
-    average: Literal["sequence", "token", "fixed"] = "sequence"
+    average: Literal["sequence", "token", "fixed", "sum"] = "sequence"
     advantages: Literal["group", "group_unscaled", "gae"] = "group"
     token_advantages: bool = False
     unbounded_below: bool = False
+    dual_clip: bool = False
     router_shift: bool = False
     instead: str = ""
     dynamic_sampling: bool = False

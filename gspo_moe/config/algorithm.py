@@ -27,14 +27,14 @@ from gspo_moe.section import Section
 class MismatchConfig(Section):
     """Weights against sampling from an engine whose log-probs are not the trainer's; see docs/algorithms.md."""
 
-    correction: Literal["none", "tis", "mask"] = "none"
+    correction: Literal["none", "tis", "mask", "geo_mask"] = "none"
     level: Literal["token", "sequence"] = "token"
     low: NonNegativeFloat | None = None
     high: PositiveFloat | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
-        low, high = (0.0, 2.0) if self.correction == "tis" else (0.5, 5.0)
+        low, high = {"tis": (0.0, 2.0), "geo_mask": (0.999, 1.002)}.get(self.correction, (0.5, 5.0))
         return (low if self.low is None else self.low, high if self.high is None else self.high)
 
     @model_validator(mode="after")
@@ -43,9 +43,14 @@ class MismatchConfig(Section):
         given = f"algorithm.mismatch.low={low:g} with algorithm.mismatch.high={high:g}"
         if self.correction == "none":
             if self.low is not None or self.high is not None:
-                raise ValueError(f"{given} bounds nothing; set algorithm.mismatch.correction to tis or mask")
+                raise ValueError(f"{given} bounds nothing; set algorithm.mismatch.correction")
         elif self.correction == "tis" and self.low is not None:
-            raise ValueError("algorithm.mismatch.low is for correction=mask, tis has no lower bound; leave it out")
+            raise ValueError("algorithm.mismatch.low is for masks, tis has no lower bound; leave it out")
+        elif self.correction == "geo_mask" and self.level == "sequence":
+            raise ValueError(
+                "algorithm.mismatch.correction=geo_mask judges sequences and weighs tokens; leave "
+                "algorithm.mismatch.level out, or take correction=mask"
+            )
         elif not low < 1.0 < high:
             raise ValueError(f"{given} cuts tokens on which engine and trainer agree; set low below 1 and high above 1")
         elif self.level == "sequence" and self.high is None:
@@ -61,7 +66,7 @@ class KLConfig(Section):
     """A penalty of `coeff` times the KL to a frozen reference: the run's first weights, or those in `reference`."""
 
     coeff: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = "k3"
     reference: str | None = None
 
     @model_validator(mode="after")
@@ -78,6 +83,9 @@ class AlgorithmConfig(Section):
     """The policy loss, by its name or `my_module:MySpec`; see docs/algorithms.md. Clips default to its paper's own.
 
     options: its own keys, where it has any.
+    dual_clip: the ratio above which a term of negative advantage has no gradient, for losses that are made of min and
+    clip; null for none. off_policy_mask: how far the policy may have left, in nats a token, what it has sampled with
+    negative advantage; null for any distance.
     dynamic_sampling: groups of equal rewards are replaced by new prompts, in at most `sampling_rounds` batches of them.
     overlong_buffer: the last tokens before the length limit, over which a response loses up to a reward of 1; 0 for
     none. Both are on where the algorithm has them unless they are set.
@@ -88,6 +96,8 @@ class AlgorithmConfig(Section):
     clip_low: NonNegativeFloat | None = None
     clip_high: NonNegativeFloat | None = None
     allow_wide_clip: bool = False
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    off_policy_mask: PositiveFloat | None = None
     old_log_probs: Literal["trainer", "rollout"] = "trainer"
     mini_batches: PositiveInt = 4
     dynamic_sampling: bool | None = None
@@ -155,6 +165,11 @@ class AlgorithmConfig(Section):
         fault = clip_fault(self.spec, *self.clips, self.allow_wide_clip, prefix="algorithm.")
         if fault:
             yield fault
+        if self.dual_clip is not None and not self.spec.dual_clip:
+            yield (
+                f"algorithm.dual_clip={self.dual_clip:g} bounds losses made of min and clip, which algorithm.name="
+                f"{self.name} is not; leave it out"
+            )
 
     def _correction_faults(self) -> Iterator[str]:
         correction, level = self.mismatch.correction, self.mismatch.level
@@ -166,7 +181,8 @@ class AlgorithmConfig(Section):
         if correction != "none" and level == "token" and self.spec.terms == "sequence":
             yield (
                 f"algorithm.name={self.name} has one term a sequence and no place for token weights; "
-                "set algorithm.mismatch.level=sequence"
+                + ("take correction=mask and " if correction == "geo_mask" else "")
+                + "set algorithm.mismatch.level=sequence"
             )
 
     def _old_policy_faults(self) -> Iterator[str]:

@@ -60,6 +60,15 @@ ATTRIBUTION = {
     "phi_sequence": "share of the sequence log-ratio's variance that changed routes explain",
     "washout": "W: about 1 where a sequence's mean washes routing noise out, more where it survives",
 }
+REPLAY = {
+    "coverage": ("fraction", "tokens and MoE layers of the training forward that ran with replayed routes"),
+    "consumed": ("", "times that each of those took its routes: 1, or the run ends"),
+    "forced": ("fraction", "replayed expert slots for which the router would have picked another expert"),
+    "aligned": ("fraction", "slots of mini-batch 1 that the router would have picked itself, prompts included"),
+    "aligned_shifted": ("fraction", "the same against the row of the token before or behind, whichever is more"),
+    "aligned_by_chance": ("fraction", "the same of two tokens drawn at random, by the experts' load"),
+    "router_grad_norm": ("", "the routers' part of the gradient norm before clipping, mean over updates"),
+}
 INTERVAL = {"": "", "_low": ", 95 % bootstrap interval from", "_high": ", 95 % bootstrap interval to"}
 
 
@@ -121,6 +130,7 @@ METRICS = (
     MetricDoc("algorithm/{figure}", "", "the algorithm's own figures, mean over response tokens"),
     MetricDoc("kl/old_k3", "nats", "k3 estimate of KL(old ‖ policy), a token"),
     MetricDoc("kl/reference", "nats", "estimate of KL(policy ‖ reference), a token"),
+    MetricDoc("off_policy_mask/dropped", "fraction", "response tokens that `algorithm.off_policy_mask` drops"),
     MetricDoc("mismatch/weight_mean", "", "mean weight of a token or sequence, by `algorithm.mismatch`"),
     MetricDoc("mismatch/weight_cut", "fraction", "tokens or sequences whose weight is truncated or masked"),
     MetricDoc("mismatch/k3", "nats", "k3 estimate of KL(rollout ‖ trainer), a token", (LAG,)),
@@ -151,6 +161,7 @@ METRICS = (
         MetricDoc(f"routing/load/rollout/{name}", unit, f"{name} of the load in the rollout engine")
         for name, unit in {"max_violation": "fraction", "cv": "fraction", "entropy": "nats"}.items()
     ),
+    *(MetricDoc(f"routing/replay/{name}", unit, words) for name, (unit, words) in REPLAY.items()),
     MetricDoc("lag/mean", "steps", "steps taken since a token was sampled, mean over response tokens"),
     MetricDoc("lag/max", "steps", "the same, at most"),
     MetricDoc("lag/tokens", "fraction", "response tokens that are older than the step's policy", (LAG,)),

@@ -106,6 +106,23 @@ LOAD = (
         ),
     ),
 )
+REPLAY = (
+    CurveFigure(
+        "replay",
+        "Routing Replay: what it did",
+        "Of runs with routing.replay: tokens and layers that ran with replayed routes; expert slots where the router "
+        "would have picked another expert; slots of mini-batch 1 that it picks itself, by the token's own row and by "
+        "that of the token beside it, which a shift by one would bring up.",
+        (
+            Measure("routing/replay/coverage", "Coverage"),
+            Measure("routing/replay/forced", "Slots forced", optional=True),
+            Measure("routing/replay/aligned", "Aligned", optional=True),
+            Measure("routing/replay/aligned_shifted", "Aligned one token off", optional=True),
+            Measure("routing/replay/router_grad_norm", "Router gradient norm", optional=True),
+        ),
+        optional=True,
+    ),
+)
 MACHINE = (
     CurveFigure(
         "speed",

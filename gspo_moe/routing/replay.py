@@ -6,7 +6,9 @@ that is in the backward pass, it hands recomputation the same experts again, fir
 which every pipeline schedule goes back.
 
 Invariants: experts come in the order of their live scores, which is top-k's own, so that equal weights give equal
-bits; gate weights and their gradient are those of the live router.
+bits; gate weights and their gradient are those of the live router. Each layer of this stage takes each pack's routes
+once in the forward pass, has them in effect, and, where it recomputes, takes them once more: else the pass fails, with
+the layer and pack by name.
 
 Shape letters: T tokens of a pack, C this context rank's part of them, L this pipeline stage's MoE layers, A all MoE
 layers, K experts a token.
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.errors import DataError
+from gspo_moe.errors import DataError, TrainingError
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import prepare_megatron
@@ -36,17 +39,30 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 Scope = Callable[[int, torch.nn.Module, ContextSplit], contextlib.AbstractContextManager[None]]
 
 
-class _PackReplay(RouterReplay):
-    """Replays one layer's routes of the pack at hand."""
+@dataclass
+class Ledger:
+    """rows: of this context rank's tokens, by layer from 0, how many a router took its routes for."""
 
-    def __init__(self, groups: Groups) -> None:
+    rows: dict[int, int] = field(default_factory=dict)
+
+
+class _PackReplay(RouterReplay):
+    """Replays one layer's routes of the pack at hand.
+
+    times: how often it took them. in_effect: bool [], on the device, whether the router has picked them ever since.
+    """
+
+    def __init__(self, groups: Groups, layer: int) -> None:
         super().__init__()
         RouterReplay.global_router_replay_instances.remove(self)
         self._groups = groups
         self._pack_CK: torch.Tensor | None = None
+        self.layer = layer
+        self.times = 0
+        self.in_effect: torch.Tensor | None = None
 
     def enter(self, pack_CK: torch.Tensor) -> None:
-        self._pack_CK = pack_CK
+        self._pack_CK, self.times = pack_CK, 0
         self.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def leave(self, recomputes: bool) -> None:
@@ -62,8 +78,16 @@ class _PackReplay(RouterReplay):
             experts = local_routes(self._pack_CK, len(scores), self._groups)
             order = scores.detach().gather(1, experts).argsort(dim=1, descending=True)
             self.set_target_indices(experts.gather(1, order))
+            self.times += 1
         picked: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(scores, *arguments, **more)
         return picked
+
+    def observe(self, router: torch.nn.Module, logits_PE: torch.Tensor, routing_map_PE: torch.Tensor) -> None:
+        """Sees what the router picked in the end."""
+        if self.times:
+            assert self.target_topk_idx is not None
+            picked = routing_map_PE.gather(1, self.target_topk_idx).all()
+            self.in_effect = picked if self.in_effect is None else self.in_effect & picked
 
 
 @contextlib.contextmanager
@@ -73,17 +97,29 @@ def replay(
     routes: Sequence[torch.Tensor] | None,
     record: Scope,
     depth: int | None = None,
+    ledger: Ledger | None = None,
 ) -> Iterator[Scope]:
     """The scope under which one pass over packs replays `routes`; `record` opens within it. None replays nothing.
 
     chunks: this rank's parts of the model. routes: integers [T, L, K] a pack, of this stage's layers in their order,
-    already checked. depth: replays only the model's first `depth` MoE layers.
+    already checked. depth: replays only the model's first `depth` MoE layers. ledger: is told what was taken.
+    Raises TrainingError where the routes are of other layers than the stage's, and for a layer that did not take a
+    pack's routes once, or picked other experts.
     """
     if routes is None:
         yield record
         return
-    routers = [router for router in routers_of(chunks) if depth is None or router.layer_number <= depth]
-    layers = [_PackReplay(groups) for _ in routers]
+    everywhere = routers_of(chunks)
+    for number, routes_TLK in enumerate(routes):
+        if routes_TLK.shape[1] != len(everywhere):
+            raise TrainingError(
+                f"routes to replay of pack {number} are of {routes_TLK.shape[1]} MoE layers, and this pipeline stage "
+                f"has {len(everywhere)} ({', '.join(str(router.layer_number - 1) for router in everywhere)}); let each "
+                "layer report its routes"
+            )
+    routers = [router for router in everywhere if depth is None or router.layer_number <= depth]
+    layers = [_PackReplay(groups, router.layer_number - 1) for router in routers]
+    of_chunk = {id(chunk): {router.layer_number - 1 for router in routers_of([chunk])} for chunk in chunks}
 
     @contextlib.contextmanager
     def scope(index: int, chunk: torch.nn.Module, split: ContextSplit) -> Iterator[None]:
@@ -92,8 +128,12 @@ def replay(
         for number, layer in enumerate(layers):
             layer.enter(local_CLK[:, number])
         try:
-            with record(index, chunk, split):
+            with _watched(routers, layers), record(index, chunk, split):
                 yield
+            for layer in layers:
+                _check_taken(layer, index, expected=int(layer.layer in of_chunk[id(chunk)]))
+                if ledger is not None and layer.times:
+                    ledger.rows[layer.layer] = ledger.rows.get(layer.layer, 0) + split.num_local
         finally:
             for router, layer in zip(routers, layers, strict=True):
                 layer.leave(torch.is_grad_enabled() and router.config.recompute_granularity is not None)
@@ -102,9 +142,53 @@ def replay(
         router.router_replay = layer
     try:
         yield scope
+        _check_done(layers)
     finally:
         for router in routers:
             router.router_replay = None
+
+
+@contextlib.contextmanager
+def _watched(routers: Sequence[Any], layers: Sequence[_PackReplay]) -> Iterator[None]:
+    before = [router.observers for router in routers]
+    for router, layer in zip(routers, layers, strict=True):
+        router.observers += (layer.observe,)
+    try:
+        yield
+    finally:
+        for router, observers in zip(routers, before, strict=True):
+            router.observers = observers
+
+
+def _check_taken(layer: _PackReplay, index: int, expected: int) -> None:
+    if layer.times != expected:
+        raise TrainingError(
+            f"Routing Replay: MoE layer {layer.layer} took the routes of pack {index} {layer.times} times in one "
+            f"forward pass, not {'once' if expected else 'in the chunk that has it'}, so that what ran is not what was "
+            "to be replayed; does a wrapper of the router, a fused kernel or a captured graph leave its top-k out?"
+        )
+
+
+def _check_done(layers: Sequence[_PackReplay]) -> None:
+    """Behind a whole pass, its backward included; waits for the device once."""
+    left = {layer.layer: len(layer.replay_backward_list) for layer in layers if layer.replay_backward_list}
+    if left:
+        raise TrainingError(
+            f"Routing Replay: routes that recomputation was to take were left over ({_listed(left)}; packs by MoE "
+            "layer), so that gradients are of other routes than the forward pass; does it recompute other layers?"
+        )
+    seen = [layer for layer in layers if layer.in_effect is not None]
+    effects = torch.stack([layer.in_effect for layer in seen if layer.in_effect is not None]).tolist() if seen else []
+    without = [str(layer.layer) for layer, in_effect in zip(seen, effects, strict=True) if not in_effect]
+    if without:
+        raise TrainingError(
+            f"Routing Replay: MoE layers {', '.join(without)} picked other experts than those replayed, so that it did "
+            "nothing there; does something choose experts behind the router's top-k?"
+        )
+
+
+def _listed(counts: dict[int, int]) -> str:
+    return ", ".join(f"{layer}: {count}" for layer, count in counts.items())
 
 
 def check_routes(samples: Iterable[tuple[int, TrainingSample]], architecture: Architecture) -> None:

@@ -19,6 +19,7 @@ from gspo_moe.training.dump import dump_skipped
 from gspo_moe.training.lag import Lags
 from gspo_moe.training.old_policy import first_scored, with_old_policy, with_own_forward
 from gspo_moe.training.packs import Minibatch, TrainingPack, pack_share
+from gspo_moe.training.replay_audit import replay_figures
 from gspo_moe.training.routing import Probe, routing_figures
 from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult, PolicySettings, correction_of, train_minibatch
@@ -38,8 +39,9 @@ def learn(trainer: Trainer, batch: Batch) -> Figures:
                     _attribute(trainer, minibatch, figures)
                 results.append(_train(trainer, minibatch, number))
     figures.metrics |= _policy_metrics(results)
+    equal_weights = batch.versions == {trainer.progress.policy_version}
+    figures.add(replay_figures(trainer, results, equal_weights))
     if trainer.recorder is not None:
-        equal_weights = batch.versions == {trainer.progress.policy_version}
         trained, model = [result.packs for result in results], trainer.session.model
         figures.add(routing_figures(model, trainer.recorder.layers, trained, equal_weights, Lags.of_step(trainer)))
     figures.metrics |= _mismatch_metrics(trainer, results)

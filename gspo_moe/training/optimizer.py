@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -22,17 +23,23 @@ from gspo_moe.config.schema import Config
 from gspo_moe.model.build import Model
 from gspo_moe.model.router import freeze_routers
 from gspo_moe.model.sharded import Shard
-from gspo_moe.platform import adam_of, use_torch_kernels
-from gspo_moe.training.optimizer_state import optimizer_shards, restore
+from gspo_moe.platform import adam_of, device, use_torch_kernels
+from gspo_moe.routing.recorder import routers_of
+from gspo_moe.training.optimizer_state import optimizer_shards, restore, router_gradients
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: it or the loss not finite."""
+    """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: it or the loss not finite.
+
+    router_grad_norm: the part of grad_norm that is the routers', under Routing Replay; None without, or where they are
+    frozen.
+    """
 
     grad_norm: float
     learning_rate: float
     skipped: bool
+    router_grad_norm: float | None = None
 
 
 class Optimizer:
@@ -49,6 +56,9 @@ class Optimizer:
         self.adam_steps = 0
         self.skipped_in_a_row = 0
         self.lr_factor = 1.0
+        self._groups = model.groups
+        self._distributed = config.parallel.distributed_optimizer
+        self._watched = _router_weights(config, model)
         settings = config.optimizer
         with adam_of(config.model.backend.optimizer):
             self.megatron: Any = get_megatron_optimizer(_settings(config, model), model.chunks)
@@ -109,6 +119,7 @@ class Optimizer:
         learning_rate = float(self.megatron.param_groups[0]["lr"])
         self.megatron.prepare_grads()
         grad_norm = float(self.megatron.get_grad_norm())
+        router_grad_norm = self._router_grad_norm() if self._watched is not None else None
         finite = finite and math.isfinite(grad_norm)
         if finite:
             # megatron-core's `step`, which would take the gradients and their norm once more.
@@ -117,7 +128,17 @@ class Optimizer:
             self.adam_steps += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self._move_schedule(1)
-        return UpdateResult(grad_norm, learning_rate, skipped=not finite)
+        return UpdateResult(grad_norm, learning_rate, not finite, router_grad_norm)
+
+    def _router_grad_norm(self) -> float:
+        """Routers are alike on tensor and expert ranks, pieces lie over the others. Collective."""
+        squares = torch.zeros((), dtype=torch.float64, device=device().torch_device)
+        for gradient in router_gradients(self.megatron.chained_optimizers, self._watched or ()):
+            squares += gradient.double().square().sum()
+        for group in (self._groups.data_context if self._distributed else None, self._groups.pipeline):
+            if group is not None and group.size() > 1:
+                dist.all_reduce(squares, group=group)
+        return math.sqrt(squares.item())
 
     def _move_schedule(self, updates: int) -> None:
         self.scheduler.step(increment=updates)
@@ -129,6 +150,12 @@ class Optimizer:
             parameters = part.get_parameters() if part.optimizer is not None else []
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+
+
+def _router_weights(config: Config, model: Model) -> list[torch.nn.Parameter] | None:
+    if config.routing.replay == "none" or config.routing.frozen_router:
+        return None
+    return [weight for router in routers_of(model.chunks) for weight in router.parameters()]
 
 
 def _settings(config: Config, model: Model) -> OptimizerConfig:

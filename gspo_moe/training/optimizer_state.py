@@ -15,7 +15,7 @@ Invariant: what is stored does not depend on whether the optimizer is distribute
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,19 @@ def restore(parts: list[Any], found: Mapping[str, Mapping[str, torch.Tensor]], s
             slot.fill(name, found[str(number)][name] if slot.is_mine else None)
     for part in parts:
         _set_step(part.optimizer, step)
+
+
+def router_gradients(parts: list[Any], weights: Iterable[torch.nn.Parameter]) -> Iterator[torch.Tensor]:
+    """What this rank has of these weights' reduced gradients, flat: all of each, or its piece of a distributed one."""
+    for weight in weights:
+        gradient: torch.Tensor = weight.main_grad.flatten()  # type: ignore[attr-defined]
+        owners = [part for part in parts if isinstance(part, DistributedOptimizer)]
+        if not owners:
+            yield gradient
+        for part in owners:
+            if weight in part.model_param_group_index_map:
+                piece = part._get_model_param_range_map(weight)["param"]
+                yield gradient[piece.start : piece.end]
 
 
 def _set_step(adam: torch.optim.Optimizer, step: int) -> None:

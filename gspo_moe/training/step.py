@@ -14,6 +14,7 @@ import torch
 
 from gspo_moe.algorithms import Correction, CorrectionStatistics, KLPenalty, PolicyStatistics, correct, policy_loss
 from gspo_moe.algorithms.loss import Counts, Extras, Settings
+from gspo_moe.algorithms.off_policy_mask import OffPolicyMask
 from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm, ValueOptions
 from gspo_moe.algorithms.statistics import Statistics
@@ -26,7 +27,7 @@ from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
-from gspo_moe.routing.replay import replay
+from gspo_moe.routing.replay import Ledger, replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.packs import Minibatch, Trained, TrainingPack, recordings_of, replay_of, with_each
 from gspo_moe.training.shift import ShiftOf, router_shift
@@ -49,11 +50,12 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class MinibatchResult:
-    """statistics: over all ranks. packs: this rank's."""
+    """statistics: over all ranks. packs: this rank's. ledger: what its routers replayed."""
 
     statistics: PolicyStatistics
     update: UpdateResult
     packs: list[Trained]
+    ledger: Ledger
 
 
 def train_minibatch(
@@ -76,11 +78,11 @@ def train_minibatch(
         assert recorder is not None
         assert record is not None
         shift_of = router_shift(model, recorder, packs, record)
-    head = partial(policy_head, minibatch, settings, shift_of)
-    statistics, log_probs, update = _step(model, optimizer, packs, head, record)
+    head, ledger = partial(policy_head, minibatch, settings, shift_of), Ledger()
+    statistics, log_probs, update = _step(model, optimizer, packs, head, record, ledger)
     recordings = [] if record is None else record.recordings()
     trained = with_each([Trained(one) for one in packs], log_probs_T=log_probs, recording=recordings)
-    return MinibatchResult(statistics, update, trained)
+    return MinibatchResult(statistics, update, trained, ledger)
 
 
 def policy_head(
@@ -99,16 +101,17 @@ def policy_head(
     kept = split.whole(found.log_probs.detach())
     old_log_probs_T = kept if one.old_log_probs_T is None else one.old_log_probs_T
     result = policy_loss(
-        _fused(algorithm.spec, split.bounds) if split.size == 1 else algorithm.spec,
+        _fused(algorithm.spec, split.bounds) if split.size == 1 and algorithm.dual_clip is None else algorithm.spec,
         found.log_probs,
         split.local(old_log_probs_T),
         pack.advantages_N if one.estimates is None else split.local(one.estimates.advantages_T),
         one.local_segments,
-        Settings(algorithm.clip_low, algorithm.clip_high, algorithm.allow_wide_clip, algorithm.settings),
+        _settings(algorithm),
         Counts(minibatch.num_sequences, minibatch.num_tokens, settings.max_response_tokens),
         Extras(
             router_shift=None if shift_of is None else split.local(shift_of(index)),
             correction=_local_correction(one, old_log_probs_T, algorithm.mismatch),
+            off_policy_mask=_off_policy_mask(one, algorithm),
             kl=_kl_penalty(one, algorithm),
             entropy=found.entropy,
         ),
@@ -117,6 +120,17 @@ def policy_head(
         return result.loss, (result.sums, kept)
     value = _value_loss(stage.values(), one, algorithm.settings, minibatch.num_tokens)
     return result.loss + value.loss.float(), (result.sums.with_values(value.sums), kept)
+
+
+def _settings(algorithm: AlgorithmConfig) -> Settings:
+    low, high = algorithm.clip_low, algorithm.clip_high
+    return Settings(low, high, algorithm.allow_wide_clip, algorithm.settings, algorithm.dual_clip)
+
+
+def _off_policy_mask(one: TrainingPack, algorithm: AlgorithmConfig) -> OffPolicyMask | None:
+    if algorithm.off_policy_mask is None:
+        return None
+    return OffPolicyMask(one.split.local(one.pack.rollout_log_probs_T), algorithm.off_policy_mask)
 
 
 def _kl_penalty(one: TrainingPack, algorithm: AlgorithmConfig) -> KLPenalty | None:
@@ -210,7 +224,12 @@ def train_supervised(
 
 
 def _step(
-    model: Model, optimizer: Optimizer, packs: Sequence[TrainingPack], head: Head[S, K], record: RoutePass | None
+    model: Model,
+    optimizer: Optimizer,
+    packs: Sequence[TrainingPack],
+    head: Head[S, K],
+    record: RoutePass | None,
+    ledger: Ledger | None = None,
 ) -> tuple[S, list[K], UpdateResult]:
     """Statistics over all ranks, what was kept of each pack on the last stage, and the update."""
     # Data-parallel reduction averages gradients; the losses are already shares of the whole, so that is undone. Over
@@ -226,7 +245,7 @@ def _step(
     # Before the pass: in the midst of it the host would wait for all of the pack's forward.
     positions = [response_positions(one.pack, one.split) for one in packs]
     recording = no_recording if record is None else record.scope
-    with replay(model.chunks, model.groups, replay_of(packs), recording) as scope:
+    with replay(model.chunks, model.groups, replay_of(packs), recording, ledger=ledger) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope)
     statistics = None
     if kept:

@@ -20,6 +20,7 @@ def observe(folder: Path, *overrides: str) -> None:
     "overrides",
     [
         ["parallel.context=2", "algorithm.mini_batches=1", "algorithm.mismatch={correction: tis, level: token}"],
+        ["parallel.context=2", "algorithm.mini_batches=2", "routing.replay=r3", "algorithm.off_policy_mask=1e-3"],
         ["parallel.pipeline=2", "algorithm.mini_batches=1", "routing.replay=r2"],
         ["parallel.tensor=2", "algorithm.mini_batches=2", "routing.record=false"],
         ["parallel.expert=2", "algorithm.mini_batches=2", "routing.record=false", "routing.replay=r3"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gspo_moe.platform import prepare_megatron
 from gspo_moe.rollout.embedded import engine
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.stop_strings import StopStrings
+from gspo_moe.routing.audit import ReplaySums, replay_sums
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
@@ -75,7 +77,8 @@ def config(**parallel: Any) -> Config:
     """Adam's first step with a large eps is smooth in the gradient; with a small one it is the gradient's sign."""
     fused = parallel.pop("fused_log_probs", True)
     model = {"preset": "tiny", "fused_log_probs": fused}
-    return Config.model_validate({"model": model, "optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel})
+    sections = {"model": model, "optimizer": {"lr": 1.0, "eps": 1.0}, "parallel": parallel}
+    return Config.model_validate({**sections, "routing": {"replay": "r2"}})  # the optimizer watches routers for it
 
 
 def share(groups: Groups, values: Sequence[Any]) -> list[Any]:
@@ -154,12 +157,16 @@ def observe(
     after_held = by_sample(score(model, mine), mine)
     shifted = train_minibatch(model, optimizer, mine, olds, RSPO, len(samples), 1.0, recorder, old_routes=old_routes)
     grad_norms = {"grad_norm": result.update.grad_norm, "replayed_grad_norm": replayed.update.grad_norm}
+    grad_norms["router_grad_norm"] = replayed.update.router_grad_norm or 0.0
+    each = zip(mine, foreign, old_routes, strict=True)
+    audits = [replay_sums(one, held_TLK, live.routes_TLK, True, recorder.layers) for one, held_TLK, live in each]
+    audit = reduce_statistics(reduce(ReplaySums.merge, audits), model.groups.data)
     rspo = {f"rspo {name}": value for name, value in shifted.statistics.to_metrics().items()}
     rspo["rspo grad_norm"] = shifted.update.grad_norm
     return {
         "log_probs": log_probs,
         "routes": by_sample(routes, mine),
-        "metrics": result.statistics.to_metrics() | grad_norms | rspo,
+        "metrics": result.statistics.to_metrics() | grad_norms | rspo | audit.to_metrics(),
         "after": after,
         "held": by_sample(held, mine),
         "after_held": after_held,

@@ -42,10 +42,17 @@ ALGORITHMS = {
     "ppo": (),
     "sapo": (),
     "dppo": (),
+    "minirl": (),
+    "vespo": (),
+    "luspo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),
     "grpo-tis": ("algorithm.mismatch.correction=tis",),
+    "grpo-bounded": (
+        "algorithm={dual_clip: 3, off_policy_mask: 1e-3, kl: {coeff: 0.04, estimator: k3_unbiased}}",
+        "algorithm.mismatch.correction=geo_mask",
+    ),
     "grpo-kl": ("algorithm.kl.coeff=0.04",),
 }
 

@@ -7,7 +7,7 @@ Shape letters: T tokens of a pack, N sequences of it.
 
 from __future__ import annotations
 
-from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm
 
 
@@ -16,7 +16,7 @@ def dapo(inputs: LossInputs) -> Objective:
 
     The sum of lengths goes over the whole mini-batch.
     """
-    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = inputs.clip(inputs.log_ratio_T, inputs.advantages_T)
     return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))
 
 
@@ -25,6 +25,7 @@ SPEC = Algorithm(
     objective=dapo,
     clips=(0.2, 0.28),
     average="token",
+    dual_clip=True,
     dynamic_sampling=True,
     overlong_share=5,  # 4096 of 20480 tokens in the paper
 )

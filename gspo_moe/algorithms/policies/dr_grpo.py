@@ -5,7 +5,7 @@ The advantages are `group_advantages(..., scale=False)`. Shape letters: T tokens
 
 from __future__ import annotations
 
-from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm
 
 
@@ -14,8 +14,15 @@ def dr_grpo(inputs: LossInputs) -> Objective:
 
     L is a constant, the generation budget (listing 1 of the paper), where grpo has |y_i|.
     """
-    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = inputs.clip(inputs.log_ratio_T, inputs.advantages_T)
     return Objective(inputs.fixed_mean(value_T), inputs.segments.sum(clipped_T.double()))
 
 
-SPEC = Algorithm(name="dr_grpo", objective=dr_grpo, clips=(0.2, 0.2), average="fixed", advantages="group_unscaled")
+SPEC = Algorithm(
+    name="dr_grpo",
+    objective=dr_grpo,
+    clips=(0.2, 0.2),
+    average="fixed",
+    advantages="group_unscaled",
+    dual_clip=True,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm
 
 
@@ -17,7 +17,7 @@ def gspo_token(inputs: LossInputs) -> Objective:
     # 0 with the gradient of log pi; the difference of infinities would be NaN.
     zero_T = torch.where(frozen_T.isfinite(), inputs.log_ratio_T - frozen_T, 0.0)
     mean_T = segments.mean(frozen_T)[segments.sequence_T] + zero_T
-    value_T, clipped_T = clip(mean_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = inputs.clip(mean_T, inputs.advantages_T)
     return Objective(inputs.sequence_mean(value_T), segments.sum(clipped_T.double()))
 
 
@@ -27,5 +27,6 @@ SPEC = Algorithm(
     clips=(3e-4, 4e-4),
     ratio="sequence",
     token_advantages=True,
+    dual_clip=True,
     fused="token",
 )

@@ -5,7 +5,7 @@ Its advantages are one a token, from `gae`; the value function learns beside it,
 
 from __future__ import annotations
 
-from gspo_moe.algorithms.ratios import LossInputs, Objective, clip
+from gspo_moe.algorithms.ratios import LossInputs, Objective
 from gspo_moe.algorithms.spec import Algorithm, ValueOptions
 
 
@@ -14,8 +14,16 @@ def ppo(inputs: LossInputs) -> Objective:
 
     The mean goes over the whole mini-batch's response tokens.
     """
-    value_T, clipped_T = clip(inputs.log_ratio_T, inputs.advantages_T, inputs.clip_low, inputs.clip_high)
+    value_T, clipped_T = inputs.clip(inputs.log_ratio_T, inputs.advantages_T)
     return Objective(inputs.token_mean(value_T), inputs.segments.sum(clipped_T.double()))
 
 
-SPEC = Algorithm(name="ppo", objective=ppo, clips=(0.2, 0.2), average="token", advantages="gae", options=ValueOptions)
+SPEC = Algorithm(
+    name="ppo",
+    objective=ppo,
+    clips=(0.2, 0.2),
+    average="token",
+    advantages="gae",
+    dual_clip=True,
+    options=ValueOptions,
+)

@@ -185,7 +185,7 @@ def test_gspo_is_corrected_by_sequence() -> None:
         np.testing.assert_allclose(mine[start:end], weight * plain[start:end], rtol=1e-12)
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_unbiased"])
 @pytest.mark.parametrize("algorithm", ["gspo", "grpo", "dr_grpo", "cispo"])
 def test_kl_to_a_reference(algorithm: str, estimator: str) -> None:
     pack = drawn()
@@ -201,8 +201,9 @@ def test_kl_to_a_reference(algorithm: str, estimator: str) -> None:
         tokens = [t for t in range(start, end) if mask[t]]
         share = {"dr_grpo": 1 / SEQUENCES / LONGEST, "cispo": 1 / TOKENS}.get(algorithm, 1 / SEQUENCES / len(tokens))
         for t in tokens:
-            value = {"k1": r[t], "k2": r[t] ** 2 / 2, "k3": math.exp(-r[t]) - 1 + r[t]}[estimator]
-            slope = 1 - math.exp(-r[t]) if estimator == "k3" else r[t]
+            k3, w = math.exp(-r[t]) - 1 + r[t], math.exp(pack["log_probs"][t] - pack["old_log_probs"][t])
+            value = {"k1": r[t], "k2": r[t] ** 2 / 2, "k3": k3, "k3_unbiased": w * k3}[estimator]
+            slope = {"k3": 1 - math.exp(-r[t]), "k3_unbiased": w * (k3 + 1 - math.exp(-r[t]))}.get(estimator, r[t])
             penalty += coeff * share * value
             slopes[t] = coeff * share * slope
             mean += value / 24

@@ -35,8 +35,8 @@ IDENTITY = {
     "": "seed stage",
     "model": "preset random_init overrides dtype",
     "tokenizer": "kind vocab_size",
-    "algorithm": "name options clip_low clip_high old_log_probs mini_batches dynamic_sampling sampling_rounds "
-    "overlong_buffer",
+    "algorithm": "name options clip_low clip_high dual_clip off_policy_mask old_log_probs mini_batches "
+    "dynamic_sampling sampling_rounds overlong_buffer",
     "algorithm.mismatch": "correction level low high",
     "algorithm.kl": "coeff estimator",
     "chat": "system thinking variables special_tokens",

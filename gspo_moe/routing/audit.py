@@ -1,0 +1,179 @@
+"""Whether Routing Replay did what it says: how much was replayed, what it forced, and whether rows are their tokens'.
+
+Strategy: at equal weights a router's own choice is the replayed one, but for what the two engines compute otherwise.
+Agreement of a layer, or of a run of tokens (one turn, or what lies between two), is held against what rows of other
+tokens would give: those beside it, which a shift by one makes its own, and two drawn at random, whose experts agree as
+often as the experts' load has it. Half way between that and 1 is no engine's rounding any more.
+
+Shape letters: T tokens of a pack, L this pipeline stage's MoE layers, A all MoE layers, K experts a token, E experts,
+R runs of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gspo_moe.algorithms.statistics import Statistics
+from gspo_moe.routing.load import expert_load
+from gspo_moe.routing.shards import StageLayers
+from gspo_moe.routing.volatility import overlap_TL
+from gspo_moe.types import Microbatch
+
+FEWEST_ROWS = 4  # of which a layer's or a run's agreement is judged
+AGREEMENT = 0.5  # of the way from chance to 1
+
+
+class ReplaySums(Statistics):
+    """Of any number of packs, by layer, [A] or [A, E].
+
+    slots, forced: expert slots that were replayed, and those of them where the router would have picked another
+    expert. For packs that ran at the weights of the rollout: own, own_slots, own_rows: slots that agree with the
+    token's own row, all slots, and tokens; beside_before, beside_after, beside_slots: the same with the row of the
+    token before and behind it; load_replayed, load_live: tokens of each expert.
+    """
+
+    def to_metrics(self) -> dict[str, float]:
+        """Shares over all layers; those that nothing was found for are left out."""
+        total = {name: value.sum().item() for name, value in self.sums.items()}
+        found = {}
+        if total["slots"]:
+            found["forced"] = total["forced"] / total["slots"]
+        if total["own_slots"]:
+            found["aligned"] = total["own"] / total["own_slots"]
+            found["aligned_by_chance"] = self.chance().mean().item()
+        if total["beside_slots"]:
+            beside = max(total["beside_before"], total["beside_after"])
+            found["aligned_shifted"] = beside / total["beside_slots"]
+        return {f"routing/replay/{name}": value for name, value in found.items()}
+
+    def chance(self) -> torch.Tensor:
+        """How often experts of two tokens agree by their load alone, [A]; NaN without a row."""
+        replayed, live = self.sums["load_replayed"], self.sums["load_live"]
+        topk = self.sums["own_slots"] / self.sums["own_rows"]
+        return (replayed * live).sum(dim=1) / self.sums["own_rows"].square() / topk
+
+
+def replay_sums(
+    pack: Microbatch,
+    replayed_TLK: torch.Tensor | None,
+    live_TLK: torch.Tensor | None,
+    at_rollout: bool,
+    layers: StageLayers,
+) -> ReplaySums:
+    """Of one pack's training forward, over the pipeline's stages. Collective over the pipeline.
+
+    replayed_TLK: None where nothing was. live_TLK: what the routers would have picked; None where it was not recorded.
+    at_rollout: its weights are those of the rollout.
+    """
+    count = len(layers.indices)
+    nothing_L = torch.zeros(count, dtype=torch.float64, device=pack.cu_seqlens.device)
+    nothing_LE = nothing_L[:, None].expand(count, layers.architecture.num_experts)
+    found = dict.fromkeys(("slots", "forced", "own", "own_rows", "own_slots"), nothing_L)
+    found |= {f"beside_{name}": nothing_L for name in ("before", "after", "slots")}
+    found |= {"load_replayed": nothing_LE, "load_live": nothing_LE}
+    if replayed_TLK is not None and live_TLK is not None:
+        overlap = overlap_TL(replayed_TLK, live_TLK).double().sum(dim=0)
+        slots = nothing_L + replayed_TLK.shape[0] * replayed_TLK.shape[2]
+        found |= {"slots": slots, "forced": slots - overlap}
+        if at_rollout:
+            found |= {"own": overlap, "own_rows": nothing_L + len(replayed_TLK), "own_slots": slots}
+            found |= _beside(pack, replayed_TLK, live_TLK)
+            experts = layers.architecture.num_experts
+            found |= {"load_replayed": expert_load(replayed_TLK, experts).double()}
+            found |= {"load_live": expert_load(live_TLK, experts).double()}
+    flat = torch.cat([value.reshape(count, -1) for value in found.values()], dim=1)
+    whole = layers.spread(flat[None])[0].split([value.reshape(count, -1).shape[1] for value in found.values()], dim=1)
+    sums = {
+        name: part if value.ndim == 2 else part[:, 0] for (name, value), part in zip(found.items(), whole, strict=True)
+    }
+    return ReplaySums(sums, {})
+
+
+def _beside(pack: Microbatch, replayed_TLK: torch.Tensor, live_TLK: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Agreement with the rows of the tokens before and behind, within sequences."""
+    sequence_T = pack.sequence_T
+    inside = sequence_T[1:] == sequence_T[:-1]
+    before = overlap_TL(replayed_TLK[:-1][inside], live_TLK[1:][inside]).double().sum(dim=0)
+    after = overlap_TL(replayed_TLK[1:][inside], live_TLK[:-1][inside]).double().sum(dim=0)
+    slots = torch.full_like(before, replayed_TLK.shape[2]) * inside.sum()
+    return {"beside_before": before, "beside_after": after, "beside_slots": slots}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one sequence, all of the policy's or none, that stand together. agreement: share of their slots."""
+
+    sample: int
+    start: int
+    stop: int
+    sampled: bool
+    agreement: float
+
+
+def runs(pack: Microbatch, replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, layers: StageLayers) -> list[Run]:
+    """The runs of a pack, in its order. Collective over the pipeline; waits for the device."""
+    sequence_T, sampled_T = pack.sequence_T, pack.route_mask_T
+    starts_T = torch.ones_like(sampled_T)
+    starts_T[1:] = (sequence_T[1:] != sequence_T[:-1]) | (sampled_T[1:] != sampled_T[:-1])
+    run_T = starts_T.long().cumsum(0) - 1
+    overlap = overlap_TL(replayed_TLK, live_TLK).double()
+    overlap_RL = overlap.new_zeros(int(run_T[-1]) + 1, overlap.shape[1]).index_add(0, run_T, overlap)
+    shared_R = layers.spread(overlap_RL).mean(dim=1).tolist()
+    first = starts_T.nonzero()[:, 0].tolist()
+    bounds = [*first, pack.num_tokens]
+    offsets, numbers, sampled = pack.cu_seqlens.tolist(), sequence_T[starts_T].tolist(), sampled_T[starts_T].tolist()
+    topk = replayed_TLK.shape[2]
+    return [
+        Run(
+            pack.sample_indices[number],
+            start - offsets[number],
+            stop - offsets[number],
+            bool(is_sampled),
+            shared / (stop - start) / topk,
+        )
+        for number, start, stop, is_sampled, shared in zip(numbers, first, bounds[1:], sampled, shared_R, strict=True)
+    ]
+
+
+def alignment_faults(sums: ReplaySums, equal_weights: bool, found: Sequence[Run]) -> Iterator[str]:
+    """What shows that replayed rows are not their tokens', the widest first.
+
+    sums: over all ranks. equal_weights: the rollout's weights were the step's first; else rows beside their own are the
+    only sure sign. found: this rank's runs.
+    """
+    total = {name: value.sum().item() for name, value in sums.sums.items()}
+    if total["own_rows"] < FEWEST_ROWS * len(sums.sums["own"]):
+        return
+    own = total["own"] / total["own_slots"]
+    for side in ("before", "after"):
+        beside = total[f"beside_{side}"] / total["beside_slots"] if total["beside_slots"] else 0.0
+        if beside > own:
+            yield (
+                f"replayed routes are shifted by one token: {beside:.0%} of expert slots agree with the live router's "
+                f"for the token {'behind' if side == 'before' else 'before'}, {own:.0%} for their own"
+            )
+            return
+    if not equal_weights:
+        return
+    chance_A = sums.chance()
+    enough_A = sums.sums["own_rows"] >= FEWEST_ROWS
+    agreement_A = sums.sums["own"] / sums.sums["own_slots"]
+    wrong_A = enough_A & (agreement_A < chance_A + AGREEMENT * (1.0 - chance_A))
+    if wrong_A.any() and not wrong_A.all():
+        named = ", ".join(f"{layer} ({agreement_A[layer]:.0%})" for layer in wrong_A.nonzero()[:, 0].tolist())
+        yield f"replayed routes of MoE layers {named} are not those layers': share of slots that agree in brackets"
+        return
+    chance = chance_A.mean().item()
+    for run in found:
+        if run.stop - run.start >= FEWEST_ROWS and run.agreement < chance + AGREEMENT * (1.0 - chance):
+            whose = "a turn of the policy's" if run.sampled else "prompt, or between turns"
+            yield (
+                f"sample {run.sample}, tokens {run.start} to {run.stop - 1} ({whose}): replayed routes are not these "
+                f"tokens', {run.agreement:.0%} of expert slots agree with the live router's"
+            )
+            return
+    if wrong_A.all():
+        yield f"replayed routes are not their tokens': {own:.0%} of expert slots agree with the live router's"

@@ -1,0 +1,119 @@
+"""What a step's Routing Replay did, as figures; ends the run where it was not what the configuration says.
+
+Shape letters: L this pipeline stage's MoE layers, A all MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+
+from gspo_moe.algorithms.statistics import Mergeable
+from gspo_moe.config.schema import Config
+from gspo_moe.errors import TrainingError
+from gspo_moe.parallel.reduce import reduce_statistics
+from gspo_moe.parallel.stop import raise_everywhere
+from gspo_moe.platform import device
+from gspo_moe.routing.audit import ReplaySums, Run, alignment_faults, replay_sums, runs
+from gspo_moe.routing.figures import Figures
+from gspo_moe.routing.recorder import routers_of
+from gspo_moe.routing.shards import StageLayers
+from gspo_moe.training.old_policy import first_scored
+from gspo_moe.training.packs import Trained
+from gspo_moe.training.session import Trainer
+from gspo_moe.training.step import MinibatchResult
+
+FIX = "; what was trained is not what routing.replay says, so go on from the checkpoint before this step"
+
+
+def replay_figures(trainer: Trainer, results: Sequence[MinibatchResult], equal_weights: bool) -> Figures:
+    """Of the step's mini-batches, over all ranks; empty without replay. Collective.
+
+    equal_weights: the rollouts were sampled from the weights that the step began with.
+    Raises TrainingError, on every rank, for the first fault, by the layer, sample or mini-batch that it is of. Shares
+    of slots need `routing.record`.
+    """
+    session = trainer.session
+    config, model = session.config, session.model
+    if config.routing.replay == "none":
+        return Figures()
+    numbers = tuple(router.layer_number - 1 for router in routers_of(model.chunks))
+    layers = StageLayers(numbers, model.architecture, model.groups)
+    rows = _rows(results, layers)
+    figures = Figures(_shares(rows))
+    faults = [*_lacking(config, results), *_not_taken(rows)]
+    norms = [norm for result in results if (norm := result.update.router_grad_norm) is not None]
+    if norms:
+        figures.metrics["routing/replay/router_grad_norm"] = sum(norms) / len(norms)
+        faults += _no_gradient(results, model.architecture.num_experts_per_tok)
+    if all(one.recording is not None for result in results for one in result.packs):
+        equal_weights |= config.routing.replay == "r2"
+        sums = reduce_statistics(_sums(results, layers), model.groups.data)
+        figures.metrics |= sums.to_metrics()
+        found = [run for one in results[0].packs if equal_weights for run in _runs(one, layers)]
+        faults += alignment_faults(sums, equal_weights, found)
+    raise_everywhere(TrainingError(f"routing.replay={config.routing.replay}: {faults[0]}{FIX}") if faults else None)
+    return figures
+
+
+class Rows(Mergeable):
+    """Tokens by layer, [A]: all of the training forwards; those with routes to replay; those that routers took."""
+
+
+def _rows(results: Sequence[MinibatchResult], layers: StageLayers) -> Mergeable:
+    """Over all ranks. Collective."""
+    packs = [one.pack for result in results for one in result.packs]
+    every = sum(one.split.num_local for one in packs)
+    given = sum(one.split.num_local for one in packs if one.replay_TLK is not None)
+    taken = [sum(result.ledger.rows.get(layer, 0) for result in results) for layer in layers.indices]
+    counts = torch.tensor([[every, given, each] for each in taken], dtype=torch.float64, device=device().torch_device)
+    spread = layers.spread(counts.reshape(1, len(taken), 3))[0]
+    rows = Rows(dict(zip(("every", "given", "taken"), spread.unbind(dim=1), strict=True)), {})
+    return reduce_statistics(rows, layers.groups.data_context).cpu()
+
+
+def _shares(rows: Mergeable) -> dict[str, float]:
+    every, given, taken = (rows.sums[name].sum().item() for name in ("every", "given", "taken"))
+    found = {"routing/replay/coverage": taken / every}
+    return found | ({"routing/replay/consumed": taken / given} if given else {})
+
+
+def _lacking(config: Config, results: Sequence[MinibatchResult]) -> Iterator[str]:
+    """Mini-batches that are to be replayed and have nothing to replay."""
+    first = 0 if config.routing.replay == "r3" else first_scored(config)
+    for number, result in enumerate(results):
+        if number >= first and any(one.pack.replay_TLK is None for one in result.packs):
+            yield f"mini-batch {number + 1} had no routes to replay"
+
+
+def _not_taken(rows: Mergeable) -> Iterator[str]:
+    given_A, taken_A = (rows.sums[name].tolist() for name in ("given", "taken"))
+    most = max(given_A)
+    for layer, (given, taken) in enumerate(zip(given_A, taken_A, strict=True)):
+        if not taken == given == most:
+            yield f"MoE layer {layer} took the routes of {taken:.0f} tokens where there were {most:.0f}, each once"
+
+
+def _no_gradient(results: Sequence[MinibatchResult], topk: int) -> Iterator[str]:
+    """The weight of a single expert is 1 whatever its router says, so that top-1 routers have no gradient."""
+    updates = [result.update for result in results if not result.update.skipped]
+    if topk > 1 and any(one.grad_norm > 0 for one in updates) and not any(one.router_grad_norm for one in updates):
+        yield "routers got no gradient, though they weigh the replayed experts and are not frozen"
+
+
+def _sums(results: Sequence[MinibatchResult], layers: StageLayers) -> ReplaySums:
+    found = [
+        replay_sums(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, number == 0, layers)
+        for number, result in enumerate(results)
+        for one in result.packs
+        if one.recording is not None
+    ]
+    return reduce(ReplaySums.merge, found)
+
+
+def _runs(one: Trained, layers: StageLayers) -> list[Run]:
+    if one.pack.replay_TLK is None or one.recording is None:
+        return []
+    return runs(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, layers)
