@@ -124,7 +124,7 @@ class GroupQueue:
         if self._ahead is None:
             return {}
         ready = sum(one.group is not None for one in self._asked.values())
-        found = {
+        found: dict[str, float] = {
             "queue/ready": ready,
             "queue/running": len(self._asked) - ready,
             "queue/dropped": self._dropped,

@@ -233,7 +233,7 @@ def check_layouts(world_size: int, folder: Path) -> None:
             assert again == second, parallel
 
 
-def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel: dict[str, int]) -> None:
+def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel: dict[str, Any]) -> None:
     for kind, named in expected.items():
         assert found[kind].keys() == named.keys()
         for name, rollout in named.items():

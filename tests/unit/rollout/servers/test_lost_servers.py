@@ -44,7 +44,7 @@ LOOK = 0.1  # seconds between two looks at a server
 @pytest.fixture(scope="module")
 def urls(tiny_models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     port, script = free_ports(COUNT), ROOT / "tests" / "support" / "stand_in.py"
-    command = [sys.executable, script, tiny_models[0], "--port", str(port), "--count", str(COUNT)]
+    command: list[str | Path] = [sys.executable, script, tiny_models[0], "--port", str(port), "--count", str(COUNT)]
     program = Program(command, tmp_path_factory.mktemp("servers"), PYTHONPATH=str(ROOT))
     yield [f"http://127.0.0.1:{port + number}" for number in range(COUNT)]
     program.kill()
