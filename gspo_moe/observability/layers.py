@@ -34,7 +34,7 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class LayerWriter:
-    """One writer a run, on one rank; keeps the run's figures in memory.
+    """One writer a run, on one rank; keeps the run's figures in memory, in as many bytes as the file has.
 
     resume_step: step of the checkpoint that the run continues from; what an earlier attempt wrote after it vanishes. 0
     starts anew. Raises DataError when the existing file is damaged.
@@ -42,32 +42,40 @@ class LayerWriter:
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0) -> None:
         self._path = Path(run_dir) / FILE
-        self._values: dict[str, dict[int, np.ndarray]] = {}
+        self._written: Series = {}
+        self._new: dict[str, dict[int, np.ndarray]] = {}  # not written yet
         self._pending = 0
         if resume_step and self._path.exists():
             for name, (steps, values) in read_layers(self._path).items():
-                kept = zip(steps.tolist(), values, strict=True)
-                self._values[name] = {step: value for step, value in kept if step <= resume_step}
+                kept = steps <= resume_step
+                if kept.any():
+                    self._written[name] = steps[kept], values[kept]
         else:
             self._path.unlink(missing_ok=True)
 
     def append(self, step: int, figures: Mapping[str, np.ndarray]) -> None:
         """figures: by name, [A] or [A, ...] of numbers."""
         for name, value in figures.items():
-            self._values.setdefault(name, {})[step] = np.asarray(value, dtype=np.float32)
+            self._new.setdefault(name, {})[step] = np.asarray(value, dtype=np.float32)
         self._pending += 1
-        if self._pending >= max(map(len, self._values.values()), default=1) / 16:
+        written = {name: len(steps) for name, (steps, _) in self._written.items()}
+        new = {name: len(by_step) for name, by_step in self._new.items()}
+        if self._pending >= max((written.get(name, 0) + new.get(name, 0) for name in written | new), default=1) / 16:
             self.flush()
 
     def flush(self) -> None:
         """Writes what is not written yet."""
-        if not self._pending or not self._values:
+        if not self._pending or not (self._new or self._written):
             return
-        tensors = {}
-        for name, by_step in self._values.items():
-            if by_step:
-                tensors[f"{name}/steps"] = np.array(list(by_step), dtype=np.int64)
-                tensors[f"{name}/values"] = np.stack(list(by_step.values()))
+        for name, by_step in self._new.items():
+            steps, values = np.array(list(by_step), dtype=np.int64), np.stack(list(by_step.values()))
+            if name in self._written:
+                before = self._written[name]
+                steps, values = np.concatenate([before[0], steps]), np.concatenate([before[1], values])
+            self._written[name] = steps, values
+        self._new.clear()
+        tensors = {f"{name}/steps": steps for name, (steps, _) in self._written.items()}
+        tensors |= {f"{name}/values": values for name, (_, values) in self._written.items()}
         write_whole(self._path, lambda partial: save_file(tensors, partial))
         self._pending = 0
 
