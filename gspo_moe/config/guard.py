@@ -35,7 +35,7 @@ class GuardConfig(Section):
 
     reward: of reward/mean. entropy: of policy/entropy. response_length: of response/length_mean.
     clip_fraction: of clip_fraction/sequence. skipped_updates: of optimizer/skipped_updates.
-    steps: in a row in which one of them is out of its bounds (or not finite), after which `action` is taken.
+    patience: steps in a row in which one of them is out of its bounds (or not finite), after which `action` is taken.
     action: `stop` ends the run; `roll_back` goes back to the newest checkpoint from before the first of these steps,
         and on from there with the prompts that come next, at most `roll_backs` times, then it ends the run.
     lr_factor: of the learning rate, once for each time.
@@ -46,7 +46,7 @@ class GuardConfig(Section):
     response_length: Bounds = Bounds()
     clip_fraction: Bounds = Bounds()
     skipped_updates: Bounds = Bounds()
-    steps: PositiveInt = 5
+    patience: PositiveInt = 5
     action: Literal["stop", "roll_back"] = "stop"
     roll_backs: PositiveInt = 3
     lr_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -47,7 +47,7 @@ class Guard:
                 self._since.pop(name, None)
                 continue
             first = self._since.setdefault(name, step)
-            if found is None and step - first + 1 >= self._config.steps:
+            if found is None and step - first + 1 >= self._config.patience:
                 found = Collapse(first, step, f"{fault}, and was out of its bounds in each step from {first} to {step}")
         return found
 

@@ -40,8 +40,8 @@ def _differ(step: int, names: list[str], first: Difference) -> str:
     place = f"{first.key}{list(first.index)}"
     return (
         f"after step {step} ranks differ in weights that they must hold alike: {place} is {values}{_more(names)}; the "
-        "memory or arithmetic of one of them failed: look at the machine of the rank that is alone, set "
-        "model.deterministic=true, or start with CUDA's memory checks"
+        "memory or arithmetic of one of them failed: look for errors of the machine of the rank that is alone (dmesg, "
+        "the ECC counts of nvidia-smi), and where none is, try model.deterministic=true"
     )
 
 

@@ -31,6 +31,7 @@ from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.replicas import ReplicaCheck
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import launch, renew_port
 from tests.policy import Letters, LoudRows, as_sample, requests, sampling, score_and_record, trained
@@ -223,6 +224,7 @@ def check_layouts(world_size: int, folder: Path) -> None:
             same_rollouts(together(model.groups, generate(model)), expected["rollouts"], parallel)
             found = observe(model, optimizer, expected["samples"], expected["old"], parallel)
             same_numbers(model.groups, found, expected, parallel)
+            ReplicaCheck(model, MegatronEngine(model, max_batch=1, prefill_tokens=1))(step=1)
             if world_size == 2:  # whose checkpoints test_checkpoint_layouts hands on
                 continue
             save_checkpoint(folder, model, optimizer, DONE, keep=1)

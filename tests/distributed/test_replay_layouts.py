@@ -12,7 +12,7 @@ from gspo_moe.replay.replay import replay
 from gspo_moe.training import rl
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.session import Trainer
-from tests.launch import launch
+from tests.launch import launch, renew_port
 from tests.unit.training.test_rl import opened
 
 LAYOUTS = {
@@ -31,22 +31,30 @@ def loud(trainer: Trainer, batch: Batch) -> object:
     return learn(trainer, dataclasses.replace(batch, samples=tuple(samples)))
 
 
+def dumps(run: Path) -> list[Path]:
+    return sorted((run / "skipped").glob("step_*.safetensors"))
+
+
 def skip_in_each(folder: Path, names: tuple[str, ...]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "learn", loud)
         for name in names:
             with opened(folder / name, *LAYOUTS[name], "algorithm.mini_batches=2") as trainer:
                 assert rl.rl_step(trainer).metrics["optimizer/skipped_updates"] == 1
+            found = replay(dumps(folder / name)[0])
+            assert all(figure.run == figure.here for figure in found.figures), (name, found.figures)
+            renew_port()
+            shut_down()
 
 
 @pytest.mark.parametrize("names", [("expert", "pipeline"), pytest.param(("tensor", "context"), marks=pytest.mark.slow)])
 def test_one_process_finds_what_two_found(names: tuple[str, ...], tmp_path: Path) -> None:
     launch(skip_in_each, 2, tmp_path, names)
     for name in names:
-        dumps = sorted((tmp_path / name / "skipped").glob("step_*.safetensors"))
-        assert len(dumps) == (2 if name == "expert" else 1), name
+        files = dumps(tmp_path / name)
+        assert len(files) == (2 if name == "expert" else 1), name
         try:
-            found = replay(dumps[-1])
+            found = replay(files[-1])
         finally:
             shut_down()
         assert found.is_reproduced, (name, found.figures)

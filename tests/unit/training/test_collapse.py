@@ -43,7 +43,7 @@ class Collapsing:
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     config = tmp_path / "config.yaml"
-    config.write_text("guard: {entropy: {low: 0.5}, steps: 3}\n")
+    config.write_text("guard: {entropy: {low: 0.5}, patience: 3}\n")
     return ["train", str(config), *SMALL, *ENTROPY, f"logging.run_dir={tmp_path / 'run'}"]
 
 
@@ -131,7 +131,7 @@ def test_it_goes_back_no_more_often_than_allowed(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loop, "rl_step", Collapsing(first=4, times=9))
-    assert main([*command, "guard.action=roll_back", "guard.roll_backs=1", "guard.steps=1"]) == 6
+    assert main([*command, "guard.action=roll_back", "guard.roll_backs=1", "guard.patience=1"]) == 6
     assert "guard.roll_backs=1 allows to go back no further time" in capsys.readouterr().err
     assert main([*command, "guard.action=roll_back", "guard.entropy.low=2e9", f"logging.run_dir={tmp_path / 'b'}"]) == 6
     told = capsys.readouterr().err

@@ -21,13 +21,13 @@ def looks(one: Guard, metric: str, values: list[float]) -> list[Collapse | None]
 
 
 def test_without_bounds_nothing_is_watched() -> None:
-    one = guard(steps=1)
+    one = guard(patience=1)
     assert not one.watches
     assert one.look(1, {"reward/mean": math.nan}) is None
 
 
 def test_only_steps_in_a_row_count_and_bounds_are_sound() -> None:
-    one = guard(reward={"low": 0.25}, steps=3)
+    one = guard(reward={"low": 0.25}, patience=3)
     found = looks(one, "reward/mean", [0.2, 0.1, 0.25, 0.2, 0.2, 0.2, 0.2])
     assert found[:5] == [None] * 5
     assert found[5] is not None
@@ -43,14 +43,14 @@ def test_only_steps_in_a_row_count_and_bounds_are_sound() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 7.1])
 def test_what_is_not_finite_is_out_of_bounds(value: float) -> None:
-    found = guard(response_length={"high": 7.0}, steps=1).look(1, {"response/length_mean": value})
+    found = guard(response_length={"high": 7.0}, patience=1).look(1, {"response/length_mean": value})
     assert found is not None
     assert "not at most guard.response_length.high=7" in found.words
 
 
 def test_each_figure_counts_by_itself() -> None:
     """Two that take turns are no collapse; a step without a figure says nothing of it."""
-    one = guard(entropy={"low": 0.5, "high": 2.0}, skipped_updates={"high": 0}, steps=2)
+    one = guard(entropy={"low": 0.5, "high": 2.0}, skipped_updates={"high": 0}, patience=2)
     assert one.look(1, {"policy/entropy": 0.1, "optimizer/skipped_updates": 0}) is None
     assert one.look(2, {"policy/entropy": 1.0, "optimizer/skipped_updates": 4}) is None
     assert one.first_bad == 2
