@@ -12,6 +12,7 @@ from gspo_moe.algorithms import PolicyStatistics, Segments
 from gspo_moe.config.algorithm import AlgorithmConfig
 from gspo_moe.model.build import Model
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.replay import Replayed
 from gspo_moe.training import step
 from gspo_moe.training.critic import Estimates
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
@@ -52,7 +53,7 @@ def train_minibatch(
     reference_log_probs: Sequence[torch.Tensor] = (),
     old_routes: Sequence[Recording] = (),
     estimates: Sequence[Estimates] = (),
-    replayed: Sequence[torch.Tensor] | None = None,
+    replayed: Sequence[torch.Tensor | Replayed] | None = None,
 ) -> Result:
     """num_tokens: the mini-batch's, or those of these packs."""
     whole = training_packs(
@@ -62,7 +63,7 @@ def train_minibatch(
         reference_log_probs_T=reference_log_probs,
         recording=old_routes,
         estimates=estimates,
-        replay_TLK=replayed or (),
+        **_replay(replayed or ()),
     )
     if num_tokens is None:
         num_tokens = int(sum(pack.response_mask_T.sum() for pack in packs))
@@ -71,6 +72,15 @@ def train_minibatch(
     result = step.train_minibatch(model, optimizer, minibatch, settings, recorder)
     log_probs = [one.log_probs_T for one in result.packs if one.log_probs_T is not None]
     return Result(result.statistics, result.update, log_probs, recordings_of(result.packs))
+
+
+def _replay(replayed: Sequence[torch.Tensor | Replayed]) -> dict[str, list[torch.Tensor]]:
+    whole = [one if isinstance(one, Replayed) else Replayed(one) for one in replayed]
+    return {
+        "replay_TLK": [one.routes_TLK for one in whole],
+        "gates_TLK": [one.gates_TLK for one in whole if one.gates_TLK is not None],
+        "held_TL": [one.held_TL for one in whole if one.held_TL is not None],
+    }
 
 
 def train_supervised(

@@ -43,7 +43,7 @@ class MismatchConfig(Section):
         given = f"algorithm.mismatch.low={low:g} with algorithm.mismatch.high={high:g}"
         if self.correction == "none":
             if self.low is not None or self.high is not None:
-                raise ValueError(f"{given} bounds nothing; set algorithm.mismatch.correction")
+                raise ValueError(f"{given} bounds nothing; set algorithm.mismatch.correction to tis or mask")
         elif self.correction == "tis" and self.low is not None:
             raise ValueError("algorithm.mismatch.low is for masks, tis has no lower bound; leave it out")
         elif self.correction == "geo_mask" and self.level == "sequence":

@@ -14,7 +14,8 @@ class RoutingConfig(Section):
     """Routing measurements (SPEC sections 4 and 5), Routing Replay (section 6) and the router's own loss.
 
     record: staleness and load, every step. engine_routes: the rollout engine reports its routes; r3 implies it.
-    replay: r2 replays the old-log-prob pass's routes, r3 the rollout engine's.
+    replay: r2 replays the old-log-prob pass's routes, recall those with their gate weights, r3 the rollout engine's.
+    replay_margin: r2 and recall replay a token's layer only where its margin p_(K) - p_(K+1) was below; null for all.
     frozen_router: router weights get no update.
     probe_interval: steps between measurements of one update's effect on `probe_sequences` fixed sequences, 0 for none.
     attribution: splits the last mini-batch's log-ratios every `attribution_interval` steps, on `attribution_sequences`
@@ -24,7 +25,8 @@ class RoutingConfig(Section):
 
     record: bool = True
     engine_routes: bool = False
-    replay: Literal["none", "r2", "r3"] = "none"
+    replay: Literal["none", "r2", "r3", "recall"] = "none"
+    replay_margin: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     frozen_router: bool = False
     probe_interval: NonNegativeInt = 0
     probe_sequences: PositiveInt = 64
@@ -39,9 +41,23 @@ class RoutingConfig(Section):
     def reports_engine_routes(self) -> bool:
         return self.engine_routes or self.replay == "r3"
 
+    @property
+    def replays_old_pass(self) -> bool:
+        return self.replay in ("r2", "recall")
+
     def faults(self) -> Iterator[str]:
+        if self.replay == "recall" and not self.frozen_router:
+            yield (
+                "routing.replay=recall holds the gate weights, through which alone a router learns; set "
+                "routing.frozen_router=true, or replay=r2, which holds the experts only"
+            )
+        if self.replay_margin is not None and not self.replays_old_pass:
+            yield (
+                f"routing.replay_margin={self.replay_margin:g} chooses by the old-log-prob pass's margins, which "
+                f"routing.replay={self.replay} does not replay; set replay=r2 or recall, or leave it out"
+            )
         needing = {
-            "routing.replay=r2": self.replay == "r2",
+            f"routing.replay={self.replay}": self.replays_old_pass,
             "routing.engine_routes=true": self.engine_routes,
             f"routing.probe_interval={self.probe_interval}": self.probe_interval > 0,
             "routing.attribution=true": self.attribution,

@@ -17,11 +17,12 @@ class PaddingAwareRouter(TopKRouter):
     """megatron-core leaves padding out of the auxiliary loss only; here it is dispatched nowhere either.
 
     observers: called with every choice made, recomputation's included. has_padding: whether the last one left any
-    token without experts.
+    token without experts. weights_PE: while observers are called, the choice's gate weights [tokens, experts].
     """
 
     observers: tuple[Observer, ...] = ()
     has_padding = False
+    weights_PE: torch.Tensor | None = None
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -30,8 +31,12 @@ class PaddingAwareRouter(TopKRouter):
         self.has_padding = padding_mask is not None
         with _top_k_in_order(self):
             probs, routing_map = super().routing(logits, padding_mask)
+        if hasattr(self.router_replay, "gates"):
+            probs = self.router_replay.gates(probs)
+        self.weights_PE = probs.detach()
         for observer in self.observers:
             observer(self, logits.detach().view(routing_map.shape), routing_map)
+        self.weights_PE = None
         if padding_mask is None:
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)

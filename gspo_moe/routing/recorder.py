@@ -41,11 +41,13 @@ def routers_of(chunks: Sequence[torch.nn.Module]) -> list[TopKRouter]:
 class OwnScores:
     """The softmax over all experts at the router's own choice, float32.
 
-    margin_TL: p_(K) - p_(K+1). log_probs_TLK: of the experts in `Recording.routes_TLK` (nats).
+    margin_TL: p_(K) - p_(K+1). log_probs_TLK: of the experts in `Recording.routes_TLK` (nats). gates_TLK: the weights
+    that those experts' outputs were added with; None unless asked for.
     """
 
     margin_TL: torch.Tensor
     log_probs_TLK: torch.Tensor
+    gates_TLK: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,25 @@ class Recording:
 class RouteRecorder:
     """Starts passes that record every router in `chunks`, this rank's parts of one model; keeps nothing of them.
 
-    scores: also records the router's scores.
+    scores: also records the router's scores. gates: and the gate weights with them.
     """
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], architecture: Architecture, groups: Groups, scores: bool = False
+        self,
+        chunks: Sequence[torch.nn.Module],
+        architecture: Architecture,
+        groups: Groups,
+        scores: bool = False,
+        gates: bool = False,
     ) -> None:
         self._routers = routers_of(chunks)
         self._scores = scores
+        self._gates = gates
         self.layers = StageLayers(tuple(router.layer_number - 1 for router in self._routers), architecture, groups)
 
     def start(self, reference: Sequence[torch.Tensor] | None = None) -> RoutePass:
         """A pass over packs. reference: routes [T, L, K] a pack, whose scores it keeps and not its own choice's."""
-        return RoutePass(self._routers, self.layers, self._scores, reference)
+        return RoutePass(self._routers, self.layers, self._scores, self._gates, reference)
 
 
 class RoutePass:
@@ -89,15 +97,17 @@ class RoutePass:
         routers: Sequence[TopKRouter],
         layers: StageLayers,
         scores: bool,
+        gates: bool,
         reference: Sequence[torch.Tensor] | None,
     ) -> None:
         self._routers = routers
         self._layers = layers
         self._scores = scores
+        self._gates = gates
         self._reference = reference
         self._dtype = route_dtype(layers.architecture.num_experts)
         # By pack and layer, for the tokens [P] that this rank routes: routes [P, K], and margin (without a reference)
-        # beside log-probs [P, 1 + K].
+        # beside log-probs [P, 1 + K], behind them gates where they are asked for.
         self._found: dict[int, dict[int, tuple[torch.Tensor, torch.Tensor | None]]] = {}
         self._splits: dict[int, ContextSplit] = {}
 
@@ -130,7 +140,9 @@ class RoutePass:
             return Recording(routes_TLK)
         scores = self._whole([scores for _, scores in layers if scores is not None], index)
         if self._reference is None:
-            return Recording(routes_TLK, OwnScores(scores[..., 0], scores[..., 1:]))
+            topk = routes_TLK.shape[-1]
+            gates_TLK = scores[..., 1 + topk :] if self._gates else None
+            return Recording(routes_TLK, OwnScores(scores[..., 0], scores[..., 1 : 1 + topk], gates_TLK))
         return Recording(routes_TLK, reference_log_probs_TLK=scores)
 
     def _choice(
@@ -148,7 +160,11 @@ class RoutePass:
         log_probs_PE = logits_PE.float().log_softmax(dim=1)
         if self._reference is None:
             own_PK = log_probs_PE.gather(1, routes_PK)
-            return kept_PK, torch.cat([_margin(log_probs_PE, own_PK, picked_PE), own_PK], dim=1)
+            found = [_margin(log_probs_PE, own_PK, picked_PE), own_PK]
+            if self._gates:
+                assert router.weights_PE is not None
+                found.append(router.weights_PE.float().gather(1, routes_PK))
+            return kept_PK, torch.cat(found, dim=1)
         layer = self._layers.indices.index(router.layer_number - 1)
         reference_CK = self._splits[index].local(self._reference[index])[:, layer]
         reference_PK = local_routes(reference_CK, len(routes_PK), self._layers.groups)

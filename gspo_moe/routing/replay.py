@@ -6,9 +6,9 @@ that is in the backward pass, it hands recomputation the same experts again, fir
 which every pipeline schedule goes back.
 
 Invariants: experts come in the order of their live scores, which is top-k's own, so that equal weights give equal
-bits; gate weights and their gradient are those of the live router. Each layer of this stage takes each pack's routes
-once in the forward pass, has them in effect, and, where it recomputes, takes them once more: else the pass fails, with
-the layer and pack by name.
+bits; gate weights and their gradient are those of the live router, unless they are replayed too. Each layer of this
+stage takes each pack's routes once in the forward pass, has them in effect, and, where it recomputes, takes them once
+more: else the pass fails, with the layer and pack by name.
 
 Shape letters: T tokens of a pack, C this context rank's part of them, L this pipeline stage's MoE layers, A all MoE
 layers, K experts a token.
@@ -29,7 +29,7 @@ from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import prepare_megatron
 from gspo_moe.routing.recorder import routers_of
-from gspo_moe.routing.shards import local_routes
+from gspo_moe.routing.shards import local_routes, local_rows
 from gspo_moe.types import TrainingSample
 
 prepare_megatron()
@@ -46,6 +46,27 @@ class Ledger:
     rows: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """What one pack replays.
+
+    routes_TLK: integers. gates_TLK: floats, the gate weights of those experts, constants; None for the live router's.
+    held_TL: bool, where that holds; elsewhere the live router routes. None for everywhere.
+    """
+
+    routes_TLK: torch.Tensor
+    gates_TLK: torch.Tensor | None = None
+    held_TL: torch.Tensor | None = None
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Replayed:
+        gates, held = (None if part is None else change(part) for part in (self.gates_TLK, self.held_TL))
+        return Replayed(change(self.routes_TLK), gates, held)
+
+    def layer(self, number: int) -> Replayed:
+        """The same of one layer: [T, K] and [T]."""
+        return self.each(lambda part_TL: part_TL[:, number])
+
+
 class _PackReplay(RouterReplay):
     """Replays one layer's routes of the pack at hand.
 
@@ -56,13 +77,14 @@ class _PackReplay(RouterReplay):
         super().__init__()
         RouterReplay.global_router_replay_instances.remove(self)
         self._groups = groups
-        self._pack_CK: torch.Tensor | None = None
+        self._pack: Replayed | None = None
+        self._gates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self.layer = layer
         self.times = 0
         self.in_effect: torch.Tensor | None = None
 
-    def enter(self, pack_CK: torch.Tensor) -> None:
-        self._pack_CK, self.times = pack_CK, 0
+    def enter(self, pack: Replayed) -> None:
+        self._pack, self.times = pack, 0
         self.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def leave(self, recomputes: bool) -> None:
@@ -71,16 +93,42 @@ class _PackReplay(RouterReplay):
         else:
             self.clear_router_replay_action()
             self.clear_indices()
+            self._gates = []
 
-    def get_replay_topk(self, scores: torch.Tensor, *arguments: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        choose: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.router_replay_action is RouterReplayAction.REPLAY_FORWARD:
-            assert self._pack_CK is not None
-            experts = local_routes(self._pack_CK, len(scores), self._groups)
+            assert self._pack is not None
+            experts = local_routes(self._pack.routes_TLK, len(scores), self._groups)
+            held = None
+            if self._pack.held_TL is not None:
+                held = local_rows(self._pack.held_TL[:, None], len(scores), self._groups)
+                experts = torch.where(held, experts, choose(scores, topk, num_groups, group_topk)[1])
+            if self._pack.gates_TLK is not None:
+                self._gates.append((experts, local_rows(self._pack.gates_TLK, len(scores), self._groups), held))
             order = scores.detach().gather(1, experts).argsort(dim=1, descending=True)
             self.set_target_indices(experts.gather(1, order))
             self.times += 1
-        picked: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(scores, *arguments, **more)
+        picked: tuple[torch.Tensor, torch.Tensor] = super().get_replay_topk(
+            scores, topk, num_groups, group_topk, choose
+        )
         return picked
+
+    def gates(self, weights_PE: torch.Tensor) -> torch.Tensor:
+        """The weights of the choice just made: the live router's [P, E], or what is replayed in their place."""
+        if not self._gates:
+            return weights_PE
+        # The forward leaves its own for recomputation, first pack first, as megatron-core does with experts.
+        recomputes = self.router_replay_action is RouterReplayAction.REPLAY_BACKWARD
+        experts, gates, held = self._gates.pop(0) if recomputes else self._gates[-1]
+        found_PE = torch.zeros_like(weights_PE).scatter(1, experts, gates.to(weights_PE.dtype))
+        return found_PE if held is None else torch.where(held, found_PE, weights_PE)
 
     def observe(self, router: torch.nn.Module, logits_PE: torch.Tensor, routing_map_PE: torch.Tensor) -> None:
         """Sees what the router picked in the end."""
@@ -94,7 +142,7 @@ class _PackReplay(RouterReplay):
 def replay(
     chunks: Sequence[torch.nn.Module],
     groups: Groups,
-    routes: Sequence[torch.Tensor] | None,
+    routes: Sequence[torch.Tensor | Replayed] | None,
     record: Scope,
     depth: int | None = None,
     ledger: Ledger | None = None,
@@ -102,7 +150,8 @@ def replay(
     """The scope under which one pass over packs replays `routes`; `record` opens within it. None replays nothing.
 
     chunks: this rank's parts of the model. routes: integers [T, L, K] a pack, of this stage's layers in their order,
-    already checked. depth: replays only the model's first `depth` MoE layers. ledger: is told what was taken.
+    already checked, or more than those. depth: replays only the model's first `depth` MoE layers. ledger: is told what
+    was taken.
     Raises TrainingError where the routes are of other layers than the stage's, and for a layer that did not take a
     pack's routes once, or picked other experts.
     """
@@ -110,12 +159,13 @@ def replay(
         yield record
         return
     everywhere = routers_of(chunks)
-    for number, routes_TLK in enumerate(routes):
-        if routes_TLK.shape[1] != len(everywhere):
+    packs = [one if isinstance(one, Replayed) else Replayed(one) for one in routes]
+    for number, one in enumerate(packs):
+        if one.routes_TLK.shape[1] != len(everywhere):
             raise TrainingError(
-                f"routes to replay of pack {number} are of {routes_TLK.shape[1]} MoE layers, and this pipeline stage "
-                f"has {len(everywhere)} ({', '.join(str(router.layer_number - 1) for router in everywhere)}); let each "
-                "layer report its routes"
+                f"routes to replay of pack {number} are of {one.routes_TLK.shape[1]} MoE layers, and this pipeline "
+                f"stage has {len(everywhere)} ({', '.join(str(router.layer_number - 1) for router in everywhere)}); "
+                "let each layer report its routes"
             )
     routers = [router for router in everywhere if depth is None or router.layer_number <= depth]
     layers = [_PackReplay(groups, router.layer_number - 1) for router in routers]
@@ -123,10 +173,10 @@ def replay(
 
     @contextlib.contextmanager
     def scope(index: int, chunk: torch.nn.Module, split: ContextSplit) -> Iterator[None]:
-        local_CLK = split.local(routes[index])
-        assert len(local_CLK) == split.num_local, "routes of another pack"
+        local = packs[index].each(split.local)
+        assert len(local.routes_TLK) == split.num_local, "routes of another pack"
         for number, layer in enumerate(layers):
-            layer.enter(local_CLK[:, number])
+            layer.enter(local.layer(number))
         try:
             with _watched(routers, layers), record(index, chunk, split):
                 yield

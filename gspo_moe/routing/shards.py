@@ -33,13 +33,24 @@ def local_routes(routes_CK: torch.Tensor, count: int, groups: Groups) -> torch.T
 
     Padding rows get experts 0 to K - 1.
     """
-    start = groups.tensor.rank() * count if groups.layout.sequence_parallel else 0
-    rows = routes_CK[start : start + count].long()
+    rows = _own_rows(routes_CK, count, groups).long()
     missing = count - len(rows)
     if not missing:
         return rows
     topk = routes_CK.shape[-1]
     return torch.cat([rows, torch.arange(topk, device=rows.device).expand(missing, topk)])
+
+
+def local_rows(values_C: torch.Tensor, count: int, groups: Groups) -> torch.Tensor:
+    """This tensor rank's `count` rows of any of its context rank's values [C, ...]; padding rows get 0."""
+    rows = _own_rows(values_C, count, groups)
+    missing = count - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _own_rows(values_C: torch.Tensor, count: int, groups: Groups) -> torch.Tensor:
+    start = groups.tensor.rank() * count if groups.layout.sequence_parallel else 0
+    return values_C[start : start + count]
 
 
 @dataclass(frozen=True)

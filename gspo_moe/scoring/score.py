@@ -13,7 +13,7 @@ from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RoutePass
-from gspo_moe.routing.replay import replay
+from gspo_moe.routing.replay import Replayed, replay
 from gspo_moe.types import Microbatch
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ def score(
     *,
     temperature: float = 1.0,
     record: RoutePass | None = None,
-    routes: Sequence[torch.Tensor] | None = None,
+    routes: Sequence[torch.Tensor | Replayed] | None = None,
     depth: int | None = None,
     responses_only: bool = False,
 ) -> list[torch.Tensor]:
@@ -48,7 +48,7 @@ def score_with_values(
     *,
     temperature: float = 1.0,
     record: RoutePass | None = None,
-    routes: Sequence[torch.Tensor] | None = None,
+    routes: Sequence[torch.Tensor | Replayed] | None = None,
     responses_only: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """As `score`, and beside the log-probs the value head's V [T] (fp32) of what stands before each target."""
@@ -65,7 +65,7 @@ def _pass(
     read: Callable[[LastStage, torch.Tensor, ContextSplit], T],
     temperature: float,
     record: RoutePass | None,
-    routes: Sequence[torch.Tensor] | None,
+    routes: Sequence[torch.Tensor | Replayed] | None,
     depth: int | None,
     responses_only: bool,
 ) -> list[T]:

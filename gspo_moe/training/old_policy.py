@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.routing.recorder import Recording
@@ -45,14 +48,25 @@ def with_old_policy(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[Tra
             first = first_scored(config)
             later = [one for one in packs if one.minibatch >= first]
             packs = [one for one in packs if one.minibatch < first] + (_scored(trainer, later) if later else [])
-    if config.routing.replay == "r2":
-        packs = with_each(packs, replay_TLK=[one.routes_TLK for one in recordings_of(packs)])
+    if config.routing.replays_old_pass:
+        packs = with_each(packs, **_own_routes(recordings_of(packs), config.routing))
     if trainer.reference is not None:
         with timers("reference"):
             temperature = config.rollout.temperature
             found = score(trainer.reference, microbatches(packs), temperature=temperature, responses_only=True)
         packs = with_each(packs, reference_log_probs_T=found)
     return list(packs)
+
+
+def _own_routes(recordings: Sequence[Recording], routing: RoutingConfig) -> dict[str, list[torch.Tensor]]:
+    """What the later forwards replay of the old policy's pass, by field of the packs."""
+    found = {"replay_TLK": [one.routes_TLK for one in recordings]}
+    own = [one.own for one in recordings if one.own is not None]
+    if routing.replay == "recall":
+        found["gates_TLK"] = [one.gates_TLK for one in own if one.gates_TLK is not None]
+    if routing.replay_margin is not None:
+        found["held_TL"] = [one.margin_TL < routing.replay_margin for one in own]
+    return found
 
 
 def with_own_forward(trained: Sequence[Trained]) -> list[Trained]:

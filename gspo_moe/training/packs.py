@@ -20,6 +20,7 @@ from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import device
 from gspo_moe.routing.recorder import Recording
+from gspo_moe.routing.replay import Replayed
 from gspo_moe.training.critic import Estimates
 from gspo_moe.types import Microbatch, TrainingSample
 
@@ -34,7 +35,8 @@ class TrainingPack:
         reference, None without one. All three are None off the last stage.
     recording: routes of the old policy's pass, with scores; None where it was not recorded. As old_log_probs_T None
         before the training forward where that is the old policy's pass (`old_policy.first_scored`).
-    replay_TLK: routes to be replayed, None without replay.
+    replay_TLK: routes to be replayed, None without replay. gates_TLK, held_TL: what is replayed beside them, and where,
+        as `routing.replay` takes it.
     """
 
     pack: Microbatch
@@ -46,6 +48,8 @@ class TrainingPack:
     reference_log_probs_T: torch.Tensor | None = None
     recording: Recording | None = None
     replay_TLK: torch.Tensor | None = None
+    gates_TLK: torch.Tensor | None = None
+    held_TL: torch.Tensor | None = None
     estimates: Estimates | None = None
 
     @property
@@ -132,6 +136,7 @@ def recordings_of(packs: Sequence[TrainingPack | Trained]) -> list[Recording]:
     return [one.recording for one in packs if one.recording is not None]
 
 
-def replay_of(packs: Sequence[TrainingPack]) -> list[torch.Tensor] | None:
-    """Each pack's routes to be replayed, as `routing.replay` takes them."""
-    return [one.replay_TLK for one in packs if one.replay_TLK is not None] or None
+def replay_of(packs: Sequence[TrainingPack]) -> list[Replayed] | None:
+    """What each pack replays, as `routing.replay` takes it."""
+    found = [Replayed(one.replay_TLK, one.gates_TLK, one.held_TL) for one in packs if one.replay_TLK is not None]
+    return found or None

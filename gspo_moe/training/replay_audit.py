@@ -49,8 +49,8 @@ def replay_figures(trainer: Trainer, results: Sequence[MinibatchResult], equal_w
         figures.metrics["routing/replay/router_grad_norm"] = sum(norms) / len(norms)
         faults += _no_gradient(results, model.architecture.num_experts_per_tok)
     if all(one.recording is not None for result in results for one in result.packs):
-        equal_weights |= config.routing.replay == "r2"
-        sums = reduce_statistics(_sums(results, layers), model.groups.data)
+        equal_weights |= config.routing.replays_old_pass
+        sums = reduce_statistics(_sums(results, layers), model.groups.data).cpu()
         figures.metrics |= sums.to_metrics()
         found = [run for one in results[0].packs if equal_weights for run in _runs(one, layers)]
         faults += alignment_faults(sums, equal_weights, found)
@@ -59,7 +59,11 @@ def replay_figures(trainer: Trainer, results: Sequence[MinibatchResult], equal_w
 
 
 class Rows(Mergeable):
-    """Tokens by layer, [A]: all of the training forwards; those with routes to replay; those that routers took."""
+    """Tokens by layer, [A].
+
+    every: of the training forwards. given: with routes to replay. taken: that routers took routes for. held: of those,
+    the ones that were not left to the live router.
+    """
 
 
 def _rows(results: Sequence[MinibatchResult], layers: StageLayers) -> Mergeable:
@@ -68,15 +72,19 @@ def _rows(results: Sequence[MinibatchResult], layers: StageLayers) -> Mergeable:
     every = sum(one.split.num_local for one in packs)
     given = sum(one.split.num_local for one in packs if one.replay_TLK is not None)
     taken = [sum(result.ledger.rows.get(layer, 0) for result in results) for layer in layers.indices]
-    counts = torch.tensor([[every, given, each] for each in taken], dtype=torch.float64, device=device().torch_device)
-    spread = layers.spread(counts.reshape(1, len(taken), 3))[0]
-    rows = Rows(dict(zip(("every", "given", "taken"), spread.unbind(dim=1), strict=True)), {})
+    counts = torch.tensor([[every, given, each, each] for each in taken], dtype=torch.float64)
+    counts = counts.reshape(len(taken), 4).to(device().torch_device)
+    for one in packs:
+        if one.held_TL is not None:
+            counts[:, 3] -= (~one.split.local(one.held_TL)).sum(dim=0)
+    spread = layers.spread(counts[None])[0]
+    rows = Rows(dict(zip(("every", "given", "taken", "held"), spread.unbind(dim=1), strict=True)), {})
     return reduce_statistics(rows, layers.groups.data_context).cpu()
 
 
 def _shares(rows: Mergeable) -> dict[str, float]:
-    every, given, taken = (rows.sums[name].sum().item() for name in ("every", "given", "taken"))
-    found = {"routing/replay/coverage": taken / every}
+    every, given, taken, held = (rows.sums[name].sum().item() for name in ("every", "given", "taken", "held"))
+    found = {"routing/replay/coverage": held / every}
     return found | ({"routing/replay/consumed": taken / given} if given else {})
 
 
@@ -105,7 +113,7 @@ def _no_gradient(results: Sequence[MinibatchResult], topk: int) -> Iterator[str]
 
 def _sums(results: Sequence[MinibatchResult], layers: StageLayers) -> ReplaySums:
     found = [
-        replay_sums(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, number == 0, layers)
+        replay_sums(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, number == 0, layers, one.pack.held_TL)
         for number, result in enumerate(results)
         for one in result.packs
         if one.recording is not None

@@ -282,7 +282,13 @@ def open_trainer(session: Session) -> Trainer:
     updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
     recorder = None
     if config.stage == "rl" and config.routing.record:
-        recorder = RouteRecorder(session.model.chunks, session.model.architecture, session.groups, scores=True)
+        recorder = RouteRecorder(
+            session.model.chunks,
+            session.model.architecture,
+            session.groups,
+            scores=True,
+            gates=config.routing.replay == "recall",
+        )
     optimizer = Optimizer(config, session.model, updates)
     reference = None
     if config.stage == "rl" and config.algorithm.kl.coeff:

@@ -28,6 +28,7 @@ from gspo_moe.rollout.stop_strings import StopStrings
 from gspo_moe.routing.audit import ReplaySums, replay_sums
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import Recording, RouteRecorder
+from gspo_moe.routing.replay import Replayed
 from gspo_moe.scoring.score import score
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
@@ -60,7 +61,14 @@ SAMPLINGS = {
     "sampled": dataclasses.replace(sampling(), report_routes=True),
 }
 CHECKPOINT = "step_00000001"
-TOLERANCE = {"routes": 0.0, "log_probs": 1e-5, "after": 2e-5, "held": 2e-5, "after_held": 4e-5}  # by steps
+TOLERANCE = {
+    "routes": 0.0,
+    "log_probs": 1e-5,
+    "after": 2e-5,
+    "held": 2e-5,
+    "partly": 2e-5,
+    "after_held": 4e-5,
+}  # by steps
 DONE = Progress(step=1, prompt_position=14, policy_version=1)
 GSPO = AlgorithmConfig.model_validate(
     {
@@ -151,6 +159,7 @@ def observe(
     foreign = [torch.cat([foreign_routes(index, samples) for index in one.sample_indices]) for one in mine]
     foreign = [routes_TAK[:, list(recorder.layers.indices)] for routes_TAK in foreign]
     held = score(model, mine, routes=foreign, responses_only=True)
+    partly = score(model, mine, routes=[in_part(one) for one in foreign], responses_only=True)
     replayed = train_minibatch(
         model, optimizer, mine, held, AlgorithmConfig(name="grpo"), len(samples), 1.0, None, replayed=foreign
     )
@@ -170,6 +179,7 @@ def observe(
         "metrics": result.statistics.to_metrics() | grad_norms | rspo | audit.to_metrics(),
         "after": after,
         "held": by_sample(held, mine),
+        "partly": by_sample(partly, mine),
         "after_held": after_held,
         "old": old,
     }
@@ -178,6 +188,12 @@ def observe(
 def all_layers(recordings: Sequence[Recording], recorder: RouteRecorder) -> list[torch.Tensor]:
     found = [gather_layers(one.routes_TLK, recorder.layers) for one in recordings]
     return [routes_TAK.int().sort(dim=-1).values for routes_TAK in found]
+
+
+def in_part(routes_TLK: torch.Tensor) -> Replayed:
+    """Weights of their own, and rows that route live, by what the routes are: the same in every layout."""
+    gates_TLK = (routes_TLK + 1.0) / (routes_TLK + 1.0).sum(dim=-1, keepdim=True)
+    return Replayed(routes_TLK, gates_TLK, routes_TLK[..., 0] % 3 > 0)
 
 
 def foreign_routes(index: int, samples: Sequence[TrainingSample]) -> torch.Tensor:
@@ -248,7 +264,9 @@ def same_rollouts(found: dict[str, Named], expected: dict[str, Named], parallel:
 
 
 def same_numbers(groups: Groups, found: Any, expected: Any, parallel: dict[str, int]) -> None:
-    for name in ("routes", "log_probs", "after", "held", "after_held") if groups.is_last_stage else ("routes",):
+    for name in (
+        ("routes", "log_probs", "after", "held", "partly", "after_held") if groups.is_last_stage else ("routes",)
+    ):
         parts = gather_over_data(found[name], groups)
         values = {index: value for part in parts for index, value in part.items()}
         assert values.keys() == expected[name].keys()

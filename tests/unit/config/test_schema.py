@@ -142,7 +142,7 @@ def test_ppo_needs_no_groups() -> None:
 def test_the_configurations_in_the_docs_are_valid(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         (tmp_path / "config.yaml").write_text(block)
         load_config(tmp_path / "config.yaml")
@@ -204,6 +204,12 @@ def test_expert_tensor_follows_tensor_unless_set() -> None:
         (["routing.attribution=true", "algorithm.mini_batches=1"], r"algorithm\.mini_batches to 2 or more"),
         (["routing.replay=r3", "stage=sft"], "stage=sft has no rollouts"),
         (["routing.replay=r4"], r"routing\.replay"),
+        (["routing.replay=recall"], r"routing\.replay=recall holds the gate weights.*set routing\.frozen_router=true"),
+        (
+            ["routing={replay: recall, frozen_router: true, record: false}"],
+            r"routing\.replay=recall needs the recorder",
+        ),
+        (["routing={replay: r3, replay_margin: 0.1}"], r"routing\.replay_margin=0\.1 chooses by .*=r3 does not replay"),
     ],
 )
 def test_routing_options_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:

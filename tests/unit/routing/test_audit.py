@@ -93,8 +93,8 @@ def test_figures_are_those_of_plain_loops() -> None:
     for run in runs(one, replayed, live, LAYERS):
         begin = int(one.cu_seqlens[run.sample]) + run.start
         rows = range(begin, begin + run.stop - run.start)
-        own = sum(shared(replayed[t, layer], live[t, layer]) for t in rows for layer in range(3))
-        assert run.agreement == pytest.approx(own / len(rows) / 6, rel=1e-14)
+        best = max(sum(shared(replayed[t, layer], live[t, layer]) for t in rows) for layer in range(3))
+        assert run.agreement == pytest.approx(best / len(rows) / 2, rel=1e-14)
         assert {bool(one.route_mask_T[t]) for t in rows} == {run.sampled}
 
 

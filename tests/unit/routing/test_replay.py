@@ -15,7 +15,7 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.forward import no_recording
 from gspo_moe.parallel.context import ContextSplit
 from gspo_moe.routing.recorder import RouteRecorder, routers_of
-from gspo_moe.routing.replay import RouterReplay, check_routes, replay
+from gspo_moe.routing.replay import Replayed, RouterReplay, check_routes, replay
 from gspo_moe.scoring.score import score
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import SIZES, packs_of, score_and_record, trained
@@ -47,7 +47,17 @@ def main_grad(parameter: Any) -> torch.Tensor:
     return gradient
 
 
-def gradients(recompute: str, routes: Sequence[torch.Tensor] | None) -> tuple[list[torch.Tensor], Any]:
+def in_part(gates: bool = True) -> list[Replayed]:
+    """Foreign routes, with weights of their own, in two of three rows of a layer."""
+    found = []
+    for number, routes_TLK in enumerate(foreign()):
+        drawn = torch.rand(routes_TLK.shape, generator=torch.Generator().manual_seed(number)) + 0.1
+        held_TL = (torch.arange(len(routes_TLK))[:, None] + torch.arange(routes_TLK.shape[1])) % 3 > 0
+        found.append(Replayed(routes_TLK, drawn if gates else None, held_TL))
+    return found
+
+
+def gradients(recompute: str, routes: Sequence[torch.Tensor | Replayed] | None) -> tuple[list[torch.Tensor], Any]:
     config = Config.model_validate({"parallel": {"recompute": recompute}})
     with trained(config, layout()) as (model, optimizer):
         old = score(model, packs(), routes=routes)
@@ -93,6 +103,60 @@ def test_recomputation_replays_each_pack_its_own_routes(recompute: str) -> None:
     free, _ = gradients("none", None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert sum(not torch.allclose(a, b) for a, b in zip(free, expected, strict=True)) > 10
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_replays_weights_and_live_rows_too(recompute: str) -> None:
+    expected, _ = gradients("none", in_part())
+    found, result = gradients(recompute, in_part())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert result.statistics.to_metrics()["ratio/token_std"] == 0
+    other, _ = gradients("none", in_part(gates=False))
+    assert sum(not torch.allclose(a, b) for a, b in zip(other, expected, strict=True)) > 10
+
+
+def test_replayed_weights_leave_the_router_no_say(model: Model) -> None:
+    """With its own weights replayed a pass has the same bits whatever becomes of the routers."""
+    recorder = RouteRecorder(model.chunks, SIZES, model.groups, scores=True, gates=True)
+    free, recordings = score_and_record(model, packs(), recorder)
+    own = [(one.routes_TLK, one.own.gates_TLK) for one in recordings if one.own is not None]
+    held = score(model, packs(), routes=[Replayed(*one) for one in own])
+    assert all(torch.equal(a, b) for a, b in zip(free, held, strict=True))
+    with torch.no_grad():
+        for router in routers_of(model.chunks):
+            router.weight.mul_(-0.5)
+    held = score(model, packs(), routes=[Replayed(*one) for one in own])
+    assert all(torch.equal(a, b) for a, b in zip(free, held, strict=True))
+    experts_only = score(model, packs(), routes=[routes for routes, _ in own])
+    assert not any(torch.equal(a, b) for a, b in zip(free, experts_only, strict=True))
+
+
+def test_rows_that_are_not_held_route_live(model: Model) -> None:
+    free, whole = score(model, packs()), score(model, packs(), routes=foreign())
+    for held, expected in ((False, free), (True, whole)):
+        routes = [Replayed(one, None, torch.full(one.shape[:2], held)) for one in foreign()]
+        assert all(torch.equal(a, b) for a, b in zip(score(model, packs(), routes=routes), expected, strict=True))
+    seen: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def keep(router: Any, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        assert router.weights_PE is not None
+        seen.append((router.layer_number - 1, logits, chosen.clone(), router.weights_PE.clone()))
+
+    for router in routers_of(model.chunks):
+        router.observers += (keep,)
+    score(model, packs(), routes=in_part())
+    assert len(seen) == 2 * len(packs())
+    for number, (layer, logits, chosen, weights) in enumerate(seen):
+        one = in_part()[number // 2]
+        assert one.gates_TLK is not None
+        assert one.held_TL is not None
+        for token, row in enumerate(logits.double()):
+            live = row.topk(2)
+            experts, gates = live.indices, live.values.softmax(dim=0)
+            if one.held_TL[token, layer]:
+                experts, gates = one.routes_TLK[token, layer].long(), one.gates_TLK[token, layer].double()
+            assert set(chosen[token].nonzero()[:, 0].tolist()) == set(experts.tolist())
+            torch.testing.assert_close(weights[token][experts].double(), gates, atol=1e-6, rtol=0)
 
 
 def test_experts_are_the_given_ones_and_weights_the_live_routers(model: Model) -> None:
