@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,43 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Slurm signals every process of a job, and torchrun hands its own on: a rank gets one signal twice.
 ONE_SIGNAL_SECONDS = 5.0
 STDERR = 2
+T = TypeVar("T")
 
 
-def raise_everywhere(error: GspoMoeError | None) -> None:
+class WorkError(RuntimeError):
+    """What work of one rank raised that is neither ours nor the system's."""
+
+
+def raise_everywhere(error: Exception | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
     if not largest(error is not None):
         return
     raise next(each for each in gather_objects(error) if each is not None)
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. Collective over all ranks.
+
+    Where it raises on any, all raise the first one's error: those of this project and of the system, as they are, and a
+    WorkError for any other, as not everything can be sent.
+    """
+    error: Exception | None = None
+    try:
+        found = work()
+    except (GspoMoeError, OSError) as caught:
+        error = caught
+    except Exception as caught:
+        error = WorkError(str(caught) or type(caught).__name__)
+    raise_everywhere(error)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises as in `together`, on the first rank, which alone does it. Collective."""
+    found = [together(lambda: work() if dist.get_rank() == 0 else None)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
 
 
 def largest(value: int) -> int:

@@ -50,10 +50,10 @@ def dump_skipped(trainer: Trainer, minibatch: Minibatch, result: MinibatchResult
         "samples": [list(one.pack.sample_indices) for one in minibatch.packs],
     }
     file = folder / f"step_{step:08d}_mini_batch_{number + 1}_{own}"
-    tensors = _tensors(minibatch, result)
     try:
+        tensors = _tensors(minibatch, result)
         write_whole(file, lambda partial: save_file(tensors, partial, metadata={"minibatch": json.dumps(described)}))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last of copies without memory for them
         _log.warning("%s cannot be written (%s): what the mini-batch held is not kept", file, error)
 
 
