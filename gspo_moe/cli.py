@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gspo_moe import __version__, garbage
-from gspo_moe.errors import ConfigError, GspoMoeError, RunError
+from gspo_moe.errors import ConfigError, GspoMoeError, OutputError, RunError
 from gspo_moe.evaluation.command import add_generate
 from gspo_moe.files import reader_is_gone
 from gspo_moe.last_words import (
@@ -177,7 +177,7 @@ def _train(options: argparse.Namespace) -> None:
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
     try:
         trained = train(preflight(config))
-    except RunError:
+    except (RunError, OutputError):
         shut_down()
         raise
     shut_down()

@@ -167,14 +167,14 @@ def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
     dist.barrier()
     try:
         yield partial
+        if is_main:
+            write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
+            write_tokenizer(partial, conversion.tokenizer)
+        add_manifest(partial, {})
     except BaseException:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if is_main:
-        write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
-        write_tokenizer(partial, conversion.tokenizer)
-    add_manifest(partial, {})
     if is_main:
         replace_folder(partial, target)
     dist.barrier()

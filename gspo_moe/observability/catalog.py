@@ -35,7 +35,7 @@ PHASES = {
     "training": "all mini-batches: forward, backward, optimizer, and what is measured between them",
     "routing": "probe and attribution, part of training",
     "evaluation": "held-out evaluation",
-    "checkpoint": "writing the checkpoint",
+    "checkpoint": "saving, as far as training waits for it",
     "step": "the whole step",
 }
 PAIRS = {
@@ -160,6 +160,7 @@ METRICS = (
     MetricDoc("optimizer/grad_norm", "", "global gradient norm before clipping, mean over updates"),
     MetricDoc("optimizer/learning_rate", "", "learning rate of the step's last update"),
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because the loss or a gradient was not finite"),
+    MetricDoc("checkpoint/failures", "saves", "that failed since the run was last started; written where one did"),
     MetricDoc("policy_version", "updates", "optimizer steps the weights have taken"),
     MetricDoc("sft/loss", "nats", "cross-entropy a response token"),
     MetricDoc("sft/token_accuracy", "fraction", "response tokens that are the model's first choice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from gspo_moe.config.checkpoints import checkpoints, set_aside
 from gspo_moe.errors import DamagedCheckpoint
 from gspo_moe.model.build import Model
+from gspo_moe.parallel.stop import on_main
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 
@@ -27,16 +29,20 @@ def load_newest(
     `on_damage` allows and there is one before; otherwise DamagedCheckpoint says what can be done.
     """
     while True:
-        *before, newest = checkpoints(folder)
+        *before, newest = on_main(lambda: checkpoints(folder))
         try:
             return load_checkpoint(newest, model, optimizer, run)
         except DamagedCheckpoint as error:
             if on_damage == "error" or not before:
                 raise DamagedCheckpoint(f"{error}\n{_fix(before)}") from error
-            dist.barrier()  # every rank knows the list before it changes
+            try:
+                aside = on_main(partial(set_aside, newest))
+            except OSError as refused:
+                raise DamagedCheckpoint(
+                    f"{error}\nIt cannot be moved aside ({refused.strerror}): see to the permissions of {folder}"
+                ) from refused
             if dist.get_rank() == 0:
-                _log.warning("%s\nIt is moved to %s, and the run goes on from %s", error, set_aside(newest), before[-1])
-            dist.barrier()
+                _log.warning("%s\nIt is moved to %s, and the run goes on from %s", error, aside, before[-1])
 
 
 def _fix(before: list[Path]) -> str:

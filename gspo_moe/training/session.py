@@ -24,7 +24,7 @@ from gspo_moe.observability.no_learning import NoLearning
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
-from gspo_moe.parallel.stop import StopSignals, start_resource_tracker
+from gspo_moe.parallel.stop import StopSignals, on_main, start_resource_tracker
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
@@ -41,7 +41,7 @@ from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import is_batched
-from gspo_moe.training.checkpoint import Progress
+from gspo_moe.training.checkpoint import BegunSave, Progress
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.resuming import load_newest
@@ -199,6 +199,7 @@ class Trainer:
 
     reference: the frozen policy of a KL penalty, None without one.
     probe_packs: this rank's packs of the probe set, once the first probe has fixed it.
+    saving: the checkpoint that is being written. failed_saves: since this start.
     """
 
     session: Session
@@ -207,6 +208,8 @@ class Trainer:
     progress: Progress
     reference: Model | None = None
     probe_packs: list[TrainingPack] | None = None
+    saving: BegunSave | None = None
+    failed_saves: int = 0
 
     @cached_property
     def prompts(self) -> PromptSource:
@@ -257,12 +260,12 @@ def open_trainer(session: Session) -> Trainer:
         plan = session.plan
         reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)
-    if checkpoints(trainer.checkpoints):
+    if on_main(lambda: checkpoints(trainer.checkpoints)):
         trainer.progress = load_newest(
             trainer.checkpoints,
             session.model,
             optimizer,
-            recorded_run(session.run_path) if session.groups.is_main else None,
+            on_main(lambda: recorded_run(session.run_path)),
             config.checkpoint.on_damage,
         )
         if session.groups.is_main and trainer.unfinished:
