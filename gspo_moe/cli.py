@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
-# Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for.
+# Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for
+# and for common.pt, which all versions read.
 LIBRARY_LOGS = (
     "torch.utils.cpp_extension",
     "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.common",
     "megatron.core.dist_checkpointing.strategies.torch",
 )
 # megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.

@@ -40,7 +40,7 @@ def unfinished(checkpoint: Path) -> Path:
 
 
 def superseded(folder: Path, keep: int, keep_every: int) -> list[Path]:
-    """Complete checkpoints that are neither among the `keep` newest nor of every `keep_every`th step (0: of none)."""
+    """Complete checkpoints neither among the `keep` newest (0: all) nor of every `keep_every`th step (0: of none)."""
     older = [path for path in checkpoints(folder)[:-keep] if not path.is_symlink()]  # which no run makes
     return [path for path in older if not keep_every or int(path.name.removeprefix("step_")) % keep_every]
 

@@ -136,11 +136,14 @@ def _without_manifest(path: Path) -> list[str]:
     from gspo_moe.model.reading import load_common  # not above: it takes a second to import
     from gspo_moe.model.sharded import checkpoint_errors
 
-    missing = on_main(lambda: [name for name in ("common.pt", "metadata.json") if not (path / name).is_file()])
+    missing = on_main(lambda: [name for name in (".metadata", "metadata.json") if not (path / name).is_file()])
     if missing:
         return [f"{name}: missing" for name in (*missing, MANIFEST_FILE)]
-    with checkpoint_errors(path, "loaded", COPY_AGAIN):
-        marked = MARK in load_common(path)
+    try:
+        with checkpoint_errors(path, "loaded", COPY_AGAIN):
+            marked = MARK in load_common(path)
+    except CheckpointError as error:  # as of a copy that broke off
+        return [f"{MANIFEST_FILE}: missing, and without it: {error}"]
     if marked:
         return [f"{MANIFEST_FILE}: missing"]
     if dist.get_rank() == 0:

@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a run's checkpoints go, and which of them stay: the `keep` newest, and those of every `keep_every`th step.
+    """Where a run's checkpoints go, and which of them stay: as `config/checkpoints.superseded` has it.
 
     tokenizer: whose end tokens a checkpoint's config.json names. run: whose checkpoints they are.
     """
@@ -160,7 +160,7 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     run: str | None = None,
 ) -> Path:
-    """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks. Raises SaveError."""
+    """Writes a checkpoint, then removes all but the `keep` newest (0: none). Collective. Raises SaveError."""
     return begin_save(Destination(folder, keep, 0, tokenizer, run), model, optimizer, progress).finish()
 
 

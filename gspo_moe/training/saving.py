@@ -49,7 +49,9 @@ def save(trainer: Trainer, log: RunLog) -> None:
         _try(trainer, log, lambda: setattr(trainer, "saving", _begin(trainer, log, background=True)))
         return
     _try(trainer, log, lambda: _begin(trainer, log).finish())
-    log.metrics(trainer.progress.step, trainer.session.timers.take())
+    taken = trainer.session.timers.take()
+    if taken:
+        log.metrics(trainer.progress.step, taken)
 
 
 def finish_saving(trainer: Trainer, log: RunLog) -> None:
@@ -64,11 +66,11 @@ def save_last(trainer: Trainer, log: RunLog) -> None:
     raise_everywhere(_broken(trainer))
     finish_saving(trainer, log)
     try:
-        if trainer.session.config.checkpoint.keep:
-            with trainer.session.timers("checkpoint"):
-                _begin(trainer, log).finish()
-        else:
+        if not trainer.session.config.checkpoint.keep:
             _flush(log)
+            return
+        with trainer.session.timers("checkpoint"):
+            _begin(trainer, log).finish()
     except SaveError as error:
         raise _ended(trainer, str(error)) from error
     log.metrics(trainer.progress.step, trainer.session.timers.take())
@@ -144,6 +146,8 @@ def _rescue(trainer: Trainer) -> str:
     """Saves the last whole step in another place than the run's folder; what came of it, in words. Collective."""
     path, asked = trainer.session.run_path, trainer.session.config.checkpoint.rescue
     folder = Path(asked) if asked is not None else path.with_name(f"{path.name}.rescued")
+    if not trainer.session.config.checkpoint.keep:
+        return "Nothing is saved, as checkpoint.keep=0 asks"
     if not trainer.progress.step:
         return "No step was whole"
     if trainer.optimizer.updates != trainer.progress.policy_version:
@@ -152,7 +156,7 @@ def _rescue(trainer: Trainer) -> str:
         raise_everywhere(_broken(trainer))
         tokenizer = trainer.session.plan.tokenizer
         saved = save_checkpoint(
-            folder, trainer.session.model, trainer.optimizer, trainer.progress, keep=1, tokenizer=tokenizer
+            folder, trainer.session.model, trainer.optimizer, trainer.progress, keep=0, tokenizer=tokenizer
         )
     except (SaveError, TrainingError) as error:
         return f"Nor is it saved elsewhere: {error}"

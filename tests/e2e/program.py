@@ -77,6 +77,10 @@ class Program:
     def pid(self) -> int:
         return self._process.pid
 
+    def said(self) -> str:
+        """On its standard error, so far."""
+        return self._read(1)
+
     def kill(self) -> None:
         """SIGKILL to the program and all that it started, wherever they are by now."""
         while processes := self._processes():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.checkpoints import checkpoints, newest_checkpoint
 from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import CheckpointError, SaveError
@@ -173,6 +174,23 @@ def test_only_the_newest_checkpoints_stay(policy: tuple[Model, Optimizer], tmp_p
     newest = newest_checkpoint(tmp_path)
     assert newest == tmp_path / "step_00000100"
     assert load_checkpoint(newest, *policy).step == 100
+
+
+def test_a_removal_that_breaks_off_leaves_nothing_that_counts(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken_off(path: Path) -> None:
+        (path / "__0_0.distcp").unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("gspo_moe.config.checkpoints.shutil", SimpleNamespace(rmtree=broken_off))
+        save_checkpoint(tmp_path, *policy, replace(DONE, step=2), keep=1)
+    assert "step_00000001 cannot be removed" in caplog.text
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    save_checkpoint(tmp_path, *policy, replace(DONE, step=3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_every_so_many_steps_stay_as_well(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
