@@ -98,6 +98,10 @@ class Writing:
         except Exception as error:
             self._error = error
 
+    def abandon(self, why: str) -> None:
+        """Counts as failed, whatever becomes of a `write` that goes on."""
+        self._error = TimeoutError(why)
+
     def finish(self) -> dict[str, FileSums]:
         """Writes what tells where everything is; checksums of what this process wrote. Collective.
 

@@ -72,6 +72,7 @@ class Destination:
     """Where a run's checkpoints go, and which of them stay: as `config/checkpoints.superseded` has it.
 
     tokenizer: whose end tokens a checkpoint's config.json names. run: whose checkpoints they are.
+    patience: seconds for which a writer in the background is waited for.
     """
 
     folder: Path
@@ -79,6 +80,7 @@ class Destination:
     keep_every: int = 0
     tokenizer: Tokenizer | None = None
     run: str | None = None
+    patience: float = 300.0
 
 
 class BegunSave:
@@ -102,7 +104,9 @@ class BegunSave:
         """
         with _save_errors(self._target), uncollected():
             if self._thread is not None:
-                self._thread.join()
+                self._thread.join(self._place.patience)
+                if self.is_writing:
+                    self._writing.abandon(f"its writer was not done {self._place.patience:g} s after it was waited for")
             else:
                 self._writing.write()
             sums = self._writing.finish()

@@ -111,7 +111,9 @@ def _begin(trainer: Trainer, log: RunLog, *, background: bool = False) -> BegunS
         run = on_main(lambda: recorded_run(session.run_path))
     except (OSError, ConfigError) as error:
         raise SaveError(f"no checkpoint could be written ({error})") from error
-    place = Destination(trainer.checkpoints, config.keep, config.keep_every, session.plan.tokenizer, run)
+    # Half of what ranks wait for each other: those whose writers are done wait meanwhile.
+    patience = 30 * session.config.parallel.timeout_minutes
+    place = Destination(trainer.checkpoints, config.keep, config.keep_every, session.plan.tokenizer, run, patience)
     return begin_save(place, session.model, trainer.optimizer, trainer.progress, background=background)
 
 

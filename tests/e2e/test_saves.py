@@ -97,6 +97,7 @@ def test_a_kill_while_it_writes_leaves_the_checkpoint_before(one_process: Finish
         program, begun = Program(command, tmp_path), time.monotonic()
         while not any(path.name > f"step_{step:08d}.partial" for path in unfinished_checkpoints(folder)):
             assert time.monotonic() < begun + 100, program.said()
+            time.sleep(1e-4)
         time.sleep(draw.random() * 0.01)
         program.kill()
         hits += bool(unfinished_checkpoints(folder))

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_a_save_in_the_background_is_of_the_state_where_it_began(
     assert {**one.files, ".metadata": None} == {**other.files, ".metadata": None}
     found, expected = (tensors_and_objects(path) for path in (written, at_once))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_writer_that_never_ends_is_a_save_that_failed(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemWriter, "write_data", lambda *_: ended.wait(60))
+        begun = begin_save(Destination(tmp_path, keep=1, patience=0.1), *policy, DONE, background=True)
+        assert begun.is_writing
+        with pytest.raises(SaveError, match=r"step_00000001 could not be written \(its writer was not done 0\.1 s"):
+            begun.finish()
+        ended.set()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_no_run_wrote_neither_counts_nor_goes(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:

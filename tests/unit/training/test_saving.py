@@ -92,7 +92,8 @@ def test_a_foreseen_error_and_a_signal_save_the_last_whole_step(
         "command goes on from there"
     )
     monkeypatch.setattr(loop, "rl_step", is_signalled_in_3)
-    assert main(command) == 128 + signal.SIGTERM
+    behind = "checkpoint={interval: 1, background: true, export_hf: false}"
+    assert main([*command, behind]) == 128 + signal.SIGTERM
     saved = [path.name for path in sorted((run / "checkpoints").iterdir())]
     # The signal ends the third step before it samples.
     assert saved == ["step_00000001", "step_00000002"]
