@@ -69,7 +69,7 @@ def largest(value: int) -> int:
     """The largest of all ranks' values. Collective."""
     if dist.get_world_size() == 1:
         return value
-    largest = torch.tensor(value, device=device().torch_device)
+    largest = torch.tensor(int(value), device=device().torch_device)  # of one type everywhere: a bool has another size
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 

@@ -134,7 +134,7 @@ def test_a_run_folder_that_is_lost_ends_the_run_and_the_last_step_is_saved_besid
     outcome = program.finish()
     if fault == "read-only":
         subprocess.run(["umount", str(saved)], check=True)
-    assert (outcome.code, outcome.left_behind) == (2, ())
+    assert (outcome.code, outcome.left_behind) == (2, ()), outcome.stderr
     *_, said = outcome.stderr.splitlines()
     assert said.startswith("gspo-moe: OutputError: ")
     assert why in said
