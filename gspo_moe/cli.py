@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gspo_moe import __version__, garbage
-from gspo_moe.errors import ConfigError, GspoMoeError, RunError
+from gspo_moe.errors import ConfigError, GspoMoeError, OutputError, RunError
 from gspo_moe.evaluation.command import add_generate
 from gspo_moe.files import reader_is_gone
 from gspo_moe.last_words import (
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
 
 USER_ERROR = GspoMoeError.exit_code
-# Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for.
+# Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for
+# and for common.pt, which all versions read.
 LIBRARY_LOGS = (
     "torch.utils.cpp_extension",
     "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.strategies.common",
     "megatron.core.dist_checkpointing.strategies.torch",
 )
 # megatron-core warns of missing packages at every start, where `gspo-moe doctor` says more; torch of its own old names.
@@ -186,7 +188,7 @@ def _train_until(stop: StopSignals, options: argparse.Namespace) -> None:
     take_run_folder(config, ends_together=LAUNCHER_ERROR_FILE in os.environ)
     try:
         trained = train(preflight(config), stop)
-    except RunError:
+    except (RunError, OutputError):
         shut_down()
         raise
     shut_down()

@@ -95,6 +95,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint that is not as it was written, or is not what stood there."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; those before it are as they were. Raised on every rank at once."""
+
+
 class KernelError(GspoMoeError, RuntimeError):
     """A kernel that is missing, was built for another machine, or got arguments it cannot take."""
 

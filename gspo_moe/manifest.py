@@ -1,15 +1,17 @@
-"""What a folder holds, file by file, with a checksum of each, in a file beside them. Standard library only.
+"""What a folder holds, file by file, with checksums of each, in a file beside them. Standard library only.
 
 A checksum finds what disks, copies and mix-ups do to files. It is no signature: who writes files can write this one.
-CRC-32 is the fastest that Python brings, and misses one damage in 4e9.
+CRC-32 is the fastest that Python brings, and misses one damage in 4e9. A file has one for each `BLOCK` bytes, so that
+threads and processes can share a large file.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,46 +19,107 @@ from typing import Any
 from gspo_moe.files import write_whole
 
 MANIFEST_FILE = "gspo_moe_manifest.json"
-_BLOCK = 1 << 22
-_OWN = re.compile(r"__(\d+)_\d+\.distcp")  # of torch's writer: the process that wrote it
+BLOCK = 1 << 26
+WHOLE = 1 << 62  # the block of versions that took one checksum a file
+THREADS = 4
+_READ = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileSums:
+    """size: in bytes. blocks: the CRC-32 of each block, the last of which may be short; one of an empty file."""
+
+    size: int
+    blocks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: size in bytes and CRC-32 by name. about: what else the folder is to be known by."""
+    """files: by name. about: what else the folder is to be known by. block: bytes."""
 
-    files: Mapping[str, tuple[int, int]]
+    files: Mapping[str, FileSums]
     about: Mapping[str, Any]
+    block: int = BLOCK
 
 
-def crc32(path: Path) -> int:
-    value = 0
+@dataclass(frozen=True)
+class Part:
+    """A block of a file, by number from 0."""
+
+    name: str
+    number: int
+
+
+class SummedFile(io.FileIO):
+    """A new file, written once from its beginning to its end, with the checksums of what is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self._size, self._blocks = 0, [0]
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        written = super().write(view)
+        view = view[:written]
+        while view:
+            if self._size == BLOCK * len(self._blocks):
+                self._blocks.append(0)
+            piece = view[: BLOCK * len(self._blocks) - self._size]
+            self._blocks[-1] = zlib.crc32(piece, self._blocks[-1])
+            self._size += len(piece)
+            view = view[len(piece) :]
+        return written
+
+    @property
+    def sums(self) -> FileSums:
+        return FileSums(self._size, tuple(self._blocks))
+
+
+def crc32(path: Path, number: int = 0, block: int = WHOLE) -> int:
+    """Of a block of the file."""
+    value, left = 0, block
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
+        file.seek(number * block)
+        while left and (read := file.read(min(_READ, left))):
+            value, left = zlib.crc32(read, value), left - len(read)
     return value
 
 
-def measured(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of these files."""
-    return {name: ((folder / name).stat().st_size, crc32(folder / name)) for name in names}
+def parts(sizes: Mapping[str, int], block: int = BLOCK) -> list[Part]:
+    """Every block of these files."""
+    return [Part(name, number) for name, size in sorted(sizes.items()) for number in range(max(1, -(-size // block)))]
 
 
-def names_in(folder: Path) -> list[str]:
-    """Everything in the folder but the manifest."""
-    return sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+def share(whole: Sequence[Part], rank: int, ranks: int) -> Sequence[Part]:
+    """Which parts fall to a process: as many as to the others, and beside each other."""
+    return whole[len(whole) * rank // ranks : len(whole) * (rank + 1) // ranks]
 
 
-def share(names: Iterable[str], rank: int, ranks: int) -> list[str]:
-    """Which files fall to a process: its own, as far as torch's writer tells, and every so many of the others."""
-    ordered = sorted(names)
-    owners = (int(own[1]) if (own := _OWN.fullmatch(name)) else number for number, name in enumerate(ordered))
-    return [name for name, owner in zip(ordered, owners, strict=True) if owner % ranks == rank]
+def measured(folder: Path, mine: Sequence[Part], block: int = BLOCK) -> dict[Part, int]:
+    """The checksum of each of these parts."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return dict(
+            zip(mine, threads.map(lambda part: crc32(folder / part.name, part.number, block), mine), strict=True)
+        )
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Everything in the folder but the manifest, with bytes."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE}
+
+
+def assembled(sizes: Mapping[str, int], found: Mapping[Part, int]) -> dict[str, FileSums]:
+    """Of the checksums of all parts of these files."""
+    blocks: dict[str, list[int]] = {name: [] for name in sizes}
+    for part in parts(sizes):
+        blocks[part.name].append(found[part])
+    return {name: FileSums(size, tuple(blocks[name])) for name, size in sizes.items()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The last line is the checksum of those before it."""
-    body = json.dumps({"about": dict(manifest.about), "files": dict(manifest.files)}, indent=1) + "\n"
+    files = {name: [sums.size, *sums.blocks] for name, sums in sorted(manifest.files.items())}
+    body = json.dumps({"about": dict(manifest.about), "block": manifest.block, "files": files}) + "\n"
     write_whole(folder / MANIFEST_FILE, f"{body}{zlib.crc32(body.encode())}\n")
 
 
@@ -69,22 +132,29 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError("its checksum is wrong")
     try:
         found = json.loads(body)
-        files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in found["files"].items()}
-        return Manifest(files, dict(found["about"]))
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        block = int(found.get("block", WHOLE))
+        files = {
+            str(name): FileSums(int(size), tuple(map(int, sums))) for name, (size, *sums) in found["files"].items()
+        }
+        if any(len(sums.blocks) != max(1, -(-sums.size // block)) for sums in files.values()):
+            raise ValueError("it lacks checksums")
+        return Manifest(files, dict(found["about"]), block)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise ValueError(f"it is no manifest ({error!r:.200})") from error
 
 
-def damages(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files of the manifest, by name."""
-    found = []
-    for name in names:
-        size, checksum = manifest.files[name]
-        path = folder / name
+def damages(folder: Path, manifest: Manifest, mine: Iterable[Part]) -> list[str]:
+    """What is wrong with the files that these parts of the manifest are of, by name."""
+    found, to_read = dict[str, str](), list[Part]()
+    for part in mine:
+        path, size = folder / part.name, manifest.files[part.name].size
         if not path.is_file():
-            found.append(f"{name}: missing")
+            found[part.name] = "missing"
         elif path.stat().st_size != size:
-            found.append(f"{name}: has {path.stat().st_size} bytes, and {size} were written")
-        elif crc32(path) != checksum:
-            found.append(f"{name}: its {size} bytes are not those that were written")
-    return found
+            found[part.name] = f"has {path.stat().st_size} bytes, and {size} were written"
+        else:
+            to_read.append(part)
+    for part, checksum in measured(folder, to_read, manifest.block).items():
+        if checksum != manifest.files[part.name].blocks[part.number]:
+            found[part.name] = f"its {manifest.files[part.name].size} bytes are not those that were written"
+    return [f"{name}: {problem}" for name, problem in found.items()]

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from gspo_moe.manifest import Manifest, measured, names_in, read_manifest, write_manifest
+from gspo_moe.manifest import Manifest, assembled, measured, parts, read_manifest, sizes_in, write_manifest
 
 
 def reseal(folder: Path) -> None:
     before = read_manifest(folder)
     assert before is not None
-    write_manifest(folder, Manifest(measured(folder, names_in(folder)), before.about))
+    sizes = sizes_in(folder)
+    write_manifest(folder, Manifest(assembled(sizes, measured(folder, parts(sizes))), before.about))

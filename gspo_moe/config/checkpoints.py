@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 _COMPLETE = re.compile(r"step_\d{8}")
@@ -24,13 +25,30 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def unfinished_checkpoints(folder: Path) -> list[Path]:
     """What killed runs left half written in `folder`: folders named `step_`, eight digits and `.partial`."""
-    return _folders(folder, _PARTIAL)
+    return [path for path in _folders(folder, _PARTIAL) if not path.is_symlink()]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`, if there is one."""
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def unfinished(checkpoint: Path) -> Path:
+    """What a checkpoint is called while it is written, and while it is removed."""
+    return checkpoint.with_name(f"{checkpoint.name}.partial")
+
+
+def superseded(folder: Path, keep: int, keep_every: int) -> list[Path]:
+    """Complete checkpoints neither among the `keep` newest (0: all) nor of every `keep_every`th step (0: of none)."""
+    older = [path for path in checkpoints(folder)[:-keep] if not path.is_symlink()]  # which no run makes
+    return [path for path in older if not keep_every or int(path.name.removeprefix("step_")) % keep_every]
+
+
+def remove(checkpoint: Path) -> None:
+    """Whatever ends it in the middle, what is left is named as unfinished."""
+    checkpoint.rename(unfinished(checkpoint))
+    shutil.rmtree(unfinished(checkpoint))
 
 
 def set_aside(checkpoint: Path, why: str = "damaged") -> Path:

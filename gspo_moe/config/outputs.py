@@ -40,7 +40,8 @@ def _fault(path: Path, folder: bool) -> str | None:
     start = path if folder else path.parent
     there = next(one for one in (start, *start.absolute().parents) if one.exists())
     longest = max((len(os.fsencode(name)) for name in path.absolute().relative_to(there.absolute()).parts), default=0)
-    if longest + len(ROOM_FOR) > os.pathconf(there, "PC_NAME_MAX"):
+    limit = os.pathconf(there, "PC_NAME_MAX")  # -1 where there is none
+    if 0 < limit < longest + len(ROOM_FOR):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     below = "" if there == path else f" lies below {there}, which"
     if not there.is_dir():

@@ -72,10 +72,25 @@ class CheckpointConfig(Section):
     """`interval` steps between checkpoints, 0 for only the last; `keep` newest complete ones stay.
 
     keep: 0 writes none, whatever `interval` is: a run that ends early is lost, and none can be gone on with.
+    keep_every: checkpoints of every so many steps stay as well, 0 for none.
+    background: writes a copy in host memory while training goes on; the last one is waited for.
+    rescue: folder for the last whole step where the run's own takes nothing more; by default RUN_DIR.rescued.
     on_damage: of the newest one: `error` ends the start; `previous` moves it aside and goes on from the one before.
     """
 
     interval: NonNegativeInt = 0
     keep: NonNegativeInt = 2
+    keep_every: NonNegativeInt = 0
+    background: bool = False
+    rescue: str | None = None
     on_damage: Literal["error", "previous"] = "error"
     export_hf: bool = True
+
+    def faults(self) -> Iterator[str]:
+        if self.keep_every and not self.keep:
+            yield f"checkpoint.keep_every={self.keep_every} with checkpoint.keep=0, which writes none; raise keep"
+        elif self.keep_every and (not self.interval or self.keep_every % self.interval):
+            yield (
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.interval={self.interval}: "
+                "checkpoints that are not written cannot stay; change one"
+            )

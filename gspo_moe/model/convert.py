@@ -49,6 +49,7 @@ from gspo_moe.model.verifying import add_manifest, check_checkpoint, check_expor
 from gspo_moe.model.weights import SafetensorsSource, check_shapes, local_tensors, value_problems
 from gspo_moe.model.writing import write_streaming
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
+from gspo_moe.parallel.stop import on_main
 
 
 @dataclass(frozen=True)
@@ -167,14 +168,14 @@ def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
     dist.barrier()
     try:
         yield partial
+        dtype = items[0].parameter.dtype
+        on_main(lambda: write_config(partial, conversion.architecture, dtype, conversion.tokenizer))
+        on_main(lambda: write_tokenizer(partial, conversion.tokenizer))
+        add_manifest(partial, {})
     except BaseException:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if is_main:
-        write_config(partial, conversion.architecture, items[0].parameter.dtype, conversion.tokenizer)
-        write_tokenizer(partial, conversion.tokenizer)
-    add_manifest(partial, {})
     if is_main:
         replace_folder(partial, target)
     dist.barrier()

@@ -36,7 +36,7 @@ PHASES = {
     "routing": "probe and attribution, part of training",
     "replicas": "comparing weights over ranks, in the steps that `parallel.check_interval` says",
     "evaluation": "held-out evaluation",
-    "checkpoint": "writing the checkpoint",
+    "checkpoint": "saving, as far as training waits for it",
     "step": "the whole step",
 }
 PAIRS = {
@@ -175,6 +175,7 @@ METRICS = (
     MetricDoc("optimizer/skipped_updates", "updates", "updates left out because the loss or a gradient was not finite"),
     MetricDoc("guard/bad_steps", "steps", "in a row with a figure out of the bounds of `guard`, this one included"),
     MetricDoc("guard/roll_backs", "roll-backs", "of the run so far, by `guard`"),
+    MetricDoc("checkpoint/failures", "saves", "that failed since the run was last started; written where one did"),
     MetricDoc("policy_version", "updates", "optimizer steps the weights have taken"),
     MetricDoc("sft/loss", "nats", "cross-entropy a response token"),
     MetricDoc("sft/token_accuracy", "fraction", "response tokens that are the model's first choice"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ from gspo_moe.errors import DataError
 from gspo_moe.files import write_whole
 from gspo_moe.plain_json import parse_json
 
+_log = logging.getLogger(__name__)
+
 
 class JsonLines:
-    """Appends objects to `path`, each line flushed as it is written.
+    """Appends objects to `path`, each line whole and at once; one that the system does not take waits for the next try.
 
+    A warning tells of the first that waits, and `flush` raises while there are any.
     resume_step: the step of the checkpoint that the run continues from. What an earlier attempt wrote after it, and a
     last line that was torn by the kill, are cut away at once; 0 means no checkpoint: the file starts anew.
     Raises DataError when the existing file is damaged elsewhere.
@@ -26,13 +32,44 @@ class JsonLines:
         if resume_step and path.exists():
             kept = [record for record in read_json_lines(path)[0] if record["step"] <= resume_step]
         write_whole(path, "".join(_line(record) for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._whole = path.stat().st_size  # bytes of whole lines
+        self._waiting: list[bytes] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        self._waiting.append(_line(record).encode())
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                _log.warning("%s: %s; its lines are kept in memory until it takes them", self._path, error.strerror)
+
+    def flush(self) -> None:
+        """Raises OSError where lines must go on waiting."""
+        while self._waiting:
+            if self._file.tell() != self._whole:  # behind a line that was torn
+                self._file.truncate(self._whole)
+                self._file.seek(self._whole)
+            line = self._waiting[0]
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            self._whole += len(line)
+            self._waiting.pop(0)
+
+    def is_gone(self) -> bool:
+        """Whether something else, or nothing, stands where the file was."""
+        try:
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except OSError:
+            return True
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.flush()
+        if self._waiting:
+            _log.error("%s: %d lines could not be written and are lost", self._path, len(self._waiting))
         self._file.close()
 
 

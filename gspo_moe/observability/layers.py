@@ -19,6 +19,7 @@ Shape letters: S steps, A MoE layers, B margin bins, E experts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from gspo_moe.errors import DataError
 from gspo_moe.files import write_whole
 
 FILE = "routing_layers.safetensors"
+_log = logging.getLogger(__name__)
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -61,10 +63,17 @@ class LayerWriter:
         written = {name: len(steps) for name, (steps, _) in self._written.items()}
         new = {name: len(by_step) for name, by_step in self._new.items()}
         if self._pending >= max((written.get(name, 0) + new.get(name, 0) for name in written | new), default=1) / 16:
+            self.try_flush()
+
+    def try_flush(self) -> None:
+        """As `flush`, but a warning tells where it cannot: the figures stay in memory."""
+        try:
             self.flush()
+        except (OSError, SafetensorError) as error:
+            _log.warning("%s cannot be written (%s); its figures are kept in memory until it can", self._path, error)
 
     def flush(self) -> None:
-        """Writes what is not written yet."""
+        """Writes what is not written yet. Raises OSError or SafetensorError where it cannot."""
         if not self._pending or not (self._new or self._written):
             return
         for name, by_step in self._new.items():

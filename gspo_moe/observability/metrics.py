@@ -14,6 +14,7 @@ from gspo_moe.config.schema import WandbConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.observability.catalog import describe
 from gspo_moe.observability.jsonl import JsonLines
+from gspo_moe.observability.tensorboard import TensorBoard
 
 
 class MetricsWriter:
@@ -34,13 +35,9 @@ class MetricsWriter:
         wandb: WandbConfig | None = None,
         config_dump: dict[str, Any] | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here, not above: one rank of a run needs it
-
         folder = Path(run_dir)
         self._lines = JsonLines(folder / "metrics.jsonl", resume_step)
-        self._tensorboard = SummaryWriter(
-            log_dir=str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0
-        )
+        self._tensorboard = TensorBoard(folder / "tensorboard", resume_step)
         self._wandb = None if wandb is None else _start_wandb(folder, wandb, resume_step, config_dump)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -53,10 +50,17 @@ class MetricsWriter:
             describe(name)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.append({"step": step, "time": time.time(), **finite})
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.write(step, values)
         if self._wandb is not None:
             self._wandb.log({"step": step, **values})
+
+    def flush(self) -> None:
+        """Raises OSError where metrics.jsonl does not take them."""
+        self._lines.flush()
+
+    def is_gone(self) -> bool:
+        """Whether metrics.jsonl is no longer where it was written."""
+        return self._lines.is_gone()
 
     def close(self) -> None:
         self._lines.close()

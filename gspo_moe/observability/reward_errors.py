@@ -77,10 +77,14 @@ class RewardErrors:
         return f"{last} (in whole: {self._file})" if before else last
 
     def _tell(self, text: str) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         text = text.encode(errors="backslashreplace").decode()  # lone surrogates, which no file and no terminal takes
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(re.sub(r"\n\s*\n", "\n", text) + "\n\n")  # an empty line ends an entry
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(re.sub(r"\n\s*\n", "\n", text) + "\n\n")  # an empty line ends an entry
+        except OSError as error:
+            _log.warning("%s cannot be written (%s):\n%s", self._file, error.strerror, text)
+            return
         if not self._told:
             _log.warning("%s\n(the first of later ones: %s)", text, self._file)
             self._told = True

@@ -70,5 +70,9 @@ class SampleWriter:
     def write(self, sample: Sample) -> None:
         self._lines.append(sample.record)
 
+    def flush(self) -> None:
+        """Raises OSError where the file does not take them."""
+        self._lines.flush()
+
     def close(self) -> None:
         self._lines.close()

@@ -6,6 +6,9 @@ until the next place where all of them ask. `signals.py` does so with signals.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 
@@ -13,18 +16,49 @@ from gspo_moe.errors import GspoMoeError
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import device
 
+T = TypeVar("T")
 
-def raise_everywhere(error: GspoMoeError | None) -> None:
+
+class WorkError(RuntimeError):
+    """What work of one rank raised that is neither ours nor the system's."""
+
+
+def raise_everywhere(error: Exception | None) -> None:
     """Raises on every rank what the first of them found, if any did. Collective over all ranks."""
     if not largest(error is not None):
         return
     raise next(each for each in gather_objects(error) if each is not None)
 
 
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. Collective over all ranks.
+
+    Where it raises on any, all raise the first one's error: those of this project and of the system, as they are, and a
+    WorkError for any other, as not everything can be sent.
+    """
+    error: Exception | None = None
+    try:
+        found = work()
+    except (GspoMoeError, OSError) as caught:
+        error = caught
+    except Exception as caught:
+        error = WorkError(str(caught) or type(caught).__name__)
+    raise_everywhere(error)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises as in `together`, on the first rank, which alone does it. Collective."""
+    found = [together(lambda: work() if dist.get_rank() == 0 else None)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return cast(T, found[0])
+
+
 def largest(value: int) -> int:
     """The largest of all ranks' values. Collective."""
     if dist.get_world_size() == 1:
         return value
-    largest = torch.tensor(value, device=device().torch_device)
+    largest = torch.tensor(int(value), device=device().torch_device)  # of one type everywhere: a bool has another size
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)

@@ -3,27 +3,31 @@
 Any layout reads what any other wrote; only the generators' state is left out where the layouts differ.
 
 Invariant: a folder named `step_<8 digits>` is complete. It is written as `step_<8 digits>.partial` and renamed when
-every rank is done, so a run killed at any moment leaves the newest complete one as it was.
+every rank is done, so a run killed at any moment leaves the newest complete one as it was; one that goes is renamed
+back before it is removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from gspo_moe.config.architecture import Architecture, architecture_from_hf
-from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, unfinished_checkpoints
+from gspo_moe.config.checkpoints import checkpoint_name, remove, superseded, unfinished, unfinished_checkpoints
 from gspo_moe.data.prompts import PromptPosition
 from gspo_moe.data.tokenizers import Tokenizer
-from gspo_moe.errors import CheckpointError, DamagedCheckpoint
+from gspo_moe.errors import CheckpointError, DamagedCheckpoint, GspoMoeError, SaveError
 from gspo_moe.files import replace_folder
 from gspo_moe.garbage import uncollected
 from gspo_moe.model.build import Model
@@ -31,7 +35,11 @@ from gspo_moe.model.hf import write_config
 from gspo_moe.model.sharded import checkpoint_errors, weight_shards
 from gspo_moe.model.verifying import MARK, add_manifest, check_checkpoint
 from gspo_moe.parallel.groups import Groups
+from gspo_moe.parallel.stop import WorkError, on_main
 from gspo_moe.training.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from gspo_moe.model.writing import Writing
 
 _log = logging.getLogger(__name__)
 _FIX = (
@@ -59,6 +67,94 @@ class Progress:
         return PromptPosition(self.prompt_position, self.prompts_pending)
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where a run's checkpoints go, and which of them stay: as `config/checkpoints.superseded` has it.
+
+    tokenizer: whose end tokens a checkpoint's config.json names. run: whose checkpoints they are.
+    patience: seconds for which a writer in the background is waited for.
+    """
+
+    folder: Path
+    keep: int
+    keep_every: int = 0
+    tokenizer: Tokenizer | None = None
+    run: str | None = None
+    patience: float = 300.0
+
+
+class BegunSave:
+    """A checkpoint whose state is set down, and which is not in its place yet."""
+
+    def __init__(self, target: Path, writing: Writing, place: Destination, *, background: bool) -> None:
+        self._target, self._writing, self._place = target, writing, place
+        # A daemon: a run that breaks off waits for no disk, and the checkpoint before is whole.
+        self._thread = threading.Thread(target=writing.write, name="checkpoint", daemon=True) if background else None
+        if self._thread is not None:
+            self._thread.start()
+
+    @property
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> Path:
+        """Waits until all is written, puts the checkpoint in its place and removes what it replaces. Collective.
+
+        Raises SaveError where it could not be written, which then leaves nothing behind.
+        """
+        with _save_errors(self._target), uncollected():
+            if self._thread is not None:
+                self._thread.join(self._place.patience)
+                if self.is_writing:
+                    self._writing.abandon(f"its writer was not done {self._place.patience:g} s after it was waited for")
+            else:
+                self._writing.write()
+            sums = self._writing.finish()
+            add_manifest(unfinished(self._target), {"run": self._place.run, "name": self._target.name}, sums)
+            on_main(self._put_in_place)
+        return self._target
+
+    def _put_in_place(self) -> None:
+        replace_folder(unfinished(self._target), self._target)
+        for old in superseded(self._place.folder, self._place.keep, self._place.keep_every):
+            try:
+                remove(old)
+            except OSError as error:
+                _log.warning("%s cannot be removed (%s), and takes room", old, error)
+
+
+def begin_save(
+    place: Destination, model: Model, optimizer: Optimizer, progress: Progress, *, background: bool = False
+) -> BegunSave:
+    """Sets down what a checkpoint holds, for `BegunSave.finish` to write or, with `background`, for a thread meanwhile.
+
+    Until then the state must not change, but for `background`, which copies it into host memory. Nothing but what
+    `config/checkpoints.py` names is counted or removed. Collective over all ranks. Raises SaveError.
+    """
+    # Here, not above: torch's writer takes a second to import, which is not to delay a run's first step.
+    from gspo_moe.model.writing import begin_state
+
+    target = place.folder / checkpoint_name(progress.step)
+    state = _state(model, optimizer, loading=False)
+    state["progress"] = asdict(progress)
+    state["adam_steps"] = optimizer.adam_steps
+    state["layout"] = asdict(model.groups.layout)
+    state["dtype"] = str(model.config.params_dtype)
+    state[MARK] = True
+
+    def prepare() -> None:
+        for stale in unfinished_checkpoints(place.folder):
+            shutil.rmtree(stale)
+        unfinished(target).mkdir(parents=True)
+        write_config(unfinished(target), model.architecture, model.config.params_dtype, place.tokenizer)
+
+    with _save_errors(target), uncollected():
+        on_main(prepare)
+        return BegunSave(
+            target, begin_state(unfinished(target), state, copied=background), place, background=background
+        )
+
+
 def save_checkpoint(
     folder: Path,
     model: Model,
@@ -68,44 +164,20 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     run: str | None = None,
 ) -> Path:
-    """Writes a checkpoint, then removes all but the `keep` newest. Collective over all ranks.
+    """Writes a checkpoint, then removes all but the `keep` newest (0: none). Collective. Raises SaveError."""
+    return begin_save(Destination(folder, keep, 0, tokenizer, run), model, optimizer, progress).finish()
 
-    tokenizer: whose end tokens its config.json names. run: whose checkpoint it is; the first rank's counts.
-    Nothing but what `config/checkpoints.py` names is counted or removed.
-    """
-    # Here, not above: torch's writer takes a second to import, which is not to delay a run's first step.
-    from gspo_moe.model.writing import InProcessSave
 
-    target = folder / checkpoint_name(progress.step)
-    partial = target.with_name(target.name + ".partial")
-    if model.groups.is_main:
-        for stale in unfinished_checkpoints(folder):
-            shutil.rmtree(stale)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _state(model, optimizer, loading=False)
-    state["progress"] = asdict(progress)
-    state["adam_steps"] = optimizer.adam_steps
-    state["layout"] = asdict(model.groups.layout)
-    state["dtype"] = str(model.config.params_dtype)
-    state[MARK] = True
+@contextlib.contextmanager
+def _save_errors(target: Path) -> Iterator[None]:
+    """Of what all ranks raise at once; a full disk gets its room back."""
     try:
-        with uncollected():
-            dist_checkpointing.save(state, str(partial), InProcessSave())
-        if model.groups.is_main:
-            write_config(partial, model.architecture, model.config.params_dtype, tokenizer)
-        add_manifest(partial, {"run": run, "name": target.name})
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
-        raise
-    dist.barrier()
-    if model.groups.is_main:
-        replace_folder(partial, target)
-        for old in checkpoints(folder)[:-keep]:
-            if not old.is_symlink():  # which no run makes
-                shutil.rmtree(old)
-    dist.barrier()
-    return target
+        yield
+    except (GspoMoeError, OSError, WorkError) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished(target), ignore_errors=True)
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise SaveError(f"{target} could not be written ({cause})") from cause
 
 
 @torch.no_grad()
@@ -116,7 +188,7 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer, run: str | N
     Raises CheckpointError where the checkpoint is of another architecture or dtype, DamagedCheckpoint where its files
     are not those that the run wrote there; then nothing was loaded.
     """
-    if path.is_symlink():
+    if on_main(path.is_symlink):
         raise DamagedCheckpoint(f"{path} is a symbolic link, which no run makes; put the checkpoint itself there")
     check_checkpoint(path, {"run": run, "name": path.name}, fix="")
     # Here, not above: torch's reader takes a second to import.

@@ -86,7 +86,7 @@ def dump_skipped(trainer: Trainer, minibatch: Minibatch, result: MinibatchResult
     file = folder / f"{name}_rank_{groups.rank:05d}.safetensors"
     try:
         write_whole(file, lambda partial: save_file(tensors, partial, metadata={"minibatch": described}))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last of copies without memory for them
         _log.warning("%s cannot be written (%s): what the mini-batch held is not kept", file, error)
 
 

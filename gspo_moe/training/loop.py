@@ -22,7 +22,7 @@ from gspo_moe.training.first_step import tell_first_step
 from gspo_moe.training.guard import Collapse
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
-from gspo_moe.training.saving import last_saved, save, save_whole_step
+from gspo_moe.training.saving import after_step, finish_saving, last_saved, save, save_last, save_whole_step
 from gspo_moe.training.session import Plan, Trainer, open_session, open_trainer
 from gspo_moe.training.sft import sft_step
 from gspo_moe.training.shown import show_prompt
@@ -84,15 +84,17 @@ def _steps(trainer: Trainer, log: RunLog, watch: Watch) -> None:
             progress.update(trainer.progress.step, metrics)
             if trainer.progress.step == begun + 1:
                 tell_first_step(session, metrics)
+            after_step(trainer, log)
             _check_updates(trainer)
             if collapsed is not None:
+                finish_saving(trainer, log)
                 collapse.act(trainer, log, collapsed)
                 continue
             if trainer.progress.step == steps or _due(trainer.progress.step, config.evaluation.interval, steps):
                 _evaluate(trainer, log)
             if _due(trainer.progress.step, config.checkpoint.interval, steps):
                 save(trainer, log)
-    save(trainer, log)
+    save_last(trainer, log)
 
 
 def _show_header(trainer: Trainer) -> None:
@@ -148,7 +150,11 @@ def _evaluate(trainer: Trainer, log: RunLog) -> None:
         groups = session.evaluate(f"after step {trainer.progress.step}")
     trainer.progress = replace(trainer.progress, evaluation_due=False)
     if options.keep_answers and session.groups.is_main:
-        write_answers(session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl", groups)
+        file = session.run_path / "evaluations" / f"step_{trainer.progress.step}.jsonl"
+        try:
+            write_answers(file, groups)
+        except OSError as error:
+            _log.warning("%s cannot be written (%s): these answers are not kept", file, error.strerror)
     session.server_metrics()  # what was asked for here is no step's
     log.metrics(trainer.progress.step, evaluation_metrics(groups, options.pass_at) | session.timers.take())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from gspo_moe.config.checkpoints import checkpoints, set_aside
 from gspo_moe.config.continuing import recorded_run
 from gspo_moe.errors import DamagedCheckpoint
 from gspo_moe.model.build import Model
-from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.parallel.stop import on_main
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.roll_backs import after, read_roll_backs
@@ -26,14 +27,13 @@ _log = logging.getLogger(__name__)
 def go_on(trainer: Trainer) -> None:
     """Puts `trainer` where the run's newest checkpoint stands, and publishes its weights. Collective."""
     session, config = trainer.session, trainer.session.config
-    is_main = session.groups.is_main
-    trainer.roll_backs = tuple(gather_objects(read_roll_backs(session.run_path) if is_main else [])[0])
+    trainer.roll_backs = tuple(on_main(lambda: read_roll_backs(session.run_path)))
     trainer.optimizer.lr_factor = config.guard.lr_factor ** len(trainer.roll_backs)
     progress = load_newest(
         trainer.checkpoints,
         session.model,
         trainer.optimizer,
-        recorded_run(session.run_path) if is_main else None,
+        on_main(lambda: recorded_run(session.run_path)),
         config.checkpoint.on_damage,
     )
     trainer.progress, trainer.dumped_weights = after(trainer.roll_backs, progress), None
@@ -50,16 +50,20 @@ def load_newest(
     `on_damage` allows and there is one before; otherwise DamagedCheckpoint says what can be done.
     """
     while True:
-        *before, newest = checkpoints(folder)
+        *before, newest = on_main(lambda: checkpoints(folder))
         try:
             return load_checkpoint(newest, model, optimizer, run)
         except DamagedCheckpoint as error:
             if on_damage == "error" or not before:
                 raise DamagedCheckpoint(f"{error}\n{_fix(before)}") from error
-            dist.barrier()  # every rank knows the list before it changes
+            try:
+                aside = on_main(partial(set_aside, newest))
+            except OSError as refused:
+                raise DamagedCheckpoint(
+                    f"{error}\nIt cannot be moved aside ({refused.strerror}): see to the permissions of {folder}"
+                ) from refused
             if dist.get_rank() == 0:
-                _log.warning("%s\nIt is moved to %s, and the run goes on from %s", error, set_aside(newest), before[-1])
-            dist.barrier()
+                _log.warning("%s\nIt is moved to %s, and the run goes on from %s", error, aside, before[-1])
 
 
 def _fix(before: list[Path]) -> str:

@@ -50,9 +50,18 @@ class RunLog:
             self._layers.append(step, figures)
 
     def flush(self) -> None:
-        """Brings everything written so far to disk, for a checkpoint that the run may continue from."""
+        """Brings everything written so far to disk, for a checkpoint that the run may continue from.
+
+        Raises OSError or SafetensorError on the main process where the disk does not take it.
+        """
         if self._main:
+            self._metrics.flush()
+            self._samples.flush()
             self._layers.flush()
+
+    def is_gone(self) -> bool:
+        """Whether the run's folder is no longer where it was; the main process alone looks."""
+        return self._main and self._metrics.is_gone()
 
     def samples(self, step: int, result: StepResult) -> None:
         """Keeps the first rollout of each of the step's first groups."""
@@ -67,5 +76,5 @@ class RunLog:
     def close(self) -> None:
         if self._main:
             self._metrics.close()
-            self._layers.flush()
+            self._layers.try_flush()
             self._samples.close()

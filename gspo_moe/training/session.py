@@ -24,6 +24,7 @@ from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.parallel.signals import StopSignals, start_resource_tracker
+from gspo_moe.parallel.stop import on_main
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
@@ -40,7 +41,7 @@ from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.tasks.pool import TaskPool
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rewards import is_batched
-from gspo_moe.training.checkpoint import Progress
+from gspo_moe.training.checkpoint import BegunSave, Progress
 from gspo_moe.training.guard import Guard
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
@@ -213,6 +214,7 @@ class Trainer:
     probe_packs: this rank's packs of the probe set, once the first probe has fixed it.
     roll_backs: how the run was taken back so far.
     dumped_weights: where weights were kept last for a skipped mini-batch, behind the steps that Adam had taken.
+    saving: the checkpoint that is being written. failed_saves: since this start.
     """
 
     session: Session
@@ -223,6 +225,8 @@ class Trainer:
     probe_packs: list[TrainingPack] | None = None
     roll_backs: tuple[RollBack, ...] = ()
     dumped_weights: tuple[int, str] | None = None
+    saving: BegunSave | None = None
+    failed_saves: int = 0
 
     @cached_property
     def guard(self) -> Guard:
@@ -295,7 +299,7 @@ def open_trainer(session: Session) -> Trainer:
         plan = session.plan
         reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
     trainer = Trainer(session, optimizer, recorder, Progress(), reference)
-    if checkpoints(trainer.checkpoints):
+    if on_main(lambda: checkpoints(trainer.checkpoints)):
         go_on(trainer)
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)

@@ -1,18 +1,22 @@
 """Training state handed on from layout to layout, unchanged to the bit, and the run that goes on from it in each."""
 
 import logging
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gspo_moe.config.architecture import Architecture
 from gspo_moe.config.schema import Config
+from gspo_moe.errors import SaveError
 from gspo_moe.model.build import Model
+from gspo_moe.model.reading import dist_checkpointing
 from gspo_moe.model.sharded import load_stored_weights
 from gspo_moe.model.weights import RandomSource
-from gspo_moe.training.checkpoint import Progress, dist_checkpointing, load_checkpoint, save_checkpoint
+from gspo_moe.training.checkpoint import Destination, Progress, begin_save, load_checkpoint, save_checkpoint
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import microbatches, pack_share
 from gspo_moe.types import TrainingSample
@@ -99,6 +103,7 @@ def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], vo
 
 def hand_on(folder: Path) -> None:
     """Takes each ring's state through its layouts and goes on from it in each, on two processes."""
+    fail_to_save(folder / "failed")
     for kind, ring in RINGS.items():
         expected = torch.load(folder / kind / "expected.pt")
         path = folder / kind / "start" / "step_00000002"
@@ -121,6 +126,31 @@ def hand_on(folder: Path) -> None:
                 for ours, theirs in zip(found, expected, strict=False):
                     assert ours == pytest.approx(theirs, rel=ring.tolerance), (kind, stage)
                 check_replicas(model, stage.removesuffix("+"), ring.tied)
+
+
+def fail_to_save(folder: Path) -> None:
+    """The second process's writer breaks off: both know at once, nothing is left of the save, and the next one works.
+
+    In the background and not; a limit of the kernel's for one process stands for whatever ends a writer.
+    """
+    place = Destination(folder, keep=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with trained(Config(), layout(2)) as (model, optimizer):
+        first = begin_save(place, model, optimizer, DONE).finish()
+        later = replace(DONE, step=3)
+        for background in (False, True):
+            if dist.get_rank() == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+            with pytest.raises(SaveError, match=r"step_00000003 could not be written .*File too large"):
+                begin_save(place, model, optimizer, later, background=background).finish()
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            dist.barrier()
+            assert list(folder.iterdir()) == [first]
+            assert load_checkpoint(first, model, optimizer) == DONE
+        written = begin_save(place, model, optimizer, later, background=True).finish()
+        dist.barrier()
+        assert list(folder.iterdir()) == [written]
+        assert load_checkpoint(written, model, optimizer) == later
 
 
 def test_a_run_goes_on_in_any_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,6 +84,7 @@ class Program:
 
     @property
     def stderr(self) -> str:
+        """On its standard error, so far."""
         return self._read(1)
 
     def kill(self) -> None:

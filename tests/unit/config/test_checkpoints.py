@@ -13,6 +13,7 @@ def test_only_what_a_run_wrote_counts(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     for name in ("step_99999999", "step_notes.txt", "step_0.log", "step_00000012.partial"):
         (tmp_path / name).touch()
+    (tmp_path / "step_00000013.partial").symlink_to(tmp_path / "hf", target_is_directory=True)
     assert written[0] == "step_00000009"
     assert [path.name for path in checkpoints(tmp_path)] == written
     assert newest_checkpoint(tmp_path) == tmp_path / "step_12345678"

@@ -121,7 +121,8 @@ def test_every_synonym_names_a_key_and_is_none_itself() -> None:
 
 def test_where_no_key_is_meant_those_of_the_section_are_named() -> None:
     assert _message(None, "checkpoint.zip=1") == (
-        "unknown key checkpoint.zip=1; leave it out, or take one of interval, keep, on_damage, export_hf"
+        "unknown key checkpoint.zip=1; leave it out, or take one of interval, keep, keep_every, "
+        "background, rescue, on_damage, export_hf"
     )
 
 

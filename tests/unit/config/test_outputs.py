@@ -21,6 +21,11 @@ def test_what_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
     assert (tmp_path / "old").read_text() == "kept"
 
 
+def test_a_file_system_without_a_limit_on_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pathconf", lambda *_: -1)
+    assert output_fault(tmp_path / "file") is None
+
+
 def test_what_cannot_be_written_is_told_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()

@@ -82,6 +82,11 @@ def test_what_makes_no_sense_for_an_algorithm_is_refused(overrides: list[str], m
             ["optimizer.min_lr=1 exceeds", "routing.engine_routes=true", "routing.probe_interval=3"],
         ),
         (
+            ["checkpoint={keep_every: 6, interval: 4}"],
+            ["checkpoint.keep_every=6 is no multiple of checkpoint.interval=4: checkpoints that are not written"],
+        ),
+        (["checkpoint={keep_every: 6, interval: 3, keep: 0}"], ["checkpoint.keep_every=6 with checkpoint.keep=0"]),
+        (
             ["model={preset: tiny, overrides: {num_key_value_heads: 3, head_dim: 5}}", "schedule.steps=0"],
             ["model.overrides: num_attention_heads=4", "model.overrides: head_dim=5", "schedule.steps=0"],
         ),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import resource
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,29 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path, middle
         read_json_lines(path)
     with pytest.raises(DataError, match=r"a\.jsonl, line 2"):
         JsonLines(path, 1)
+
+
+def test_lines_that_a_disk_does_not_take_wait_for_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit of the kernel's tears the second line as a full disk does."""
+    path = tmp_path / "a.jsonl"
+    lines = JsonLines(path, 0)
+    lines.append({"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+        try:
+            for step in (2, 3):
+                lines.append({"step": step})
+            with pytest.raises(OSError, match="File too large"):
+                lines.flush()
+            assert path.read_bytes() == b'{"step": 1}\n{"ste'
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caplog.text.count("kept in memory until") == 1
+    lines.append({"step": 4})
+    lines.flush()
+    assert path.read_bytes() == b"".join(b'{"step": %d}\n' % step for step in (1, 2, 3, 4))
+    assert not lines.is_gone()
+    path.rename(tmp_path / "b.jsonl")
+    assert lines.is_gone()
+    lines.close()

@@ -5,28 +5,34 @@ import io
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from gspo_moe.config.checkpoints import newest_checkpoint
+from gspo_moe.config.checkpoints import checkpoints, newest_checkpoint
 from gspo_moe.config.rope import Yarn
 from gspo_moe.config.schema import Config
-from gspo_moe.errors import CheckpointError
+from gspo_moe.errors import CheckpointError, SaveError
 from gspo_moe.files import no_room
+from gspo_moe.manifest import read_manifest
+from gspo_moe.model import writing
 from gspo_moe.model.build import Model
+from gspo_moe.model.reading import dist_checkpointing
 from gspo_moe.model.sharded import weight_shards
 from gspo_moe.model.weights import RandomSource, load_weights
 from gspo_moe.training.checkpoint import (
+    Destination,
     Progress,
-    dist_checkpointing,
+    begin_save,
     load_checkpoint,
     save_checkpoint,
     tensor_parallel,
@@ -171,6 +177,65 @@ def test_only_the_newest_checkpoints_stay(policy: tuple[Model, Optimizer], tmp_p
     assert load_checkpoint(newest, *policy).step == 100
 
 
+def test_a_removal_that_breaks_off_leaves_nothing_that_counts(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken_off(path: Path) -> None:
+        (path / "__0_0.distcp").unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    save_checkpoint(tmp_path, *policy, DONE, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("gspo_moe.config.checkpoints.shutil", SimpleNamespace(rmtree=broken_off))
+        save_checkpoint(tmp_path, *policy, replace(DONE, step=2), keep=1)
+    assert "step_00000001 cannot be removed" in caplog.text
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    save_checkpoint(tmp_path, *policy, replace(DONE, step=3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_every_so_many_steps_stay_as_well(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
+    place = Destination(tmp_path, keep=2, keep_every=4)
+    for step in (2, 4, 6, 8, 10):
+        begin_save(place, *policy, replace(DONE, step=step)).finish()
+    assert [path.name[-2:] for path in sorted(tmp_path.iterdir())] == ["04", "08", "10"]
+
+
+def test_a_save_in_the_background_is_of_the_state_where_it_began(
+    policy: tuple[Model, Optimizer], tmp_path: Path
+) -> None:
+    """Whatever training does before it is written; a kill meanwhile leaves the one before."""
+    place = Destination(tmp_path / "behind", keep=1)
+    first = begin_save(place, *policy, DONE).finish()
+    at_once = save_checkpoint(tmp_path / "at_once", *policy, replace(DONE, step=2), keep=1)
+    begun = begin_save(place, *policy, replace(DONE, step=2), background=True)
+    learn(*policy, updates=1)
+    assert newest_checkpoint(place.folder) == first
+    written = begun.finish()
+    assert [path.name for path in place.folder.iterdir()] == ["step_00000002"]
+    one, other = (read_manifest(path) for path in (at_once, written))
+    assert one is not None
+    assert other is not None
+    # But for an identifier that torch draws for each save.
+    assert {**one.files, ".metadata": None} == {**other.files, ".metadata": None}
+    found, expected = (tensors_and_objects(path) for path in (written, at_once))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_writer_that_never_ends_is_a_save_that_failed(
+    policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemWriter, "write_data", lambda *_: ended.wait(60))
+        begun = begin_save(Destination(tmp_path, keep=1, patience=0.1), *policy, DONE, background=True)
+        assert begun.is_writing
+        with pytest.raises(SaveError, match=r"step_00000001 could not be written \(its writer was not done 0\.1 s"):
+            begun.finish()
+        ended.set()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_no_run_wrote_neither_counts_nor_goes(policy: tuple[Model, Optimizer], tmp_path: Path) -> None:
     for name in ("step_00000001_best", "mine.partial", "step_00000002.partial"):
         (tmp_path / name).mkdir()
@@ -190,15 +255,15 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(
     before = state(*policy)
     learn(*policy, updates=1)
 
-    def interrupted(sharded: Any, folder: str, strategy: Any) -> None:
-        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
-        raise OSError("no space left on device")
+    def interrupted(writer: FileSystemWriter, *_: Any) -> None:
+        (Path(writer.path) / "__0_0.distcp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    whole = dist_checkpointing.save
-    monkeypatch.setattr(dist_checkpointing, "save", interrupted)
-    with pytest.raises(OSError, match="no space left"):
+    whole = FileSystemWriter.write_data
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(SaveError, match=r"step_00000002 could not be written .*No space left"):
         save_checkpoint(tmp_path, *policy, replace(DONE, step=2), keep=1)
-    monkeypatch.setattr(dist_checkpointing, "save", whole)
+    monkeypatch.setattr(FileSystemWriter, "write_data", whole)
     assert newest_checkpoint(tmp_path) == saved
     assert not (tmp_path / "step_00000002.partial").exists(), "a full disk gets its room back"
     (tmp_path / "step_00000002.partial").mkdir()  # as a killed process leaves it
@@ -284,10 +349,16 @@ def test_what_is_stored_is_what_megatrons_own_writer_stores(
     policy: tuple[Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names, shapes, pieces and dtypes as its metadata gives them, and the bytes of every object and tensor."""
+    begin, theirs = writing.begin_state, tmp_path / "theirs"
+    theirs.mkdir()
+
+    def both(folder: Path, state: dict[str, Any], *, copied: bool) -> writing.Writing:
+        begun = begin(folder, state, copied=copied)
+        dist_checkpointing.save(state, str(theirs))
+        return begun
+
+    monkeypatch.setattr(writing, "begin_state", both)
     ours = save_checkpoint(tmp_path / "ours", *policy, DONE, keep=1)
-    whole = dist_checkpointing.save
-    monkeypatch.setattr(dist_checkpointing, "save", lambda state, folder, strategy: whole(state, folder))
-    theirs = save_checkpoint(tmp_path / "theirs", *policy, DONE, keep=1)
     one, other = (FileSystemReader(path).read_metadata().state_dict_metadata for path in (ours, theirs))
     assert one == other
     found, expected = (tensors_and_objects(path) for path in (ours, theirs))

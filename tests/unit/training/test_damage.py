@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -184,14 +186,16 @@ def test_what_is_wrong_is_named_all_at_once(place: tuple[Place, Model, Optimizer
     flipped[1000] ^= 4
     (copy / "__0_0.distcp").write_bytes(flipped)
     (copy / ".metadata").unlink()
-    (copy / "notes").mkdir()
+    for harmless in (".DS_Store", "tokenizer.json"):
+        (copy / harmless).write_bytes(b"1")
+    (copy / "__1_0.distcp").touch()
     with pytest.raises(DamagedCheckpoint) as caught:
         load_checkpoint(copy, model, optimizer, OTHER)
     assert str(caught.value).splitlines() == [
         f"{copy}: damaged, and nothing of it was loaded",
         "  .metadata: missing",
         f"  __0_0.distcp: its {len(flipped)} bytes are not those that were written",
-        "  notes: not part of it",
+        "  __1_0.distcp: not part of it",
         f"  run is {RUN} there and {OTHER} here",
     ]
     with pytest.raises(DamagedCheckpoint, match=r"\.metadata: missing"):
@@ -222,6 +226,36 @@ def test_the_one_before_is_taken_where_the_config_allows(
     assert newest_checkpoint(tmp_path) == newest
 
 
+def test_a_damaged_one_that_cannot_be_moved_ends_the_start(
+    place: tuple[Place, Model, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, model, optimizer = place
+    for each in (where.older, where.newest):
+        shutil.copytree(each, tmp_path / each.name)
+    (tmp_path / where.newest.name / "config.json").unlink()
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(DamagedCheckpoint, match=r"config\.json: missing\nIt cannot be moved aside \(Read-only file"):
+        load_newest(tmp_path, model, optimizer, RUN, "previous")
+
+
+def test_a_copy_that_broke_off_is_damaged(place: tuple[Place, Model, Optimizer], tmp_path: Path) -> None:
+    """Whatever it had come to, as `cp -r` goes by the names."""
+    where, model, optimizer = place
+    names = sorted(path.name for path in where.newest.iterdir())
+    for count in range(1, len(names)):
+        copy = tmp_path / where.newest.name
+        copy.mkdir()
+        for name in names[:count]:
+            shutil.copy(where.newest / name, copy / name)
+        with pytest.raises(DamagedCheckpoint):
+            load_checkpoint(copy, model, optimizer, RUN)
+        shutil.rmtree(copy)
+
+
 def test_a_damaged_export_is_named_and_one_without_checksums_is_read(
     place: tuple[Place, Model, Optimizer], tmp_path: Path
 ) -> None:
@@ -237,7 +271,7 @@ def test_a_damaged_export_is_named_and_one_without_checksums_is_read(
         place_of_flip = draw.randrange(len(content))
         content[place_of_flip] ^= 1
         (folder / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"hf: damaged.*\n  {name}"):
+        with pytest.raises(DataError, match=f"hf: damaged.*where you changed it yourself, remove .*\n  {name}"):
             load_hf(model, folder)
         shutil.copy(where.export / name, folder / name)
     shutil.copy(min(folder.glob("*.safetensors")), folder / "model.safetensors")

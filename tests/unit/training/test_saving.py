@@ -7,20 +7,20 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemWriter
 
 from gspo_moe.cli import main
 from gspo_moe.config.checkpoints import newest_checkpoint
 from gspo_moe.errors import RewardError
 from gspo_moe.observability.jsonl import JsonLines
 from gspo_moe.parallel.groups import shut_down
-from gspo_moe.training import checkpoint, loop
+from gspo_moe.training import loop
 from gspo_moe.training.rl import StepResult, rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import save_whole_step
@@ -92,7 +92,8 @@ def test_a_foreseen_error_and_a_signal_save_the_last_whole_step(
         "command goes on from there"
     )
     monkeypatch.setattr(loop, "rl_step", is_signalled_in_3)
-    assert main(command) == 128 + signal.SIGTERM
+    behind = "checkpoint={interval: 1, background: true, export_hf: false}"
+    assert main([*command, behind]) == 128 + signal.SIGTERM
     saved = [path.name for path in sorted((run / "checkpoints").iterdir())]
     # The signal ends the third step before it samples.
     assert saved == ["step_00000001", "step_00000002"]
@@ -190,33 +191,40 @@ def test_without_checkpoints_a_run_ends_whole_and_is_not_gone_on_with(
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_whole_checkpoint(
     broken: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where it fills up at the second step, as the kernel and the checkpoint's writing processes report it."""
-    written, whole = JsonLines.append, checkpoint.dist_checkpointing.save
+    """Where it fills up at the second step, which is the last."""
+    flushed, whole = JsonLines.flush, FileSystemWriter.write_data
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def append(lines: JsonLines, record: Mapping[str, Any]) -> None:
-        if record["step"] == 2:
+    def flush(lines: JsonLines) -> None:
+        if any(b'"step": 2' in line for line in lines._waiting):
             raise full
-        written(lines, record)
+        flushed(lines)
 
-    def save(state: Any, folder: str, strategy: Any) -> None:
-        if "step_00000002" in folder:
-            (Path(folder) / "torn").write_bytes(b"1")
-            raise RuntimeError(f"Worker failure: {full}")
-        whole(state, folder, strategy)
+    def write_data(writer: FileSystemWriter, *plan: Any) -> Any:
+        if "step_00000002" in str(writer.path):
+            (Path(writer.path) / "torn").write_bytes(b"1")
+            raise full
+        return whole(writer, *plan)
 
     if broken == "metrics":
-        monkeypatch.setattr(JsonLines, "append", append)
+        monkeypatch.setattr(JsonLines, "flush", flush)
     else:
-        monkeypatch.setattr(checkpoint.dist_checkpointing, "save", save)
+        monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
     try:
         assert main([*command, "checkpoint.interval=1", "schedule.steps=2"]) == 2
     finally:
         shut_down()  # the process would have ended
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.startswith("gspo-moe: OutputError: No space left on device; make room and start the same command again")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "lines could not be written" not in line]
+    saved, rescued = tmp_path / "run" / "checkpoints", tmp_path / "run.rescued" / "step_00000002"
+    where = "what the run has logged" if broken == "metrics" else f"{saved / rescued.name}"
+    why = f"gspo-moe: OutputError: {where} could not be written ([Errno 28] No space left on device). "
+    if broken == "metrics":
+        assert told == [
+            f"{why}{rescued} holds its last whole step: move that to {saved} and start the same command to go on"
+        ]
+    else:
+        assert told == [f"{why}Nor is it saved elsewhere: {rescued} could not be written ([Errno 28] {full.strerror})"]
+    assert [path.name for path in saved.iterdir()] == ["step_00000001"]
 
 
 def test_a_check_says_what_a_run_needs_and_starts_nothing(
