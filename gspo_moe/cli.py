@@ -23,6 +23,7 @@ from gspo_moe.last_words import (
     wait_for_another_ranks_cause,
 )
 from gspo_moe.packages import as_user_error, require
+from gspo_moe.scoring.parity_command import add_parity
 from gspo_moe.watching.command import add_compare
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
     add_compare(commands)
+    add_parity(commands)
     command = commands.add_parser("doctor", help="what was found on this machine; of a config, what its policy reads")
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="shows its first prompt, template, reward")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
