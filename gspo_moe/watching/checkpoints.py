@@ -62,6 +62,8 @@ def load_config(folder: Path) -> Any:
     """transformers' config of a folder. Raises DataError where there is none that it reads."""
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():  # else transformers would look for such a name on the network
+        raise DataError(f"{folder} has no config.json; give a Hugging Face model's folder")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
