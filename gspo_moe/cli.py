@@ -26,6 +26,8 @@ from gspo_moe.orphans import end_with_launcher
 from gspo_moe.packages import as_user_error, require
 from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.replay.command import add_replay
+from gspo_moe.scoring.parity_command import add_parity
+from gspo_moe.watching.command import add_compare
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
@@ -154,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
     command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
     command.set_defaults(run=_report)
+    add_compare(commands)
+    add_parity(commands)
     command = commands.add_parser("doctor", help="what was found on this machine; of a config, what its policy reads")
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="shows its first prompt, template, reward")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")

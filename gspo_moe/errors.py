@@ -103,5 +103,11 @@ class KernelError(GspoMoeError, RuntimeError):
     """A kernel that is missing, was built for another machine, or got arguments it cannot take."""
 
 
+class ParityError(GspoMoeError, RuntimeError):
+    """Layouts or precisions in which one model gave other numbers than allowed, or none."""
+
+    exit_code = 1
+
+
 class StudyError(GspoMoeError, RuntimeError):
     """A study of which some runs failed; the others are finished and summarised."""

@@ -96,8 +96,8 @@ def _is_there(module: str) -> bool:
 def _refusal(package: Package) -> str:
     needs = f"which {package.purpose} needs" if package.purpose else "which training needs"
     return (
-        f"{package.distribution} is not installed, {needs}; run `pip install {package.distribution}`, or bash "
-        "launch/install.sh for all packages (`gspo-moe doctor` lists what is missing)"
+        f"{package.distribution} is not installed, {needs}; run `pip install {package.distribution}`, or for all "
+        "packages `pip install 'gspo_moe[train]'` or bash launch/install.sh (`gspo-moe doctor` lists what is missing)"
     )
 
 

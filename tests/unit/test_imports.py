@@ -12,7 +12,7 @@ FLOORS = (
     {"cli"},
     {"study", "report", "replay"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "watching"},
     {"rollout", "scoring"},
     {"model", "routing"},
     {"parallel"},

@@ -1,0 +1,161 @@
+"""A Qwen3 MoE checkpoint run with one layer's weights in memory, over hidden states of all texts.
+
+Several passes share the layers that are read: a model's own routes, and the same with others held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from gspo_moe.errors import DataError
+from gspo_moe.watching.snapshot import Snapshot, join
+from gspo_moe.watching.texts import Batch
+from gspo_moe.watching.watcher import Watcher, next_log_probs
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Tensors:
+    """The tensors of a folder's safetensors files by their names, read when asked for."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
+        self._folder, self._dtype, self._device = folder, dtype, device
+        self._file_of: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                self._file_of |= dict.fromkeys(opened.keys(), file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> torch.Tensor:
+        """Raises DataError where it is not there."""
+        if name not in self._file_of:
+            raise DataError(f"{self._folder} has no tensor {name}; give a whole Qwen3 MoE checkpoint in safetensors")
+        with safe_open(self._file_of[name], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor.to(self._device, self._dtype)
+
+    def below(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All whose names start with `prefix`, which they lose."""
+        found: dict[str, torch.Tensor] = {}
+        names = [name for name in self._file_of if name.startswith(prefix)]
+        for file in dict.fromkeys(self._file_of[name] for name in names):
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    if self._file_of[name] == file:
+                        found[name.removeprefix(prefix)] = opened.get_tensor(name).to(self._device, self._dtype)
+        return found
+
+
+@dataclass
+class _Pass:
+    """One batch on its way through the layers, with the routes that are held in it."""
+
+    batch: Batch
+    hidden: torch.Tensor
+    held_TLK: torch.Tensor | None
+    layers: list[Snapshot]
+
+
+def stream(
+    folder: Path, config: Any, batches: Sequence[Batch], held: Snapshot | None, dtype: torch.dtype, device: str
+) -> tuple[Snapshot, Snapshot | None]:
+    """Snapshots of all batches, joined: with the model's own routes, and with `held` ones where they are given.
+
+    held: of the same batches, as this function gives them. Raises DataError for a folder that lacks a tensor.
+    """
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
+
+    tensors = Tensors(folder, dtype, device)
+    embedding = tensors.get("model.embed_tokens.weight")
+    tied = embedding if "lm_head.weight" not in tensors else None
+    passes = [_Pass(batch, embedding[batch.input_ids].cpu(), None, []) for batch in batches]
+    if held is not None:
+        parts = held.routes_TLK.split([batch.input_ids.numel() for batch in batches])
+        passes += [replace(one, held_TLK=part, layers=[]) for one, part in zip(passes, parts, strict=True)]
+    del embedding
+    with torch.device("meta"):
+        empty = qwen3.Qwen3MoeForCausalLM(config).eval()
+    rotary = qwen3.Qwen3MoeRotaryEmbedding(config=empty.config).to(device)
+    with torch.no_grad():
+        number = 0
+        for index, layer in enumerate(empty.model.layers):
+            _fill(layer, index, config.num_experts, tensors)
+            watcher = Watcher(layer) if isinstance(layer.mlp, qwen3.Qwen3MoeSparseMoeBlock) else None
+            for one in passes:
+                found = _advance(qwen3, empty.config, layer, watcher, one, rotary, number)
+                one.layers += [] if found is None else [_named(found, f"model.layers.{index}.")]
+            number += watcher is not None
+            layer.to("meta")
+        empty.model.norm.load_state_dict({"weight": tensors.get("model.norm.weight")}, assign=True)
+        head = tensors.get("lm_head.weight") if tied is None else tied
+        ends = [_end(empty.model.norm, head, one) for one in passes]
+    return join(ends[: len(batches)]), None if held is None else join(ends[len(batches) :])
+
+
+def _fill(layer: torch.nn.Module, index: int, num_experts: int, tensors: Tensors) -> None:
+    found = tensors.below(f"model.layers.{index}.")
+    if "mlp.experts.0.gate_proj.weight" in found:  # one by one, as published
+        experts = [
+            [found.pop(f"mlp.experts.{expert}.{part}.weight") for part in PROJECTIONS] for expert in range(num_experts)
+        ]
+        found["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in experts])
+        found["mlp.experts.down_proj"] = torch.stack([parts[2] for parts in experts])
+    missing = layer.load_state_dict(found, strict=False, assign=True).missing_keys
+    if missing:
+        raise DataError(f"layer {index} lacks {', '.join(missing)}; give a whole Qwen3 MoE checkpoint in safetensors")
+
+
+def _advance(
+    qwen3: Any, config: Any, layer: Any, watcher: Watcher | None, one: _Pass, rotary: Any, number: int
+) -> Snapshot | None:
+    """One batch through one layer, of which `number` MoE layers come before; None of a dense one."""
+    attention = one.batch.attention_mask
+    hidden = one.hidden.to(attention.device)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    make_mask = qwen3.create_causal_mask if config.sliding_window is None else qwen3.create_sliding_window_causal_mask
+    causal = make_mask(
+        config=config, inputs_embeds=hidden, attention_mask=attention, past_key_values=None, position_ids=positions
+    )
+    given = {"attention_mask": causal, "position_ids": positions, "position_embeddings": rotary(hidden, positions)}
+    if watcher is None:
+        one.hidden = layer(hidden, **given).cpu()
+        return None
+    held = None if one.held_TLK is None else one.held_TLK[:, number : number + 1]
+    with watcher.capture(attention, one.batch.response_mask, routes=held) as captured:
+        one.hidden = layer(hidden, **given).cpu()
+    return captured.snapshot()
+
+
+def _named(found: Snapshot, prefix: str) -> Snapshot:
+    return replace(found, layers=tuple(prefix + name for name in found.layers))
+
+
+def _end(norm: torch.nn.Module, head: torch.Tensor, one: _Pass) -> Snapshot:
+    """All layers' snapshots as one, with log-probs."""
+    rows = zip(one.hidden, one.batch.input_ids, strict=True)
+    log_probs = [next_log_probs((norm(row.to(head.device)) @ head.T)[None], ids[None]) for row, ids in rows]
+    return replace(
+        _stack(one.layers), log_probs_T=torch.cat(log_probs), token_ids_T=one.batch.input_ids.flatten().cpu()
+    )
+
+
+def _stack(layers: Sequence[Snapshot]) -> Snapshot:
+    """One snapshot of the layers' own."""
+    scores = [one.log_scores_MLE for one in layers if one.log_scores_MLE is not None]
+    margins = [one.margin_ML for one in layers if one.margin_ML is not None]
+    assert len(scores) == len(margins) == len(layers), "Qwen3's gate is known"
+    return replace(
+        layers[0],
+        routes_TLK=torch.cat([one.routes_TLK for one in layers], dim=1),
+        layers=tuple(name for one in layers for name in one.layers),
+        log_scores_MLE=torch.cat(scores, dim=1),
+        margin_ML=torch.cat(margins, dim=1),
+    )

@@ -1,0 +1,142 @@
+"""`gspo-moe compare`: what it prints and writes of two folders, and that streaming changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import gspo_moe
+from gspo_moe.cli import main
+from gspo_moe.errors import ConfigError, DataError
+from gspo_moe.watching import checkpoints, compare
+from gspo_moe.watching.checkpoints import choose_source, compare_sources, snapshots
+from gspo_moe.watching.texts import Row, batches, read_rows
+from tests.families import tiny
+
+ROWS = [Row((5, 9, 11, 4, 30, 7, 22), 2), Row((8, 3, 44)), Row((60, 59, 58, 57, 56), 3), Row((12, 12, 13, 14, 15, 16))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small Qwen3 MoE of three layers, one of them dense, and the same one a step further."""
+    root = tmp_path_factory.mktemp("models")
+    model = tiny("Qwen3Moe", num_hidden_layers=3, mlp_only_layers=[1])
+    model.save_pretrained(root / "a")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    model.save_pretrained(root / "b", save_original_format=False)
+    return root / "a", root / "b"
+
+
+def test_layer_by_layer_is_the_whole_model(folders: tuple[Path, Path]) -> None:
+    found = batches(ROWS, 14)
+    assert [len(batch.input_ids) for batch in found] == [2, 2]
+    whole, streamed = ([choose_source(folder, None, "cpu", way) for folder in folders] for way in (False, True))
+    for one, other in zip(whole, streamed, strict=True):
+        held = snapshots(whole[0], found, None)[0]
+        for expected, got in zip(snapshots(one, found, held), snapshots(other, found, held), strict=True):
+            assert expected is not None
+            assert got is not None
+            assert got.layers == expected.layers == ("model.layers.0.mlp.gate", "model.layers.2.mlp.gate")
+            assert torch.equal(got.routes_MLK, expected.routes_MLK)
+            for name in ("log_scores_MLE", "margin_ML"):
+                torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=0)
+            counted = expected.masks.targets_T
+            assert expected.log_probs_T is not None
+            assert got.log_probs_T is not None
+            torch.testing.assert_close(got.log_probs_T[counted], expected.log_probs_T[counted], atol=1e-5, rtol=0)
+    figures, _ = compare_sources(streamed[0], streamed[1], found)
+    assert 0 < figures.to_metrics()["slot_change"] < 1  # type: ignore[operator]
+
+
+def test_the_command_says_what_the_library_finds(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, page, written = tmp_path / "<prompts>.jsonl", tmp_path / "page.html", tmp_path / "figures.json"
+    data.write_text("".join(json.dumps({"token_ids": row.token_ids}) + "\n" for row in ROWS))
+    old, new = map(str, folders)
+    assert main(["compare", old, new, "--data", str(data), "--output", str(page), "--json", str(written)]) == 0
+    models = [checkpoints_model(folder) for folder in folders]
+    batch = batches([Row(row.token_ids) for row in ROWS], 1000)[0]
+    before = gspo_moe.watch(models[0]).snapshot(batch.input_ids, batch.attention_mask)
+    watcher = gspo_moe.watch(models[1])
+    after = watcher.snapshot(batch.input_ids, batch.attention_mask)
+    held = watcher.snapshot(batch.input_ids, batch.attention_mask, routes=before.routes_TLK)
+    expected = compare(before, after, held).to_metrics()
+    figures = json.loads(written.read_text())
+    for name in ("slot_change", "any_layer_flip", "router_shift", "phi_token", "washout", "k3", "slot_change_by_layer"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-4), name
+    shown = capsys.readouterr().out
+    assert f"{100 * figures['slot_change']:.4g}" in shown
+    html = page.read_text()
+    assert f"{100 * figures['slot_change']:.4g}" in html
+    assert "&lt;prompts&gt;.jsonl" in html
+    assert "<script" not in html
+    assert "http" not in html.replace("http-equiv", "")
+
+
+def checkpoints_model(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+def test_a_model_against_itself_in_another_precision_moves(folders: tuple[Path, Path]) -> None:
+    found = batches(ROWS, 100)
+    exact, rounded = (choose_source(folders[0], dtype, "cpu", False) for dtype in (None, "bfloat16"))
+    assert compare_sources(exact, exact, found)[0].to_metrics()["log_prob_change_max"] == 0
+    change = compare_sources(exact, rounded, found)[0].to_metrics()["log_prob_change_abs"]
+    assert 1e-4 < change < 0.5  # type: ignore[operator]
+
+
+def test_what_does_not_fit_is_streamed_or_refused(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "free_memory", lambda device: 1000)
+    assert choose_source(folders[0], None, "cpu", False).streamed
+    tiny("Mixtral").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="only qwen3_moe runs layer by layer, not mixtral"):
+        choose_source(tmp_path, None, "cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"text": 3}', "line 1: the first model's folder has no tokenizer"),
+        ('{"token_ids": [3, 61]}', r"must lie in \[0, 61\)"),
+        ('{"token_ids": [3]}', "fewer than two tokens"),
+        ("[1]", "line 1: not of the form"),
+        ("", "is empty"),
+    ],
+)
+def test_lines_that_cannot_be_measured_are_named(line: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=message):
+        read_rows(file, None, 61, 100)
+
+
+def test_a_response_counts_alone_and_texts_are_cut() -> None:
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [len(word) for word in text.split()]}
+
+        def apply_chat_template(self, messages: list[dict[str, str]], *, tokenize: bool, **_: bool) -> str:
+            return " ".join(f"{one['role']} {one['content']}" for one in messages) + " " * (len(messages) == 1)
+
+    def row(values: object, tmp: Path = Path("/tmp")) -> Row:
+        from gspo_moe.watching.texts import _row
+
+        return _row(json.dumps(values), Words(), "line 1")
+
+    assert row({"text": "a bb"}) == Row((1, 1, 2))
+    assert row({"prompt": "a bb", "response": "ccc dd"}) == Row((1, 1, 2, 3, 2), 3)
+    said = [{"role": "user", "content": "aa"}, {"role": "it", "content": "bbb"}]
+    assert row({"messages": said}) == Row((4, 2, 2, 3), 2)
