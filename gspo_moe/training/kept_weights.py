@@ -6,41 +6,34 @@ import shutil
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
+from gspo_moe.errors import GspoMoeError
 from gspo_moe.files import replace_folder, stage, stage_folder
 from gspo_moe.garbage import uncollected
 from gspo_moe.model.build import Model
 from gspo_moe.model.sharded import check_stored, read_shards, weight_shards
 from gspo_moe.model.verifying import MARK, add_manifest, check_checkpoint
-from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.parallel.stop import WorkError, on_main
 
 
 def keep_weights(folder: Path, model: Model) -> str | None:
     """Writes the model's weights, in place of what lies there; why they cannot be written, in words. Collective."""
     # Here, not above: torch's writer takes a second to import.
-    from gspo_moe.model.writing import InProcessSave
+    from gspo_moe.model.writing import begin_state
 
-    fault = None
-    if model.groups.is_main:
-        try:
-            stage_folder(folder)
-        except OSError as error:
-            fault = str(error)
-    fault = gather_objects(fault)[0]
-    if fault is not None:
-        return str(fault)
     shards = {str(number): shard for number, shard in enumerate(weight_shards(model).values())}
     try:
         with uncollected():
-            dist_checkpointing.save({"weights": shards, MARK: True}, str(stage(folder)), InProcessSave())
-        add_manifest(stage(folder), {})
+            on_main(lambda: stage_folder(folder))
+            writing = begin_state(stage(folder), {"weights": shards, MARK: True}, copied=False)
+            writing.write()
+            add_manifest(stage(folder), {}, writing.finish())
+            on_main(lambda: replace_folder(stage(folder), folder))
+    except (GspoMoeError, OSError, WorkError) as error:
         if model.groups.is_main:
-            replace_folder(stage(folder), folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(stage(folder), ignore_errors=True)
-        fault = str(error)
-    return next((each for each in gather_objects(fault) if each is not None), None)
+            shutil.rmtree(stage(folder), ignore_errors=True)
+        return str(error)
+    return None
 
 
 @torch.no_grad()

@@ -20,7 +20,16 @@ SMALL = (
 
 def test_it_watches_a_run_and_ends_it_with_all_that_it_started(tmp_path: Path) -> None:
     looks = tmp_path / "looks.json"
-    command: list[str | Path] = [sys.executable, ROOT / "tools" / "soak.py", "--steps", "12", "--minutes", "2", "--look", "0.05"]
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "tools" / "soak.py",
+        "--steps",
+        "12",
+        "--minutes",
+        "2",
+        "--look",
+        "0.05",
+    ]
     done = subprocess.run([*command, "--json", looks, *SMALL], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode in (0, 1), "1 where so few steps grow"
     assert done.stderr == ""
