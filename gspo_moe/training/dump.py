@@ -22,7 +22,7 @@ from gspo_moe.types import Microbatch
 
 FOLDER = "skipped"
 MOST = 20  # files a rank keeps: all of a run's may be skipped
-OF_OLD_POLICY = ("old_log_probs_T", "reference_log_probs_T", "replay_TLK")
+OF_OLD_POLICY = ("old_log_probs_T", "reference_log_probs_T", "replay_TLK", "gates_TLK", "held_TL")
 _log = logging.getLogger(__name__)
 
 

@@ -54,7 +54,7 @@ def test_a_sound_step_is_covered_aligned_and_teaches_the_router(
     def watched(*arguments: Any) -> Any:
         result = taken(*arguments)
         weights = [weight for router in routers_of(trainer.session.model.chunks) for weight in router.parameters()]
-        squares = [float(weight.main_grad.double().square().sum()) for weight in weights]  # type: ignore[attr-defined]
+        squares = [float(weight.main_grad.double().square().sum()) for weight in weights]
         norms.append(math.sqrt(sum(squares)))
         return result
 
