@@ -44,6 +44,7 @@ ALGORITHMS = {
     "dppo": (),
     "minirl": (),
     "vespo": (),
+    "luspo": (),
     "gspo-kl": ("algorithm.kl={coeff: 0.04, estimator: k2}",),
     "gspo-mask": ("algorithm.mismatch={correction: mask, level: sequence, low: 0.99, high: 1.01}",),
     "grpo": (),
