@@ -174,7 +174,9 @@ def _check_needs(spec: Algorithm, settings: Settings, counts: Counts, extras: Ex
     if spec.average == "fixed" and not counts.max_response_tokens:
         raise ConfigError(f"{spec.name} divides by max_response_tokens; pass the length limit of generation")
     if settings.dual_clip is not None and not (spec.dual_clip and settings.dual_clip > 1):
-        raise ConfigError(f"dual_clip={settings.dual_clip} of {spec.name}: it is above 1, for losses that `clip` makes")
+        raise ConfigError(
+            f"dual_clip={settings.dual_clip} with {spec.name}: it must be above 1, and is for losses of min and clip"
+        )
     if spec.router_shift and extras.router_shift is None:
         instead = f", or take {spec.instead.removeprefix('algorithm.name=')}" if spec.instead else ""
         raise ConfigError(f"{spec.name} weighs tokens by router_shift; pass one a token{instead}")

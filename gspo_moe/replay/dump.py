@@ -48,6 +48,10 @@ def read_dumps(file: Path) -> list[Dump]:
     return found
 
 
+# What a pack has of its stage's layers, and what a dump has of all.
+REPLAYED = {"replay_TLK": "replay_TAK", "gates_TLK": "gates_TAK", "held_TL": "held_TA"}
+
+
 def _read(file: Path) -> Dump:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -71,18 +75,19 @@ def _pack(dump: Dump, number: int, groups: Groups, layers: list[int]) -> Trainin
     values = {field.name: own[field.name] for field in fields(Microbatch) if field.name in own}
     microbatch = Microbatch(**values, sample_indices=tuple(dump.described.samples[number]))
     on_device = {name: value.to(here) for name, value in own.items()}
-    replayed, routes = on_device.get("replay_TAK"), on_device.get("old_routes_TAK")
+    routes = on_device.get("old_routes_TAK")
     recording = None
     if routes is not None:
         log_probs_TLK = on_device["old_route_log_probs_TAK"][:, layers]
         own_scores = OwnScores(torch.zeros_like(log_probs_TLK[..., 0]), log_probs_TLK)  # whose margin no loss asks for
         recording = Recording(routes[:, layers], own_scores)
     whole = training_pack(microbatch.to(here), groups)
+    replayed = {name: on_device[all_of][:, layers] for name, all_of in REPLAYED.items() if all_of in on_device}
     of_old_policy: dict[str, Any] = {name: on_device.get(name) for name in OF_OLD_POLICY if groups.is_last_stage}
     return replace(
         whole,
         **of_old_policy,
-        replay_TLK=None if replayed is None else replayed[:, layers],
+        **replayed,
         recording=recording,
         estimates=_estimates(on_device) if groups.is_last_stage else None,
     )

@@ -155,6 +155,10 @@ def _routes(one: TrainingPack, layers: StageLayers, shifts: bool) -> dict[str, t
     found = {}
     if one.replay_TLK is not None:
         found["replay_TAK"] = gather_layers(one.replay_TLK, layers)
+    if one.gates_TLK is not None:
+        found["gates_TAK"] = layers.spread(one.gates_TLK)
+    if one.held_TL is not None:
+        found["held_TA"] = layers.spread(one.held_TL.int()).bool()
     if shifts and one.recording is not None and one.recording.own is not None:
         found["old_routes_TAK"] = gather_layers(one.recording.routes_TLK, layers)
         found["old_route_log_probs_TAK"] = layers.spread(one.recording.own.log_probs_TLK)

@@ -19,8 +19,13 @@ def observe(folder: Path, *overrides: str) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.context=2", "algorithm.mini_batches=1", "algorithm.mismatch={correction: tis, level: token}"],
-        ["parallel.context=2", "algorithm.mini_batches=2", "routing.replay=r3", "algorithm.off_policy_mask=1e-3"],
+        [
+            "parallel.context=2",
+            "algorithm.mini_batches=1",
+            "algorithm.mismatch={correction: tis, level: token}",
+            "algorithm.off_policy_mask=1e-3",
+            "routing.replay=r3",
+        ],
         ["parallel.pipeline=2", "algorithm.mini_batches=1", "routing.replay=r2"],
         ["parallel.tensor=2", "algorithm.mini_batches=2", "routing.record=false"],
         ["parallel.expert=2", "algorithm.mini_batches=2", "routing.record=false", "routing.replay=r3"],

@@ -50,7 +50,9 @@ ALGORITHMS = {
     "grpo": (),
     "grpo-tis": ("algorithm.mismatch.correction=tis",),
     "grpo-bounded": (
-        "algorithm={dual_clip: 3, off_policy_mask: 1e-3, kl: {coeff: 0.04, estimator: k3_unbiased}}",
+        "algorithm.dual_clip=3",
+        "algorithm.off_policy_mask=1e-3",
+        "algorithm.kl={coeff: 0.04, estimator: k3_unbiased}",
         "algorithm.mismatch.correction=geo_mask",
     ),
     "grpo-kl": ("algorithm.kl.coeff=0.04",),
