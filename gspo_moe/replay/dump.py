@@ -82,7 +82,9 @@ def _pack(dump: Dump, number: int, groups: Groups, layers: list[int]) -> Trainin
         own_scores = OwnScores(torch.zeros_like(log_probs_TLK[..., 0]), log_probs_TLK)  # whose margin no loss asks for
         recording = Recording(routes[:, layers], own_scores)
     whole = training_pack(microbatch.to(here), groups)
-    replayed = {name: on_device[all_of][:, layers] for name, all_of in REPLAYED.items() if all_of in on_device}
+    replayed: dict[str, Any] = {
+        name: on_device[all_of][:, layers] for name, all_of in REPLAYED.items() if all_of in on_device
+    }
     of_old_policy: dict[str, Any] = {name: on_device.get(name) for name in OF_OLD_POLICY if groups.is_last_stage}
     return replace(
         whole,

@@ -115,7 +115,7 @@ def replay(file: Path, weights: Path | None = None) -> Replayed:
         _figures(described, result),
         result.update.skipped,
         broken_weights,
-        _broken({name: _gradient_of(parameter) for name, parameter in reversed(named.items())}),
+        _broken({name: _gradient_of(one) for name, one in reversed(named.items()) if one.requires_grad}),
         len(set().union(*gather_objects(list(named)))),
         _sequences(model, minibatch, result, settings, recorder),
     )

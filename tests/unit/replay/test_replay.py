@@ -78,11 +78,13 @@ def test_a_broken_weight_is_named_with_all_that_follows_from_it(
     assert told.endswith("reproduced\n")
 
 
+@pytest.mark.parametrize("routes", [("r2",), ("recall", "routing.frozen_router=true", "routing.replay_margin=0.02")])
 def test_an_answer_whose_gradient_overflows_is_named(
-    skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
+    skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str], routes: tuple[str, ...]
 ) -> None:
-    """With what its loss needs of the old policy: replayed routes, and a reference."""
-    dumps = skipped(loud, "routing.replay=r2", "algorithm.kl.coeff=0.1")
+    """With what its loss needs of the old policy: replayed routes and gate weights, and a reference."""
+    replay, *more = routes
+    dumps = skipped(loud, f"routing.replay={replay}", *more, "algorithm.kl.coeff=0.1")
     (file,) = [one for one in dumps if any(5 in group for group in samples_of(one))]
     capsys.readouterr()
     assert main(["replay", str(file)]) == 0
