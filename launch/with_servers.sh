@@ -100,5 +100,6 @@ code=0
 until wait "$trainer_pid"; do
     code=$?
     kill -0 "$trainer_pid" 2>/dev/null || break
+    code=0
 done
 exit "$code"

@@ -58,8 +58,12 @@ class _Held:
         except OSError:  # the folder went away, which those who write there tell of
             return None
         with now:
-            if os.path.sameopenfile(now.fileno(), self.file.fileno()):
-                return None
+            try:
+                if os.path.sameopenfile(now.fileno(), self.file.fileno()):
+                    return None
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # of a file that another host has replaced
+                    return None
             return OutputError(
                 f"{self.name} was taken over by {_holder(now) or 'another process'}, as this one had not been heard of "
                 f"for {LEASE_SECONDS:g} s; it ends, and the other goes on"
@@ -128,11 +132,11 @@ def _lock(file: IO[str], name: str) -> bool | None:
 
 def _holder(file: IO[str]) -> _Holder | None:
     """None before one has written its name, and after its end."""
-    file.seek(0)
     try:
+        file.seek(0)
         found = json.loads(file.read())
         return _Holder(int(found["pid"]), str(found["host"]), str(found["since"]))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -151,9 +155,10 @@ def _outlives_its_lease(path: Path, holder: _Holder, name: str) -> bool:
     beat = path.stat().st_mtime
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".gspo_moe_") as now:
         age = os.fstat(now.fileno()).st_mtime - beat
-    end = time.monotonic() + LEASE_SECONDS - age
-    if age < LEASE_SECONDS:
-        _log.warning("%s is held by %s; seeing for up to %.0f s whether it lives", name, holder, LEASE_SECONDS - age)
+    # Always some: the file server may have stood still itself, or hosts' clocks differ where they set the times.
+    left = min(max(LEASE_SECONDS - age, 3 * BEAT_SECONDS), LEASE_SECONDS)
+    end = time.monotonic() + left
+    _log.warning("%s is held by %s; seeing for up to %.0f s whether it lives", name, holder, left)
     while time.monotonic() < end:
         time.sleep(LOOK_SECONDS)
         with contextlib.suppress(FileNotFoundError), path.open() as file:  # opening asks the server
@@ -188,8 +193,10 @@ def _beat() -> None:
         for held in list(_held.values()):
             fault = held.fault()
             if fault is not None:  # it stood still, and what it writes now would mix with the other's
-                complain(fault)
-                os._exit(fault.exit_code)
+                try:
+                    complain(fault)
+                finally:
+                    os._exit(fault.exit_code)
             with contextlib.suppress(OSError):
                 os.utime(held.file.fileno())
 

@@ -6,6 +6,7 @@ Each process reads its share of the files' blocks, so that a file is read once, 
 from __future__ import annotations
 
 import logging
+import os
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +52,10 @@ def add_manifest(folder: Path, about: Mapping[str, Any], written: Mapping[str, F
         if cut:
             raise OSError(f"{cut[0]} is not as long as what was written")
         unknown = {name: size for name, size in sizes.items() if name not in files}
-        rank, readers = dist.get_rank(), [one for one, there in enumerate(gather_objects(folder.is_dir())) if there]
+        rank, readers = (
+            dist.get_rank(),
+            [one for one, there in enumerate(gather_objects(os.path.isdir(folder))) if there],
+        )
         mine = share(parts(unknown), readers.index(rank), len(readers)) if rank in readers else []
         found = gather_objects(together(lambda: measured(folder, mine)))
         files |= assembled(unknown, ChainMap(*found))

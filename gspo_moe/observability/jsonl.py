@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -62,8 +63,8 @@ class JsonLines:
         """Whether something else, or nothing, stands where the file was."""
         try:
             return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            return True
+        except OSError as error:  # others pass, or a save meets them
+            return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -30,10 +30,12 @@ class Timers:
         self.entered += 1
         self._synchronize()
         start = time.perf_counter()
-        yield
-        self._synchronize()
-        self._seconds[name] += time.perf_counter() - start
-        self.phase = outer
+        try:
+            yield
+            self._synchronize()
+            self._seconds[name] += time.perf_counter() - start
+        finally:
+            self.phase = outer
 
     def take(self) -> dict[str, float]:
         """`timing/<phase>_seconds` of every phase since the last call, and starts over."""

@@ -26,7 +26,7 @@ from gspo_moe.observability.timers import Timers
 
 TICK_SECONDS = 0.2
 BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0
+SILENT_SECONDS = 180.0  # a disk or a file server may stand still for a minute
 BEATS_TO_SEE = 2.5  # from one note of a rank to the next, with some room
 SHOWN_FRAMES, SHOWN_RANKS = 5, 3
 # A rank waits for others in these; anywhere else it is busy, on a GPU with work that may wait for others itself.
@@ -170,19 +170,29 @@ class Heartbeat:
         return self._folder / f"rank_{rank}.json"
 
     def _look(self, now: float) -> None:
-        """Ends the process where another one has been silent while this one stood at one place."""
+        """Ends the process where another one has been silent while this one stood at one place.
+
+        The first rank and the last look, of which one at least is not the silent one.
+        """
+        if self._rank not in (0, len(self._others)):
+            return
         if now - self._since < 2 * self._beat_seconds:
             self._seen.clear()
             return
-        for rank, note in self._read_others().items():
-            if rank not in self._seen or note != self._seen[rank][0]:
-                self._seen[rank] = (note, now)
+        before = self._seen
+        # What cannot be read, as on a full disk, is no silence.
+        self._seen = {
+            rank: before[rank] if rank in before and note == before[rank][0] else (note, now)
+            for rank, note in self._read_others().items()
+        }
         late = [rank for rank, (note, since) in self._seen.items() if now - since >= self._limit and not note.ended]
         if late and now - self._since >= self._limit:
             notes = {rank: note for rank, (note, _) in self._seen.items()}
             error = RankError(describe(notes, late, (self._step(), self._timers.entered)))
-            complain(error)
-            os._exit(error.exit_code)
+            try:
+                complain(error)
+            finally:
+                os._exit(error.exit_code)
 
 
 def describe(notes: Mapping[int, Note], silent: Iterable[int], here: tuple[int, int]) -> str:

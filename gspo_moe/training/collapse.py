@@ -6,13 +6,12 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from gspo_moe.config.checkpoints import checkpoint_name, checkpoints, set_aside
 from gspo_moe.config.continuing import METRICS_FILE
 from gspo_moe.errors import CollapseError
 from gspo_moe.observability.jsonl import read_json_lines
 from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.parallel.stop import on_main, together
 from gspo_moe.training.guard import Collapse
 from gspo_moe.training.resuming import go_on
 from gspo_moe.training.roll_backs import RollBack, write_roll_backs
@@ -49,7 +48,7 @@ def remember(trainer: Trainer) -> None:
 
 def act(trainer: Trainer, log: RunLog, found: Collapse) -> None:
     """Takes the run back, or raises CollapseError, on every rank. Collective."""
-    options, before = trainer.session.config.guard, _sound_checkpoint(trainer, found)
+    options, before = trainer.session.config.guard, on_main(lambda: _sound_checkpoint(trainer, found))
     if options.action == "stop":
         raise _end(found, before, "guard.action=stop ends the run")
     if len(trainer.roll_backs) >= options.roll_backs:
@@ -60,8 +59,8 @@ def act(trainer: Trainer, log: RunLog, found: Collapse) -> None:
 
 
 def _sound_checkpoint(trainer: Trainer, found: Collapse) -> Path | None:
-    """The newest from before the figure left its bounds."""
-    sound = [one for one in checkpoints(trainer.checkpoints) if one.name < checkpoint_name(found.first)]
+    """The newest from before the weights that the first bad step's answers came from."""
+    sound = [one for one in checkpoints(trainer.checkpoints) if one.name < checkpoint_name(found.first - 1)]
     return sound[-1] if sound else None
 
 
@@ -74,9 +73,10 @@ def _end(found: Collapse, before: Path | None, why: str) -> CollapseError:
 
 def _roll_back(trainer: Trainer, log: RunLog, found: Collapse, before: Path) -> None:
     folder, options, number = trainer.session.run_path, trainer.session.config.guard, len(trainer.roll_backs) + 1
-    done = RollBack(int(before.name.removeprefix("step_")), found.last, trainer.progress.prompt_position, found.words)
-    dist.barrier()  # every rank knows which checkpoints there are
-    if trainer.session.groups.is_main:
+    place, step = trainer.progress.prompts, int(before.name.removeprefix("step_"))
+    done = RollBack(step, found.last, place.next, found.words, place.pending)
+
+    def set_back() -> None:
         for later in checkpoints(trainer.checkpoints):
             if later.name > before.name:
                 set_aside(later, "collapsed")
@@ -91,8 +91,9 @@ def _roll_back(trainer: Trainer, log: RunLog, found: Collapse, before: Path) -> 
             number,
             options.roll_backs,
         )
-    dist.barrier()
+
+    on_main(set_back)
     trainer.forget_prompts()
     trainer.guard.forget()
     go_on(trainer)
-    log.go_back(trainer.progress.step)
+    together(lambda: log.go_back(trainer.progress.step))

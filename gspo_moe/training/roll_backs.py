@@ -21,12 +21,16 @@ FILE = "roll_backs.json"
 
 @dataclass(frozen=True)
 class RollBack:
-    """From step `found` to the checkpoint of step `step`, for `reason`. prompt_position: the first place not used."""
+    """From step `found` to the checkpoint of step `step`, for `reason`.
+
+    prompt_position, prompts_pending: `Progress`'s at step `found`.
+    """
 
     step: int
     found: int
     prompt_position: int
     reason: str
+    prompts_pending: tuple[int, ...] = ()
 
 
 def read_roll_backs(folder: Path) -> list[RollBack]:
@@ -35,7 +39,8 @@ def read_roll_backs(folder: Path) -> list[RollBack]:
     if not file.exists():
         return []
     try:
-        return [RollBack(**one) for one in read_object(file)["roll_backs"]]
+        found = [RollBack(**one) for one in read_object(file)["roll_backs"]]
+        return [replace(one, prompts_pending=tuple(one.prompts_pending)) for one in found]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is damaged ({error}); put an undamaged copy there, or remove it") from None
 
@@ -48,4 +53,5 @@ def after(found: Sequence[RollBack], progress: Progress) -> Progress:
     """Where a checkpoint's run goes on: one from before the last roll-back has its prompts behind it."""
     if not found or progress.prompt_position >= found[-1].prompt_position:
         return progress
-    return replace(progress, prompt_position=found[-1].prompt_position, prompts_pending=())
+    last = found[-1]
+    return replace(progress, prompt_position=last.prompt_position, prompts_pending=last.prompts_pending)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def finish_saving(trainer: Trainer, log: RunLog) -> None:
     begun, trainer.saving = trainer.saving, None
     if begun is not None:
         _try(trainer, log, begun.finish)
+        trainer.given_up = begun if begun.is_writing else None
 
 
 def save_last(trainer: Trainer, log: RunLog) -> None:
@@ -113,6 +115,8 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
 
 def _begin(trainer: Trainer, log: RunLog, *, background: bool = False) -> BegunSave:
     """Raises SaveError, also where what the run has logged cannot be written: a run that goes on would lack it."""
+    if largest(trainer.given_up is not None and trainer.given_up.is_writing):
+        raise SaveError("no checkpoint could be written: the writer of one before, which was given up, is still at it")
     _flush(log)
     session, config = trainer.session, trainer.session.config.checkpoint
     try:
@@ -121,7 +125,7 @@ def _begin(trainer: Trainer, log: RunLog, *, background: bool = False) -> BegunS
         raise SaveError(f"no checkpoint could be written ({error})") from error
     # Half of what ranks wait for each other: those whose writers are done wait meanwhile.
     patience = 30 * session.config.parallel.timeout_minutes
-    keep = config.keep + _since_bad(trainer)
+    keep = config.keep + on_main(lambda: _since_bad(trainer))
     place = Destination(trainer.checkpoints, keep, config.keep_every, session.plan.tokenizer, run, patience)
     return begin_save(place, session.model, trainer.optimizer, trainer.progress, background=background)
 
@@ -156,7 +160,8 @@ def _ended(trainer: Trainer, why: str) -> OutputError:
 def _rescue(trainer: Trainer) -> str:
     """Saves the last whole step in another place than the run's folder; what came of it, in words. Collective."""
     path, asked = trainer.session.run_path, trainer.session.config.checkpoint.rescue
-    folder = Path(asked) if asked is not None else path.with_name(f"{path.name}.rescued")
+    named = f"{path.name}-{zlib.crc32(str(path.absolute()).encode()):08x}"  # runs may share the folder
+    folder = Path(asked) / named if asked is not None else path.with_name(f"{path.name}.rescued")
     if not trainer.session.config.checkpoint.keep:
         return "Nothing is saved, as checkpoint.keep=0 asks"
     if not trainer.progress.step:
@@ -179,7 +184,7 @@ def _since_bad(trainer: Trainer) -> int:
     first = trainer.guard.first_bad
     if first is None:
         return 0
-    return 1 + sum(one.name >= checkpoint_name(first) for one in checkpoints(trainer.checkpoints))
+    return 1 + sum(one.name >= checkpoint_name(first - 1) for one in checkpoints(trainer.checkpoints))
 
 
 def _check(trainer: Trainer) -> None:

@@ -214,7 +214,8 @@ class Trainer:
     probe_packs: this rank's packs of the probe set, once the first probe has fixed it.
     roll_backs: how the run was taken back so far.
     dumped_weights: where weights were kept last for a skipped mini-batch, behind the steps that Adam had taken.
-    saving: the checkpoint that is being written. failed_saves: since this start.
+    saving: the checkpoint that is being written. given_up: one whose writer took too long, and may go on.
+    failed_saves: since this start.
     """
 
     session: Session
@@ -226,6 +227,7 @@ class Trainer:
     roll_backs: tuple[RollBack, ...] = ()
     dumped_weights: tuple[int, str] | None = None
     saving: BegunSave | None = None
+    given_up: BegunSave | None = None
     failed_saves: int = 0
 
     @cached_property

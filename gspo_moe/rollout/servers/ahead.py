@@ -189,7 +189,7 @@ class ServerSource:
     def close(self) -> None:
         """Gives everything up."""
         with self._change:
-            uids = [*self._open]
+            uids = [*self._open, *(one.prompt.uid for one in self._whole)]
         self.give_up(uids)
 
 
