@@ -68,6 +68,9 @@ trap stop EXIT
 set -m # each server leads a group of its own, which ends with all that it started
 for ((number = 0; number < count; number++)); do
     port=$((option[port] + number))
+    if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        fail "something listens on port $port already; end it, or give another --port"
+    fi
     command_of "$number" "$port"
     env "${around[@]}" "${serve[@]}" >"$logs/server_$number.log" 2>&1 </dev/null &
     pids+=($!)

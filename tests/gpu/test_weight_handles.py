@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import multiprocessing
 import pickle
+import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from gspo_moe.model.names import Entry
@@ -80,7 +83,7 @@ def opened(handles: dict[str, Any]) -> torch.Tensor:
     return found
 
 
-def receive(requests: Any, answers: Any) -> None:
+def receive(rank: int, requests: Any, answers: Any) -> None:
     """A server's worker, in a process of its own: opens the buffer once an update, and copies each bucket out of it."""
     torch.cuda.set_device(GPU)
     buffer: torch.Tensor | None = None
@@ -105,14 +108,32 @@ def receive(requests: Any, answers: Any) -> None:
 def publish(folder: Path, of_a_model: bool) -> None:
     context = multiprocessing.get_context("spawn")
     requests, answers = context.Queue(), context.Queue()
-    process = context.Process(target=receive, args=(requests, answers), daemon=True)
-    process.start()
+    reader = mp.start_processes(receive, (requests, answers), nprocs=1, join=False, start_method="spawn")
 
     def handle(number: int, post: Post) -> Any:
         path = str(folder / post.body["weight_version"]) if post.path == "/finish_weight_update" and post.body else ""
         requests.put((post.path, {"weight_version": path} if path else post.body))
-        assert answers.get(timeout=120) == post.path
+        assert answer(reader, answers) == post.path
 
+    try:
+        send(handle, of_a_model)
+        requests.put(None)
+        assert reader.join(timeout=60)
+    finally:
+        reader.processes[0].kill()  # which may be stuck in the driver
+
+
+def answer(reader: Any, answers: Any) -> str:
+    """The reader's next; raises what it raised."""
+    for _ in range(60):
+        with contextlib.suppress(queue.Empty):
+            said: str = answers.get(timeout=1)
+            return said
+        reader.join(timeout=0)
+    raise TimeoutError("the reader neither answers nor ends")
+
+
+def send(handle: Callable[[int, Post], Any], of_a_model: bool) -> None:
     sink = IpcSink(Servers(handle), PlainDialect(), NoProbe(), BUCKET_BYTES)  # type: ignore[arg-type]
     if of_a_model:
         with built(SIZES, layout(), Tensors(weights()), settings("bf16", "local")) as model:
@@ -124,9 +145,6 @@ def publish(folder: Path, of_a_model: bool) -> None:
             place = device().torch_device
             sink.publish(Held(held_tensors(version, place), place), version)  # type: ignore[arg-type]
         shut_down()
-    requests.put(None)
-    process.join(60)
-    assert process.exitcode == 0
 
 
 def check(folder: Path, version: int, expected: dict[str, torch.Tensor]) -> None:
@@ -143,11 +161,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_another_process_reads_every_bit_of_every_bucket(tmp_path: Path) -> None:
-    launch(publish, 1, tmp_path, False)
+    launch(publish, 1, tmp_path, False, seconds=100)
     for version in (1, 2, 3):
         check(tmp_path, version, held_tensors(version, torch.device("cpu")))
 
 
 def test_a_models_weights_reach_another_process(tmp_path: Path) -> None:
-    launch(publish, 1, tmp_path, True)
+    launch(publish, 1, tmp_path, True, seconds=100)
     check(tmp_path, 1, {name: tensor.bfloat16() for name, tensor in weights().items()})

@@ -8,9 +8,11 @@ takes an exported one back only where it was opened as often as it was exported,
 from __future__ import annotations
 
 import base64
+import contextlib
+import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,10 +99,25 @@ class IpcSink:
         """A buffer of at least so many bytes, and everyone's handles of it. Collective."""
         if self._buffer.numel() >= size:
             return
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        with _memory_to_share():
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self._handles = {}
         for exported in gather_objects(self._export(self._buffer)):
             self._handles |= exported
+
+
+@contextlib.contextmanager
+def _memory_to_share() -> Iterator[None]:
+    """What is allocated here lies in no expandable segment, which opens only where a process may look into this one."""
+    settings = f"{os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')},{os.environ.get('PYTORCH_ALLOC_CONF', '')}"
+    if "expandable_segments:true" not in settings.lower().replace(" ", ""):
+        yield
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def _heads(run: Sequence[Joined]) -> list[TensorHead]:
