@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,12 @@ class SummedFile(io.FileIO):
             self._size += len(piece)
             view = view[len(piece) :]
         return written
+
+    def close(self) -> None:
+        """Once all is on disk: what a writer syncs itself lacks what a buffer before this file still held."""
+        if not self.closed:
+            os.fsync(self.fileno())
+        super().close()
 
     @property
     def sums(self) -> FileSums:

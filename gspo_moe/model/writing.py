@@ -154,8 +154,6 @@ class _SummedFiles(FileSystem):
         with SummedFile(Path(path)) as file:
             with io.BufferedWriter(file, _BUFFER) as stream:
                 yield stream
-                stream.flush()  # torch's own fsync is of what was flushed before
-                os.fsync(file.fileno())
             self.sums[Path(path).name] = file.sums
 
 

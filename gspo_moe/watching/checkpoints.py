@@ -65,7 +65,7 @@ def load_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():  # else transformers would look for such a name on the network
         raise DataError(f"{folder} has no config.json; give a Hugging Face model's folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder} is no model's folder that transformers reads ({str(error).splitlines()[0]})"
@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

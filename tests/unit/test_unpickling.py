@@ -24,6 +24,7 @@ MAY = {
     ("model/reading.py", "dist_checkpointing.load"),  # under its guard
     ("model/reading.py", "dist_checkpointing.load_common_state_dict"),
     ("model/reading.py", "dist_checkpointing.load_tensors_metadata"),
+    ("watching/checkpoints.py", "AutoTokenizer.from_pretrained"),  # which is told to run none
     ("tasks/worker.py", "pickle.loads"),  # a config and work, from a process to its own workers
     ("tasks/sandbox/inside.py", "exec"),  # what runs in the sandbox
     ("tasks/sandbox/inside.py", "eval"),

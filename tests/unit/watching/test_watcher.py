@@ -233,7 +233,9 @@ import gspo_moe.cli
 from gspo_moe.watching import compare, join
 gspo_moe.cli._parser()
 trainer = {"training", "model", "config", "platform", "parallel", "kernels"}
-print(sorted(name for name in sys.modules if name.startswith("gspo_moe.") and name.split(".")[1] in trainer))
+light = {"gspo_moe.parallel", "gspo_moe.parallel.signals"}  # of the command line, from the standard library alone
+found = {name for name in sys.modules if name.startswith("gspo_moe.") and name.split(".")[1] in trainer}
+print(sorted(found - light))
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
