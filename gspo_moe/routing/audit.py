@@ -144,7 +144,7 @@ def wrong_runs(pack: Microbatch, shared_TL: torch.Tensor, sums: ReplaySums, laye
     """The pack's runs whose routes are not their tokens', in its order. Collective over the pipeline.
 
     shared_TL: `overlap_TL` of replayed and live routes, which ran at equal weights. sums: over all ranks, on the host.
-    Waits for the device once where there is none.
+    They alone are fetched from the device.
     """
     judged = sums.judged()
     if not judged:
@@ -156,9 +156,8 @@ def wrong_runs(pack: Microbatch, shared_TL: torch.Tensor, sums: ReplaySums, laye
     run_T = starts_T.long().cumsum(0) - 1
     # As many rows as tokens: only the device knows how many runs there are.
     shared_RL = torch.zeros_like(shared_TL).index_add(0, run_T, shared_TL)
-    slots_R = (
-        torch.zeros_like(run_T).index_add(0, run_T, torch.ones_like(run_T)) * layers.architecture.num_experts_per_tok
-    )
+    topk = layers.architecture.num_experts_per_tok
+    slots_R = torch.zeros_like(run_T).index_add(0, run_T, torch.full_like(run_T, topk))
     agreement_R = layers.spread(shared_RL)[:, judged].amax(dim=1).double() / slots_R
     wrong = ((slots_R * len(judged) >= FEWEST_SLOTS) & (agreement_R < least)).nonzero()[:, 0].tolist()
     if not wrong:
