@@ -182,6 +182,10 @@ def _check_needs(spec: Algorithm, settings: Settings, counts: Counts, extras: Ex
         raise ConfigError(f"{spec.name} weighs tokens by router_shift; pass one a token{instead}")
     if spec.terms == "sequence" and extras.correction is not None and extras.correction.level == "token":
         raise ConfigError(f"{spec.name} has one term a sequence and no place for token weights; correct by sequence")
+    if spec.whole_ratio and extras.correction is not None:
+        raise ConfigError(
+            f"{spec.name} takes the whole ratio and no correction beside it; pass the engine's log-probs as old ones"
+        )
     given = settings.options
     if given is not None and (spec.options is None or not isinstance(given, spec.options)):
         wanted = "none" if spec.options is None else f"those of {spec.options.__name__}"

@@ -33,6 +33,8 @@ class Algorithm:
     token_advantages: group advantages may also be given one a token.
     unbounded_below: `clip_low` may be 1, which is no lower bound.
     dual_clip: it is made of `ratios.clip`, whose lower branch `algorithm.dual_clip` may bound.
+    whole_ratio: its weight is no linear function of the ratio against the engine, so that weights of
+        `algorithm.mismatch` cannot stand beside it.
     router_shift: it needs gamma of SPEC section 4, for which routes and scores are recorded.
     instead: for where that cannot be had: `algorithm.name=..., which ...`.
     dynamic_sampling: replaces groups of equal rewards unless the config says otherwise.
@@ -51,6 +53,7 @@ class Algorithm:
     token_advantages: bool = False
     unbounded_below: bool = False
     dual_clip: bool = False
+    whole_ratio: bool = False
     router_shift: bool = False
     instead: str = ""
     dynamic_sampling: bool = False

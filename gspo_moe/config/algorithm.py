@@ -178,6 +178,12 @@ class AlgorithmConfig(Section):
                 f"algorithm.mismatch.correction={correction} with algorithm.old_log_probs=rollout would count the "
                 "engine's log-probs twice: ratios against them are the correction; set one of them to its default"
             )
+        if correction != "none" and self.spec.whole_ratio:
+            yield (
+                f"algorithm.mismatch.correction={correction} multiplies the advantages, and algorithm.name={self.name} "
+                "weighs by a function of the whole ratio, the engine's part included; leave it out and set "
+                "algorithm.old_log_probs=rollout"
+            )
         if correction != "none" and level == "token" and self.spec.terms == "sequence":
             yield (
                 f"algorithm.name={self.name} has one term a sequence and no place for token weights; "

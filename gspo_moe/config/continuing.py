@@ -61,6 +61,7 @@ EXTENT = (
     "evaluation",
     "routing.record",
     "routing.engine_routes",
+    "routing.audit",
     "routing.probe_interval",
     "routing.probe_sequences",
     "routing.attribution",

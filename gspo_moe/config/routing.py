@@ -16,6 +16,7 @@ class RoutingConfig(Section):
     record: staleness and load, every step. engine_routes: the rollout engine reports its routes; r3 implies it.
     replay: r2 replays the old-log-prob pass's routes, recall those with their gate weights, r3 the rollout engine's.
     replay_margin: r2 and recall replay a token's layer only where its margin p_(K) - p_(K+1) was below; null for all.
+    audit: what the first fault does that a step's replay shows: ends the run, is logged, or is not looked for.
     frozen_router: router weights get no update.
     probe_interval: steps between measurements of one update's effect on `probe_sequences` fixed sequences, 0 for none.
     attribution: splits the last mini-batch's log-ratios every `attribution_interval` steps, on `attribution_sequences`
@@ -27,6 +28,7 @@ class RoutingConfig(Section):
     engine_routes: bool = False
     replay: Literal["none", "r2", "r3", "recall"] = "none"
     replay_margin: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    audit: Literal["error", "warn", "off"] = "error"
     frozen_router: bool = False
     probe_interval: NonNegativeInt = 0
     probe_sequences: PositiveInt = 64

@@ -3,7 +3,8 @@
 Strategy: at equal weights a router's own choice is the replayed one, but for what the two engines compute otherwise.
 Agreement of a layer, or of a run of tokens (one turn, or what lies between two), is held against what rows of other
 tokens would give: those beside it, which a shift by one makes its own, and two drawn at random, whose experts agree as
-often as the experts' load has it. Half way between that and 1 is no engine's rounding any more.
+often as the experts' load has it. Half way between that and 1 is no engine's rounding any more. A layer that sends
+nearly all tokens to the same experts tells nothing of whose routes they are, and is not judged.
 
 Shape letters: T tokens of a pack, L this pipeline stage's MoE layers, A all MoE layers, K experts a token, E experts,
 R runs of a pack.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -22,7 +24,10 @@ from gspo_moe.routing.shards import StageLayers
 from gspo_moe.routing.volatility import overlap_TL
 from gspo_moe.types import Microbatch
 
-FEWEST_ROWS = 4  # of which a layer's or a run's agreement is judged
+Share = TypeVar("Share", float, torch.Tensor)
+
+FEWEST_SLOTS = 32  # of which a layer's or a run's agreement is judged: neighbours' near ties flip together
+LEAST_TOLD = 0.1  # 1 - chance of a layer that can be judged
 AGREEMENT = 0.5  # of the way from chance to 1
 SHIFT = 0.25  # of that way, by which a row beside its token must be nearer than its own
 
@@ -33,7 +38,8 @@ class ReplaySums(Statistics):
     slots, forced: expert slots that were replayed, and those of them where the router would have picked another
     expert. For packs that ran at the weights of the rollout: own, own_slots, own_rows: slots that agree with the
     token's own row, all slots, and tokens; beside_before, beside_after, beside_slots: the same with the row of the
-    token before and behind it; load_replayed, load_live: tokens of each expert.
+    token before and behind it; own_before, own_after: with the own row, of tokens that have such a one; load_replayed,
+    load_live: tokens of each expert.
     """
 
     def to_metrics(self) -> dict[str, float]:
@@ -56,6 +62,12 @@ class ReplaySums(Statistics):
         topk = self.sums["own_slots"] / self.sums["own_rows"]
         return (replayed * live).sum(dim=1) / self.sums["own_rows"].square() / topk
 
+    def judged(self) -> list[int]:
+        """The layers whose agreement can tell a token's routes from another's."""
+        told_A = (1.0 - self.chance() > LEAST_TOLD) & (self.sums["own_slots"] >= FEWEST_SLOTS)
+        found: list[int] = told_A.nonzero()[:, 0].tolist()
+        return found
+
 
 def replay_sums(
     pack: Microbatch,
@@ -64,20 +76,23 @@ def replay_sums(
     at_rollout: bool,
     layers: StageLayers,
     held_TL: torch.Tensor | None = None,
+    both_TL: torch.Tensor | None = None,
 ) -> ReplaySums:
     """Of one pack's training forward, over the pipeline's stages. Collective over the pipeline.
 
     replayed_TLK: None where nothing was. live_TLK: what the routers would have picked; None where it was not recorded.
     at_rollout: its weights are those of the rollout. held_TL: where the routes were replayed, None for everywhere.
+    both_TL: `overlap_TL` of the two, where the caller has it.
     """
     count = len(layers.indices)
     nothing_L = torch.zeros(count, dtype=torch.float64, device=pack.cu_seqlens.device)
     nothing_LE = nothing_L[:, None].expand(count, layers.architecture.num_experts)
     found = dict.fromkeys(("slots", "forced", "own", "own_rows", "own_slots"), nothing_L)
     found |= {f"beside_{name}": nothing_L for name in ("before", "after", "slots")}
+    found |= {f"own_{name}": nothing_L for name in ("before", "after")}
     found |= {"load_replayed": nothing_LE, "load_live": nothing_LE}
     if replayed_TLK is not None and live_TLK is not None:
-        shared_TL = overlap_TL(replayed_TLK, live_TLK).double()
+        shared_TL = (overlap_TL(replayed_TLK, live_TLK) if both_TL is None else both_TL).double()
         overlap, slots = shared_TL.sum(dim=0), nothing_L + replayed_TLK.shape[0] * replayed_TLK.shape[2]
         missing_TL, here_TL = replayed_TLK.shape[2] - shared_TL, torch.ones_like(shared_TL)
         if held_TL is not None:
@@ -85,7 +100,7 @@ def replay_sums(
         found |= {"slots": here_TL.sum(dim=0) * replayed_TLK.shape[2], "forced": missing_TL.sum(dim=0)}
         if at_rollout:
             found |= {"own": overlap, "own_rows": nothing_L + len(replayed_TLK), "own_slots": slots}
-            found |= _beside(pack, replayed_TLK, live_TLK)
+            found |= _beside(pack, replayed_TLK, live_TLK, shared_TL)
             experts = layers.architecture.num_experts
             found |= {"load_replayed": expert_load(replayed_TLK, experts).double()}
             found |= {"load_live": expert_load(live_TLK, experts).double()}
@@ -97,21 +112,25 @@ def replay_sums(
     return ReplaySums(sums, {})
 
 
-def _beside(pack: Microbatch, replayed_TLK: torch.Tensor, live_TLK: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Agreement with the rows of the tokens before and behind, within sequences."""
+def _beside(
+    pack: Microbatch, replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, shared_TL: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Agreement with the rows of the tokens before and behind, within sequences; of the same tokens with their own."""
     sequence_T = pack.sequence_T
     inside = sequence_T[1:] == sequence_T[:-1]
     before = overlap_TL(replayed_TLK[:-1][inside], live_TLK[1:][inside]).double().sum(dim=0)
     after = overlap_TL(replayed_TLK[1:][inside], live_TLK[:-1][inside]).double().sum(dim=0)
     slots = torch.full_like(before, replayed_TLK.shape[2]) * inside.sum()
-    return {"beside_before": before, "beside_after": after, "beside_slots": slots}
+    own_before, own_after = shared_TL[1:][inside].sum(dim=0), shared_TL[:-1][inside].sum(dim=0)
+    found = {"beside_before": before, "beside_after": after, "beside_slots": slots}
+    return found | {"own_before": own_before, "own_after": own_after}
 
 
 @dataclass(frozen=True)
 class Run:
     """Tokens of one sequence, all of the policy's or none, that stand together.
 
-    agreement: share of their slots, in the layer where it is highest: routes of other tokens are wrong in all of them.
+    agreement: share of their slots, in the judged layer where it is highest: routes of other tokens are wrong in all.
     """
 
     sample: int
@@ -121,62 +140,74 @@ class Run:
     agreement: float
 
 
-def runs(pack: Microbatch, replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, layers: StageLayers) -> list[Run]:
-    """The runs of a pack, in its order. Collective over the pipeline; waits for the device."""
+def wrong_runs(pack: Microbatch, shared_TL: torch.Tensor, sums: ReplaySums, layers: StageLayers) -> list[Run]:
+    """The pack's runs whose routes are not their tokens', in its order. Collective over the pipeline.
+
+    shared_TL: `overlap_TL` of replayed and live routes, which ran at equal weights. sums: over all ranks, on the host.
+    They alone are fetched from the device.
+    """
+    judged = sums.judged()
+    if not judged:
+        return []
+    least = _half_way(sums.chance()[judged].mean().item())
     sequence_T, sampled_T = pack.sequence_T, pack.route_mask_T
     starts_T = torch.ones_like(sampled_T)
     starts_T[1:] = (sequence_T[1:] != sequence_T[:-1]) | (sampled_T[1:] != sampled_T[:-1])
     run_T = starts_T.long().cumsum(0) - 1
-    overlap = overlap_TL(replayed_TLK, live_TLK).double()
-    overlap_RL = overlap.new_zeros(int(run_T[-1]) + 1, overlap.shape[1]).index_add(0, run_T, overlap)
-    shared_R = layers.spread(overlap_RL).amax(dim=1).tolist()
-    first = starts_T.nonzero()[:, 0].tolist()
-    bounds = [*first, pack.num_tokens]
-    offsets, numbers, sampled = pack.cu_seqlens.tolist(), sequence_T[starts_T].tolist(), sampled_T[starts_T].tolist()
-    topk = replayed_TLK.shape[2]
-    return [
-        Run(
-            pack.sample_indices[number],
-            start - offsets[number],
-            stop - offsets[number],
-            bool(is_sampled),
-            shared / (stop - start) / topk,
-        )
-        for number, start, stop, is_sampled, shared in zip(numbers, first, bounds[1:], sampled, shared_R, strict=True)
-    ]
+    # As many rows as tokens: only the device knows how many runs there are.
+    shared_RL = torch.zeros_like(shared_TL).index_add(0, run_T, shared_TL)
+    topk = layers.architecture.num_experts_per_tok
+    slots_R = torch.zeros_like(run_T).index_add(0, run_T, torch.full_like(run_T, topk))
+    agreement_R = layers.spread(shared_RL)[:, judged].amax(dim=1).double() / slots_R
+    wrong = ((slots_R * len(judged) >= FEWEST_SLOTS) & (agreement_R < least)).nonzero()[:, 0].tolist()
+    if not wrong:
+        return []
+    bounds = [*starts_T.nonzero()[:, 0].tolist(), pack.num_tokens]
+    found = []
+    for run in wrong:
+        start, stop = bounds[run : run + 2]
+        number = int(sequence_T[start])
+        offset = int(pack.cu_seqlens[number])
+        where = pack.sample_indices[number], start - offset, stop - offset
+        found.append(Run(*where, bool(sampled_T[start]), agreement_R[run].item()))
+    return found
+
+
+def _half_way(chance: Share) -> Share:
+    return chance + AGREEMENT * (1.0 - chance)
 
 
 def alignment_faults(sums: ReplaySums, equal_weights: bool, found: Sequence[Run]) -> Iterator[str]:
     """What shows that replayed rows are not their tokens', the widest first.
 
     sums: over all ranks. equal_weights: the rollout's weights were the step's first; else rows beside their own are the
-    only sure sign. found: this rank's runs.
+    only sure sign. found: this rank's wrong runs. Nothing where routers send nearly all tokens to the same experts.
     """
-    total = {name: value.sum().item() for name, value in sums.sums.items()}
-    if total["own_rows"] < FEWEST_ROWS * len(sums.sums["own"]):
+    judged = sums.judged()
+    if not judged:
         return
-    own, chance_A = total["own"] / total["own_slots"], sums.chance()
-    chance = chance_A.mean().item()
+    by_layer, chance_A = {name: value[judged] for name, value in sums.sums.items()}, sums.chance()[judged]
+    total = {name: value.sum().item() for name, value in by_layer.items()}
+    slots = total["beside_slots"]
     for side, which in (("before", "behind"), ("after", "before")):
-        beside = total[f"beside_{side}"] / total["beside_slots"] if total["beside_slots"] else 0.0
-        if beside > own + SHIFT * (1.0 - chance):
+        own, beside = total[f"own_{side}"], total[f"beside_{side}"]
+        if slots >= FEWEST_SLOTS and beside > own + SHIFT * (1.0 - chance_A.mean().item()) * slots:
             yield (
-                f"replayed routes are shifted by one token: {beside:.0%} of expert slots agree with the live router's "
-                f"for the token {which} it, {own:.0%} for their own"
+                f"replayed routes are shifted by one token: {beside / slots:.0%} of expert slots agree with the live "
+                f"router's for the token {which} it, {own / slots:.0%} for their own"
             )
             return
     if not equal_weights:
         return
-    for run in found:
-        if run.stop - run.start >= FEWEST_ROWS and run.agreement < chance + AGREEMENT * (1.0 - chance):
-            whose = "a turn of the policy's" if run.sampled else "prompt, or between turns"
-            yield (
-                f"sample {run.sample}, tokens {run.start} to {run.stop - 1} ({whose}): replayed routes are not these "
-                f"tokens', no layer has more than {run.agreement:.0%} of expert slots as the live router has them"
-            )
-            return
-    agreement_A = sums.sums["own"] / sums.sums["own_slots"]
-    wrong_A = agreement_A < chance_A + AGREEMENT * (1.0 - chance_A)
-    if wrong_A.any():
-        named = ", ".join(f"{layer} ({agreement_A[layer]:.0%})" for layer in wrong_A.nonzero()[:, 0].tolist())
+    for run in found[:1]:
+        whose = "a turn of the policy's" if run.sampled else "prompt, or between turns"
+        yield (
+            f"sample {run.sample}, tokens {run.start} to {run.stop - 1} ({whose}): replayed routes are not these "
+            f"tokens', no layer has more than {run.agreement:.0%} of expert slots as the live router has them"
+        )
+        return
+    agreement_A = by_layer["own"] / by_layer["own_slots"]
+    wrong = (agreement_A < _half_way(chance_A)).nonzero()[:, 0].tolist()
+    if wrong:
+        named = ", ".join(f"{judged[index]} ({agreement_A[index]:.0%})" for index in wrong)
         yield f"replayed routes of MoE layers {named} are not those layers': share of slots that agree in brackets"

@@ -39,7 +39,9 @@ def learn(trainer: Trainer, batch: Batch) -> Figures:
                     _attribute(trainer, minibatch, figures)
                 results.append(_train(trainer, minibatch, number))
     figures.metrics |= _policy_metrics(results)
-    equal_weights = batch.versions == {trainer.progress.policy_version}
+    # A bank's answers all say version 0, whatever weights they were sampled with.
+    banked = trainer.session.config.rollout.bank is not None
+    equal_weights = not banked and batch.versions == {trainer.progress.policy_version}
     figures.add(replay_figures(trainer, results, equal_weights))
     if trainer.recorder is not None:
         trained, model = [result.packs for result in results], trainer.session.model

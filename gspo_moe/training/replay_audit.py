@@ -5,7 +5,9 @@ Shape letters: L this pipeline stage's MoE layers, A all MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -16,24 +18,31 @@ from gspo_moe.errors import TrainingError
 from gspo_moe.parallel.reduce import reduce_statistics
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.platform import device
-from gspo_moe.routing.audit import ReplaySums, Run, alignment_faults, replay_sums, runs
+from gspo_moe.routing.audit import ReplaySums, alignment_faults, replay_sums, wrong_runs
 from gspo_moe.routing.figures import Figures
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.routing.shards import StageLayers
+from gspo_moe.routing.volatility import overlap_TL
 from gspo_moe.training.old_policy import first_scored
-from gspo_moe.training.packs import Trained
-from gspo_moe.training.session import Trainer
+from gspo_moe.training.session import Session, Trainer
 from gspo_moe.training.step import MinibatchResult
+from gspo_moe.types import Microbatch
 
-FIX = "; what was trained is not what routing.replay says, so go on from the checkpoint before this step"
+FIX = (
+    "; what was trained is not what routing.replay says, so go on from the checkpoint before this step, with "
+    "routing.audit=warn if it is and the audit is wrong"
+)
+ALIGNMENT = ("aligned", "aligned_by_chance", "aligned_shifted")
+
+_log = logging.getLogger(__name__)
 
 
 def replay_figures(trainer: Trainer, results: Sequence[MinibatchResult], equal_weights: bool) -> Figures:
     """Of the step's mini-batches, over all ranks; empty without replay. Collective.
 
     equal_weights: the rollouts were sampled from the weights that the step began with.
-    Raises TrainingError, on every rank, for the first fault, by the layer, sample or mini-batch that it is of. Shares
-    of slots need `routing.record`.
+    Raises TrainingError, on every rank, for the first fault, by the layer, sample or mini-batch that it is of, unless
+    `routing.audit` says otherwise. Shares of slots need `routing.record`.
     """
     session = trainer.session
     config, model = session.config, session.model
@@ -44,18 +53,39 @@ def replay_figures(trainer: Trainer, results: Sequence[MinibatchResult], equal_w
     rows = _rows(results, layers)
     figures = Figures(_shares(rows))
     faults = [*_lacking(config, results), *_not_taken(rows)]
-    norms = [norm for result in results if (norm := result.update.router_grad_norm) is not None]
+    norms = [(norm, one.update.skipped) for one in results if (norm := one.update.router_grad_norm) is not None]
     if norms:
-        figures.metrics["routing/replay/router_grad_norm"] = sum(norms) / len(norms)
+        taken = [norm for norm, skipped in norms if not skipped]
+        figures.metrics["routing/replay/router_grad_norm"] = sum(taken) / len(taken) if taken else math.nan
         faults += _no_gradient(results, model.architecture.num_experts_per_tok)
     if all(one.recording is not None for result in results for one in result.packs):
         equal_weights |= config.routing.replays_old_pass
-        sums = reduce_statistics(_sums(results, layers), model.groups.data).cpu()
+        sums, first = _sums(results, layers)
+        sums = reduce_statistics(sums, model.groups.data).cpu()
         figures.metrics |= sums.to_metrics()
-        found = [run for one in results[0].packs if equal_weights for run in _runs(one, layers)]
-        faults += alignment_faults(sums, equal_weights, found)
-    raise_everywhere(TrainingError(f"routing.replay={config.routing.replay}: {faults[0]}{FIX}") if faults else None)
+        # Live routes of a forward that was not finite are arbitrary.
+        if config.routing.audit != "off" and not results[0].update.skipped:
+            found = [run for one in first if equal_weights for run in wrong_runs(*one, sums, layers)]
+            faults += alignment_faults(sums, equal_weights, found)
+    _report(session, faults, figures.metrics)
     return figures
+
+
+def _report(session: Session, faults: Sequence[str], metrics: Mapping[str, float]) -> None:
+    """Raises the first fault, with the figures that a step that ends here does not log, or warns. Collective."""
+    routing = session.config.routing
+    if routing.audit == "off":
+        return
+    named = {name: metrics.get(f"routing/replay/{name}") for name in ALIGNMENT}
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)
+    told = f" ({figures})" if figures else ""
+    try:
+        raise_everywhere(TrainingError(f"routing.replay={routing.replay}: {faults[0]}{told}{FIX}") if faults else None)
+    except TrainingError as fault:
+        if routing.audit == "error":
+            raise
+        if session.groups.is_main:
+            _log.warning("%s", fault)
 
 
 class Rows(Mergeable):
@@ -111,17 +141,17 @@ def _no_gradient(results: Sequence[MinibatchResult], topk: int) -> Iterator[str]
         yield "routers got no gradient, though they weigh the replayed experts and are not frozen"
 
 
-def _sums(results: Sequence[MinibatchResult], layers: StageLayers) -> ReplaySums:
-    found = [
-        replay_sums(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, number == 0, layers, one.pack.held_TL)
-        for number, result in enumerate(results)
-        for one in result.packs
-        if one.recording is not None
-    ]
-    return reduce(ReplaySums.merge, found)
-
-
-def _runs(one: Trained, layers: StageLayers) -> list[Run]:
-    if one.pack.replay_TLK is None or one.recording is None:
-        return []
-    return runs(one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK, layers)
+def _sums(
+    results: Sequence[MinibatchResult], layers: StageLayers
+) -> tuple[ReplaySums, list[tuple[Microbatch, torch.Tensor]]]:
+    """Of all packs, and the first mini-batch's replayed packs with the overlap of their routes, [T, L]."""
+    sums, first = list[ReplaySums](), list[tuple[Microbatch, torch.Tensor]]()
+    for number, result in enumerate(results):
+        for one in result.packs:
+            assert one.recording is not None
+            pack, replayed, live = one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK
+            both_TL = overlap_TL(replayed, live) if replayed is not None and live is not None else None
+            sums.append(replay_sums(pack, replayed, live, number == 0, layers, one.pack.held_TL, both_TL))
+            if number == 0 and both_TL is not None:
+                first.append((pack, both_TL))
+    return reduce(ReplaySums.merge, sums), first

@@ -26,7 +26,8 @@ def vespo(inputs: LossInputs) -> Objective:
     """J = 1 / sum_i |y_i| sum_i sg[phi(W_i)] A_i sum_t log pi(y_it) with W_i = exp(sum_t d_it), section 3.4.
 
     W_i is the whole sequence's ratio: no length normalises it. phi is 1 at W = 1 and fades on both sides; nothing is
-    cut, so no token counts as clipped. Tokens are averaged as in the authors' scripts.
+    cut, so no token counts as clipped. Tokens are averaged as in the authors' scripts. A weight against the engine
+    belongs into W, where `algorithm.old_log_probs: rollout` has it: w phi(W) is not phi(w W).
     """
     options: VespoOptions = inputs.options
     advantages_N, segments = inputs.advantages_N, inputs.segments
@@ -47,4 +48,4 @@ def vespo(inputs: LossInputs) -> Objective:
     return Objective(inputs.token_mean(value_T), torch.zeros_like(segments.lengths_N), {"algorithm/phi": phi_T.sum()})
 
 
-SPEC = Algorithm(name="vespo", objective=vespo, clips=None, average="token", options=VespoOptions)
+SPEC = Algorithm(name="vespo", objective=vespo, clips=None, average="token", whole_ratio=True, options=VespoOptions)

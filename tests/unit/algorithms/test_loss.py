@@ -255,6 +255,16 @@ def test_wide_clips_are_refused_unless_allowed(algorithm: str, clips: tuple[floa
             r"\[3\] values for a pack of \[7\]",
         ),
         ({"correction": Correction("token", torch.ones(7))}, ConfigError, "no place for token weights"),
+        (
+            {
+                "algorithm": "vespo",
+                "clip_low": None,
+                "clip_high": None,
+                "correction": Correction("token", torch.ones(7)),
+            },
+            ConfigError,
+            "pass the engine's log-probs as old ones",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

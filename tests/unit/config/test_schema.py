@@ -53,6 +53,7 @@ def test_wide_clips_of_a_sequence_ratio_need_consent(name: str, clip: str) -> No
         (["name=ppo", "ppo.lam=0.9", "options.lam=0.8"], "algorithm.options.lam=0.8 are one key; keep the second"),
         (["mismatch.correction=tis"], "no place for token weights"),
         (["name=grpo", "mismatch.correction=tis", "old_log_probs=rollout"], "count the engine's log-probs twice"),
+        (["name=vespo", "mismatch.correction=tis"], "leave it out and set algorithm.old_log_probs=rollout"),
         (["mismatch={correction: tis, level: sequence}"], "set algorithm.mismatch.high a little above"),
         (["mismatch={correction: tis, low: 0.5}"], "tis has no lower bound"),
         (["mismatch={correction: mask, low: 1.5}"], "set low below 1 and high above 1"),

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.routing.audit import ReplaySums, alignment_faults, replay_sums, runs
+from gspo_moe.routing.audit import ReplaySums, Run, alignment_faults, replay_sums, wrong_runs
 from gspo_moe.routing.shards import StageLayers
+from gspo_moe.routing.volatility import overlap_TL
 from gspo_moe.types import Microbatch, TrainingSample
 from tests.policy import packs_of
 from tests.qwen3 import architecture, random_sequences
@@ -59,8 +60,12 @@ def sums_of(replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, at_rollout: bool
 
 
 def faults(replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, equal_weights: bool = True) -> list[str]:
-    found = runs(pack(), replayed_TLK, live_TLK, LAYERS)
-    return list(alignment_faults(sums_of(replayed_TLK, live_TLK), equal_weights, found))
+    sums = sums_of(replayed_TLK, live_TLK)
+    return list(alignment_faults(sums, equal_weights, wrong(replayed_TLK, live_TLK, sums)))
+
+
+def wrong(replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, sums: ReplaySums) -> list[Run]:
+    return wrong_runs(pack(), overlap_TL(replayed_TLK, live_TLK), sums, LAYERS)
 
 
 def shared(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -90,12 +95,28 @@ def test_figures_are_those_of_plain_loops() -> None:
     later = sums_of(replayed, live, at_rollout=False).to_metrics()
     assert later == {"routing/replay/forced": pytest.approx(1 - own / slots, rel=1e-14)}
     assert replay_sums(one, None, live, True, LAYERS).to_metrics() == {}
-    for run in runs(one, replayed, live, LAYERS):
-        begin = int(one.cu_seqlens[run.sample]) + run.start
-        rows = range(begin, begin + run.stop - run.start)
-        best = max(sum(shared(replayed[t, layer], live[t, layer]) for t in rows) for layer in range(3))
-        assert run.agreement == pytest.approx(best / len(rows) / 2, rel=1e-14)
-        assert {bool(one.route_mask_T[t]) for t in rows} == {run.sampled}
+
+
+@pytest.mark.parametrize(("judged", "count"), [((0, 1, 2), 3), ((1, 2), 1)])
+def test_wrong_runs_are_those_of_plain_loops(judged: tuple[int, ...], count: int) -> None:
+    """Of all layers, and of those beside one whose router has collapsed."""
+    live, one = routes(1), pack()
+    replayed = noisy(live)
+    replayed[9:] = routes(2)[9:]
+    if 0 not in judged:
+        replayed[:, 0] = live[:, 0] = torch.tensor([0, 1], dtype=torch.uint8)
+    sums = sums_of(replayed, live)
+    least = 0.5 + 0.5 * sums.chance()[list(judged)].mean().item()
+    expected = []
+    for sample, (start, end) in enumerate(itertools.pairwise(one.cu_seqlens.tolist())):
+        for sampled, each in itertools.groupby(range(start, end), lambda t: bool(one.route_mask_T[t])):
+            rows = list(each)
+            most = max(sum(shared(replayed[t, layer], live[t, layer]) for t in rows) for layer in judged)
+            agreement = most / len(rows) / 2
+            if len(rows) * 2 * len(judged) >= 32 and agreement < least:
+                expected.append(Run(sample, rows[0] - start, rows[-1] + 1 - start, sampled, agreement))
+    assert len(expected) == count
+    assert wrong(replayed, live, sums) == expected
 
 
 def test_an_engine_that_rounds_is_no_fault() -> None:
@@ -135,7 +156,36 @@ def test_a_turn_that_was_dropped_is_named_by_sample_and_tokens() -> None:
 
 def test_routes_of_other_answers_are_named() -> None:
     (fault,) = faults(routes(2), routes(1))
-    assert fault.startswith("sample 0, tokens 0 to 4 (prompt, or between turns)")
+    # The prompt of 5 tokens has 30 slots, too few.
+    assert fault.startswith("sample 0, tokens 5 to 13 (a turn of the policy's)")
+
+
+def collapsed(first: torch.Tensor, tokens: int = 43) -> torch.Tensor:
+    return first.to(torch.uint8).expand(tokens, 3, 2).clone()
+
+
+@pytest.mark.parametrize("flips", [1, 3, 8])
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2)])
+def test_a_collapsed_layer_raises_no_alarm(flips: int, layers: tuple[int, ...]) -> None:
+    """The engine gives two experts to all tokens, the live router another one to some at the end of a sequence."""
+    live = routes(1)
+    replayed = noisy(live)
+    replayed[:, layers] = collapsed(torch.tensor([0, 1]))[:, layers]
+    live[:, layers] = replayed[:, layers]
+    live[14 - flips : 14, layers, 1] = 2
+    sums = sums_of(replayed, live)
+    assert sums.chance()[0] == pytest.approx(1 - flips / 86)
+    assert sums.judged() == [layer for layer in range(3) if layer not in layers]
+    for equal_weights in (True, False):
+        assert faults(replayed, live, equal_weights) == []
+
+
+def test_few_slots_are_not_judged() -> None:
+    """A run of 4 tokens at two experts, all of whose near ties flipped."""
+    live, start = routes(1), sum(LENGTHS[:2]) - 2
+    replayed = live.clone()
+    replayed[start + 10 : start + 14] = routes(2)[start + 10 : start + 14]
+    assert faults(replayed, live) == []
 
 
 def test_sums_of_packs_add_up() -> None:

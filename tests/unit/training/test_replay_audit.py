@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from gspo_moe.config.loading import load_config
 from gspo_moe.errors import TrainingError
 from gspo_moe.model.router import PaddingAwareRouter
 from gspo_moe.parallel.groups import shut_down
+from gspo_moe.routing import audit
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.routing.replay import RouterReplay, _PackReplay
 from gspo_moe.training import learn, old_policy
@@ -104,9 +106,65 @@ def test_routes_that_are_not_their_tokens_end_the_run(
     change: Change, message: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported = old_policy.engine_routes
+    monkeypatch.setattr(audit, "FEWEST_SLOTS", 16)  # answers are of 8 tokens
     monkeypatch.setattr(old_policy, "engine_routes", lambda *given: [change(one) for one in reported(*given)])
     with pytest.raises(TrainingError, match=message):
         rl_step(trainer)
+
+
+def test_the_audit_can_warn_or_be_off_and_tells_its_figures(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reported = old_policy.engine_routes
+    monkeypatch.setattr(old_policy, "engine_routes", lambda *given: [shifted(one) for one in reported(*given)])
+    told = (
+        r"shifted by one token: .* \(aligned 0\.\d+, aligned_by_chance 0\.\d+, aligned_shifted 0\.\d+\); .*audit=warn"
+    )
+    with pytest.raises(TrainingError, match=told):
+        rl_step(trainer)
+    for how, count in (("warn", 1), ("off", 0)):
+        caplog.clear()
+        audited(trainer, monkeypatch, how)
+        metrics = rl_step(trainer).metrics
+        assert metrics["routing/replay/aligned_shifted"] > metrics["routing/replay/aligned"]
+        found = [record for record in caplog.records if record.name == "gspo_moe.training.replay_audit"]
+        assert len(found) == count
+        assert all(re.search(told, record.getMessage()) for record in found)
+
+
+def audited(trainer: Trainer, patch: pytest.MonkeyPatch, how: str) -> None:
+    session = trainer.session
+    routing = session.config.routing.model_copy(update={"audit": how})
+    patch.setattr(session, "plan", replace(session.plan, config=session.config.model_copy(update={"routing": routing})))
+
+
+def test_a_first_mini_batch_that_was_skipped_is_not_judged(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward was not finite: live routes are arbitrary, and its routers' gradient norm is none."""
+    taken, reported, norms = learn.train_minibatch, old_policy.engine_routes, list[float | None]()
+
+    def skipped(*arguments: Any) -> Any:
+        result = taken(*arguments)
+        norms.append(result.update.router_grad_norm)
+        if len(norms) == 2:
+            return result
+        return replace(result, update=replace(result.update, skipped=True, router_grad_norm=math.nan))
+
+    monkeypatch.setattr(learn, "train_minibatch", skipped)
+    monkeypatch.setattr(learn, "dump_skipped", lambda *given: None)
+    monkeypatch.setattr(old_policy, "engine_routes", lambda *given: [layer_filled(one) for one in reported(*given)])
+    assert rl_step(trainer).metrics["routing/replay/router_grad_norm"] == norms[1]
+
+
+def test_answers_of_a_bank_are_of_weights_that_nobody_knows(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank's answers say version 0, as step 1 does, whatever model made them: only a shift would be an error."""
+    session, reported = trainer.session, old_policy.engine_routes
+    monkeypatch.setattr(old_policy, "engine_routes", lambda *given: [layer_filled(one) for one in reported(*given)])
+    rollout = session.config.rollout.model_copy(update={"bank": "bank.safetensors"})
+    _ = session.answerer  # of the engine, as there is no such bank
+    monkeypatch.setattr(
+        session, "plan", replace(session.plan, config=session.config.model_copy(update={"rollout": rollout}))
+    )
+    assert rl_step(trainer).metrics["routing/replay/aligned"] < 0.9
 
 
 def test_a_mini_batch_without_routes_is_named(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
