@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from gspo_moe.errors import RewardError
 from gspo_moe.tasks.protocol import Item, Rubric, Task
 from gspo_moe.types import Conversation, Prompt, Prompts, Reward
 
@@ -79,9 +80,16 @@ def give_rewards(rubric: Rubric, items: Sequence[Item]) -> list[Reward | str]:
 
 
 def given_rewards(rubric: Rubric, items: Sequence[Item]) -> list[Any]:
-    """What the rubric gives each item, unchecked; in one call where it is batched."""
+    """What the rubric gives each item, unchecked; in one call where it is batched.
+
+    Raises RewardError where that call gives more or fewer than there are items.
+    """
     rewards = getattr(rubric, "rewards", None)
-    return [rubric.reward(*item) for item in items] if rewards is None else list(rewards(items))
+    given = [rubric.reward(*item) for item in items] if rewards is None else list(rewards(items))
+    if len(given) != len(items):
+        what = f"{type(rubric).__name__}.rewards gave {len(given)} rewards for {len(items)} answers"
+        raise RewardError(f"{what}; give one for each")
+    return given
 
 
 def is_batched(rubric: Rubric) -> bool:

@@ -85,19 +85,26 @@ class Roster:
         self.members = dict[int, Member]()
         self._queue = deque[Load]()
         self._failed_starts = self._hung = 0
+        self._was_ready = False
 
     def add(self, group: Group) -> None:
         if not self._queue and not any(member.load for member in self.members.values()):
-            self._failed_starts = 0  # what kept workers from starting may be mended
+            self._failed_starts = self._hung = 0  # what kept workers from starting may be mended
         self._queue.append(Load(group, range(len(group.items))))
 
     def missing(self, now: float) -> int:
         """How many workers to start."""
-        if self._failed_starts >= MAX_TRIES:
-            return 0
+        return 0 if self._failed_starts >= MAX_TRIES else max(0, self._wanted(now) - len(self.members))
+
+    def surplus(self, now: float) -> list[int]:
+        """Idle workers beyond those wanted: replacements of what came to its end after all."""
+        idle = [number for number, one in self.members.items() if one.state is State.IDLE]
+        return idle[: max(0, len(self.members) - self._wanted(now))]
+
+    def _wanted(self, now: float) -> int:
         half = self._config.timeout_seconds / 2
         slow = [one for one in self.members.values() if one.state is State.BUSY and now >= one.since + half]
-        return max(0, self._config.workers + (len(slow) if self._hung else 0) - len(self.members))
+        return self._config.workers + (len(slow) if self._hung else 0)
 
     def give(self, now: float) -> Iterator[tuple[int, Load]]:
         """What to send to whom; at most `workers` work at a time."""
@@ -147,7 +154,7 @@ class Roster:
 
     def ready(self, number: int, now: float) -> None:
         self.members[number] = Member(now, State.IDLE)
-        self._failed_starts = 0
+        self._failed_starts, self._was_ready = 0, True
 
     def took(self, number: int, whole: bool, now: float) -> None:
         member = self.members[number]
@@ -168,11 +175,11 @@ class Roster:
             self.members[number] = Member(now, State.IDLE)
 
     def lost(self, number: int, why: Outcome, *, again: bool = True) -> None:
-        """A worker has ended. again: another may start in its place, where it had not come so far as to be ready."""
+        """A worker has ended. again: another may start in its place, as where one has been ready before."""
         member = self.members.pop(number)
         load = member.load
         if member.state is State.STARTING:
-            self._failed_starts = self._failed_starts + 1 if again else MAX_TRIES
+            self._failed_starts = self._failed_starts + 1 if again or self._was_ready else MAX_TRIES
         elif member.state is State.SENT:
             assert load is not None
             load.tries += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import os
 import pickle
 import resource
@@ -83,10 +84,16 @@ def run(start: Start, channel: Connection, printed: Connection) -> None:
 
 
 def messages(task: Task, load: bytes, largest: float) -> Iterator[Message]:
-    """What to say of a load, as it is done."""
+    """What to say of a load, the number of its items and then they, as it is done."""
     job: Job
     items: Sequence[Item]
-    job, items = pickle.loads(load)
+    stream = io.BytesIO(load)
+    count: int = pickle.load(stream)
+    try:
+        job, items = pickle.load(stream)
+    except BaseException as error:  # of a class or a module of the user's
+        yield (ALL, [told(error)]) if count == 1 else (AGAIN, None)
+        return
     whole = job is give_reward and len(items) > 1 and is_batched(task.rubric)
     yield TOOK, whole
     if not whole:

@@ -14,6 +14,8 @@ import os
 import pickle
 import select
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -30,6 +32,7 @@ from gspo_moe.tasks.worker import AGAIN, ALL, DONE, FAILED, READY, TOOK, Job, Me
 
 LOOK_SECONDS = 1.0  # a worker whose children hold its pipes open ends without a word
 END_SECONDS = 5.0
+PIPE_TIMEOUT = (5, 0)  # seconds, microseconds; who keeps the others' deadlines waits no longer for one worker's pipe
 STOPPED = "the workers were ended"
 READ_BYTES = 1 << 16
 
@@ -129,10 +132,13 @@ class Workers:
             self._end(number, STOPPED)
         for number, why in list(roster.overdue(now)):
             self._end(number, why, again=False)
+        for number in roster.surplus(now):
+            self._end(number, STOPPED)
         for _ in range(roster.missing(now)):
             self._start_one(now)
-        for number, load in list(roster.give(now)):
-            self._send(number, load)
+        sent = [self._send(number, load) for number, load in list(roster.give(now))]
+        if not all(sent):
+            return 0.0
         looks = roster.missing(now) or any(one.state is not State.IDLE for one in roster.members.values())
         seconds = min(roster.wait(now), LOOK_SECONDS if looks else math.inf)
         return None if seconds == math.inf else seconds
@@ -140,29 +146,31 @@ class Workers:
     def _start_one(self, now: float) -> None:
         context = multiprocessing.get_context("spawn")
         number, self._count = self._count, self._count + 1
-        ours, theirs = context.Pipe()
-        printed, prints = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(self._start, theirs, prints), name="reward worker")
-        self._workers[number] = Worker(process, ours, printed)
         self._roster.started(number, now)
         try:
-            process.start()
+            ours, theirs = context.Pipe()
+            printed, prints = context.Pipe(duplex=False)
+            _limit_waits(ours)
+            with theirs, prints:
+                process = context.Process(target=run, args=(self._start, theirs, prints), name="reward worker")
+                process.start()
         except OSError as error:
-            self._end(number, f"no process for a worker ({error})")
-        finally:
-            theirs.close()
-            prints.close()
+            self._roster.lost(number, f"no process for a worker ({error})")
+        else:
+            self._workers[number] = Worker(process, ours, printed)
 
-    def _send(self, number: int, load: Load) -> None:
-        group = load.group
+    def _send(self, number: int, load: Load) -> bool:
+        """Whether it could be sent; items that cannot are to come one by one, and each alone has failed."""
+        group, count = load.group, len(load.numbers)
         try:
-            text = pickle.dumps((group.job, [group.items[each] for each in load.numbers]))
-        except Exception as error:  # of items that no process can be sent
-            load.fail(f"{type(error).__name__}: {error}")
-            self._roster.ready(number, time.monotonic())
-            return
-        with contextlib.suppress(OSError):  # it has ended, which is heard of next
+            text = pickle.dumps(count) + pickle.dumps((group.job, [group.items[each] for each in load.numbers]))
+        except Exception as error:
+            why = [f"{type(error).__name__}: {error}"] if count == 1 else []
+            self._roster.done(number, why, time.monotonic())
+            return False
+        with contextlib.suppress(OSError):  # it has ended, which is heard of next, or does not read, until its deadline
             self._workers[number].channel.send_bytes(text)
+        return True
 
     def _hear(self, heard: Collection[object]) -> None:
         if self._wakes in heard:
@@ -186,6 +194,8 @@ class Workers:
             self._end(number, _how_it_ended(worker.process))
         except _FailedStart as failed:
             self._end(number, str(failed), again=False)
+        except Exception as error:  # something else wrote into its pipe
+            self._end(number, f"its worker said what is no message ({type(error).__name__}: {error})")
 
     def _take(self, number: int, message: Message) -> None:
         (kind, said), roster, now = message, self._roster, time.monotonic()
@@ -224,6 +234,15 @@ class _FailedStart(Exception):
     """A worker that said why it cannot make its task."""
 
 
+def _limit_waits(channel: Connection) -> None:
+    """Lets it raise OSError where the other end stops in the midst of a message."""
+    end = socket.socket(fileno=channel.fileno())
+    end.setblocking(True)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *PIPE_TIMEOUT))
+    end.detach()
+
+
 def _has_more(channel: Connection) -> bool:
     """As its `poll`, at a tenth of the cost: a message comes for each item."""
     look = select.poll()
@@ -235,7 +254,8 @@ def _how_it_ended(process: SpawnProcess) -> str:
     code = process.exitcode
     if code is None or code >= 0:
         return "its worker closed its pipe" if code is None else f"its worker ended with exit code {code}"
-    return f"its worker was ended by {signal.Signals(-code).name}"
+    named = -code in set(signal.Signals)  # most real-time signals have no name
+    return f"its worker was ended by {signal.Signals(-code).name if named else f'signal {-code}'}"
 
 
 def _show(text: bytes) -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import stat
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,28 @@ def _leave() -> float:
     os._exit(0)
 
 
+def _scribble() -> float:
+    """Writes a message that is none into its worker's pipe, the only socket that it has."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if os.path.exists(f"/proc/self/fd/{number}") and stat.S_ISSOCK(os.fstat(number).st_mode):
+            os.write(number, struct.pack("!i", 3) + b"abc")
+    return 1.0
+
+
+class Unsent:
+    """No process can be sent it."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be sent")
+
+
+class Unread:
+    """No process can read it."""
+
+    def __reduce__(self) -> Any:
+        return _raise, (TypeError("cannot be read"),)
+
+
 # What a reward does, and what its error says; None where it is a reward of 1.
 KINDS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "forks": (_fork, None),
@@ -102,6 +126,8 @@ KINDS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "an array": (lambda: np.ones(1), "reward gave array([1.]), which is no number"),
     "leaves": (_leave, "its worker ended with exit code 0"),
     "is killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "its worker was ended by SIGKILL"),
+    "is killed without a name": (lambda: os.kill(os.getpid(), 40), "its worker was ended by signal 40"),
+    "scribbles": (_scribble, "its worker said what is no message (UnpicklingError"),
     "stops": (lambda: os.kill(os.getpid(), signal.SIGSTOP), "no reward within task.reward.timeout_seconds"),
     "grows": (lambda: bytearray(1 << 30), "MemoryError\n(more than task.reward.memory_mb lets a worker have)"),
     "recurses": (_recurse, "RecursionError: maximum recursion depth"),
@@ -366,6 +392,31 @@ def _line(process: psutil.Process) -> str:
         return ""
 
 
+def test_what_no_process_can_be_sent_or_can_read_costs_itself_alone(pool: TaskPool) -> None:
+    def holding(value: object, text: str) -> Item:
+        return Prompt(uid="train/0", text="", task="trouble", reference={"value": value}), answered(text)
+
+    items = answers(*map(str, range(40)))
+    items[2], items[20] = holding(Unsent(), "2"), holding(Unread(), "20")
+    rewards = pool.rewards(items)
+    assert totals(rewards) == [-1.0 if number in (2, 20) else float(number) for number in range(40)]
+    assert rewards[2].error == "train/0: TypeError: cannot be sent"
+    assert str(rewards[20].error).endswith("TypeError: cannot be read")
+    assert failures(pool.rewards([holding(Unsent(), "1")] * 5)) == [0, 1, 2, 3, 4], "more than there are workers"
+
+
+def test_a_pipe_whose_other_end_stops_in_a_message_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "PIPE_TIMEOUT", (0, 10_000))
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        workers._limit_waits(ours)
+        with pytest.raises(BlockingIOError):
+            ours.send_bytes(HUGE)
+        os.write(theirs.fileno(), struct.pack("!i", 3) + b"a")
+        with pytest.raises(BlockingIOError):
+            ours.recv_bytes()
+
+
 def test_workers_do_not_import_torch(pool: TaskPool) -> None:
     assert totals(pool.rewards(answers("torch"))) == [0.0]
 
@@ -421,14 +472,17 @@ def test_workers_that_never_start_fail_their_items_within_a_limit(
     assert {one.timed_out for one in rewards} == {"batch_seconds" in limits}
 
 
-def test_where_the_system_gives_no_process_items_fail_after_three_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(SpawnProcess, "start"), (SpawnContext, "Pipe")])
+def test_where_the_system_gives_no_process_items_fail_after_three_tries(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
     tries = list[object]()
 
-    def refuse(process: object) -> None:
-        tries.append(process)
+    def refuse(one: object, duplex: bool = True) -> None:
+        tries.append(one)
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(SpawnProcess, "start", refuse)
+    monkeypatch.setattr(owner, name, refuse)
     monkeypatch.setattr(workers, "LOOK_SECONDS", 0.01)
     with TaskPool(TaskConfig(), seed=1, make=make_trouble) as pool:
         error = pool.rewards(answers("1"))[0].error

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gspo_moe.tasks.rewards import Reward, give_reward, part_means, take_step
+from gspo_moe.errors import RewardError
+from gspo_moe.tasks.rewards import Reward, give_reward, give_rewards, part_means, take_step
 from gspo_moe.types import Prompt, Turn
 from tests.turns import answered
 
@@ -48,6 +49,13 @@ def test_scalars_of_numpy_are_numbers() -> None:
 )
 def test_each_part_and_their_sum_must_be_numbers_that_advantages_can_be_made_of(value: object, message: str) -> None:
     assert message in str(given(value))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_call_for_all_must_give_one_reward_for_each(count: int) -> None:
+    rubric: Any = SimpleNamespace(rewards=lambda items: [1.0] * count)
+    with pytest.raises(RewardError, match=f"rewards gave {count} rewards for 2 answers; give one for each"):
+        give_rewards(rubric, [(PROMPT, answered("!"))] * 2)
 
 
 def test_means_of_parts_are_over_the_rewards_that_have_them() -> None:

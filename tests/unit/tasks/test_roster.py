@@ -50,6 +50,9 @@ class Simulated:
         for number, why in list(self.roster.overdue(self.now)):
             del self.events[number]
             self.roster.lost(number, why, again=False)
+        for number in self.roster.surplus(self.now):
+            del self.events[number]
+            self.roster.lost(number, "not wanted")
         for _ in range(self.roster.missing(self.now)):
             self.roster.started(self.count, self.now)
             self.events[self.count] = (self.now + self.start_seconds, "ready")
@@ -115,6 +118,30 @@ def test_where_nothing_has_hung_slow_rewards_start_no_other_workers() -> None:
     simulated = Simulated(RewardConfig(workers=2, timeout_seconds=10.0), start_seconds=1.0)
     assert all(isinstance(one, Reward) for one in simulated.run(groups_of([9.0] * 8, size=2)))
     assert (simulated.count, simulated.now) == (2, pytest.approx(37.0))
+
+
+def test_replacements_of_what_came_to_its_end_after_all_are_ended_and_a_later_batch_starts_none() -> None:
+    simulated = Simulated(RewardConfig(workers=1, timeout_seconds=10.0), start_seconds=1.0)
+    found = simulated.run(groups_of([HANGS, 7.0, 0.1], size=1))
+    assert [isinstance(one, Reward) for one in found] == [False, True, True]
+    assert (simulated.count, len(simulated.roster.members)) == (3, 1), "one started as the second took half of its time"
+    simulated.run(groups_of([7.0, 0.1], size=1))
+    assert simulated.count == 3
+
+
+def test_a_failed_start_is_final_only_where_no_worker_has_been_ready() -> None:
+    roster, (group,) = Roster(RewardConfig(workers=2)), groups_of([1.0, 1.0], size=2)
+    roster.add(group)
+    for number in range(2):
+        roster.started(number, 0.0)
+    roster.ready(0, 0.0)
+    for number in range(1, 4):
+        assert roster.missing(0.0) == (number > 1)
+        roster.started(number, 0.0)
+        roster.lost(number, "its task raised", again=False)
+    assert (roster.missing(0.0), group.future.done()) == (0, False), "the one that is ready goes on"
+    roster.lost(0, "its worker is gone")
+    assert group.future.result() == ["its worker is gone"] * 2
 
 
 def test_a_call_for_all_of_a_group_has_the_limit_and_then_each_of_its_own() -> None:
