@@ -24,13 +24,13 @@ from gspo_moe.last_words import (
 )
 from gspo_moe.orphans import end_with_launcher
 from gspo_moe.packages import as_user_error, require
-from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.replay.command import add_replay
 from gspo_moe.scoring.parity_command import add_parity
 from gspo_moe.watching.command import add_compare
 
 if TYPE_CHECKING:
     from gspo_moe.config.schema import Config
+    from gspo_moe.parallel.signals import StopSignals
 
 USER_ERROR = GspoMoeError.exit_code
 # Logged at every start: a toolkit without a GPU, and megatron-core 0.19's plans for parts that it has no other way for
@@ -173,6 +173,8 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from gspo_moe.parallel.signals import StopSignals  # here, as `compare` and `watch` go without the trainer's rooms
+
     require("matplotlib")  # of the picture at the end
     if options.check or options.world_size is not None:
         _check(load_config(options.config, options.overrides), options)

@@ -86,6 +86,15 @@ def installation() -> tuple[str, str]:
     return __version__, f"installed, run from {FOLDER}"
 
 
+def install(extra: str) -> str:
+    """The command that installs this project with an extra, however it runs now."""
+    try:
+        importlib.metadata.version("gspo_moe")
+    except importlib.metadata.PackageNotFoundError:
+        return f"`pip install '.[{extra}]'` in {FOLDER}"
+    return f"`pip install 'gspo_moe[{extra}]'`"
+
+
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -97,7 +106,7 @@ def _refusal(package: Package) -> str:
     needs = f"which {package.purpose} needs" if package.purpose else "which training needs"
     return (
         f"{package.distribution} is not installed, {needs}; run `pip install {package.distribution}`, or for all "
-        "packages `pip install 'gspo_moe[train]'` or bash launch/install.sh (`gspo-moe doctor` lists what is missing)"
+        f"packages {install('train')} or bash launch/install.sh (`gspo-moe doctor` lists what is missing)"
     )
 
 

@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "DeepseekV3": (LATENT, "sigmoid"),
     "GptOss": (LOCAL, "softmax"),
     "Glm4Moe": ({"first_k_dense_replace": 0, "n_routed_experts": 8, "n_group": 1, "topk_group": 1}, "sigmoid"),
+    "Ernie4_5_Moe": ({"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 0}, "softmax"),
     "MiniMaxM2": (LOCAL | {"rotary_dim": 8}, "sigmoid"),
 }
 

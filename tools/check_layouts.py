@@ -244,7 +244,7 @@ def run(worlds: Sequence[int], names: Sequence[str] | None = None) -> list[tuple
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
             command = [*launcher, __file__, "--worker", folder, *sorted(needed)]
             subprocess.run(command, check=True, env=os.environ | QUIET)
-        worst = dict(map(json.loads, (Path(folder) / RESULTS).read_text().splitlines()))
+        worst = dict(map(json.loads, (Path(folder) / RESULTS).read_text().strip().split("\n")))
     return [(case, worst[case.name]) for case in chosen]
 
 

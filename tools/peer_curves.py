@@ -60,7 +60,7 @@ def rewards_of_ours(hf: Path, seed: int, steps: int, folder: Path) -> list[float
     """The mean reward of each step."""
     command = (sys.executable, "-m", "gspo_moe", "train", *_gspo(hf, seed, steps), f"logging.run_dir={folder}")
     run_side(Side(f"ours, seed {seed}", command, {"OMP_NUM_THREADS": "1"}, None))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
     return [row["reward/mean"] for row in rows if "reward/mean" in row]
 
 

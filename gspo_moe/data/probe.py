@@ -34,7 +34,8 @@ def probe_set(
 
 def _read(path: Path) -> list[TrainingSample]:
     try:
-        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8", newline="\n") as opened:
+            lines = [parse_json(line) for line in opened]
         return [TrainingSample(tuple(line["token_ids"]), tuple(line["response_mask"])) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); delete it, and the probe set is drawn anew") from error

@@ -13,7 +13,7 @@ import torch
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.watching.comparison import Comparison, compare
 from gspo_moe.watching.snapshot import Snapshot, join
-from gspo_moe.watching.streaming import stream
+from gspo_moe.watching.streaming import stream, tensor_files
 from gspo_moe.watching.texts import Batch
 from gspo_moe.watching.watcher import watch
 
@@ -38,9 +38,7 @@ def choose_source(folder: Path, dtype: str | None, device: str, stream_it: bool)
     Raises ConfigError where such a model is of a kind that cannot be streamed, DataError for no model's folder.
     """
     config = load_config(folder)
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{folder} has no *.safetensors; give a folder with a model's weights")
+    files = set(tensor_files(folder).values())
     own = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     chosen = dtype or own
     if chosen not in DTYPES:

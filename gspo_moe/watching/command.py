@@ -12,6 +12,7 @@ from typing import Any
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.files import write_whole
 from gspo_moe.garbage import imports
+from gspo_moe.packages import install
 
 NEEDED = ("transformers", "safetensors", "psutil", "jinja2")
 # Names of `Comparison.to_metrics`, what each is, and the factor that its unit has.
@@ -55,7 +56,7 @@ def add_compare(commands: Any) -> None:
 def _compare(options: argparse.Namespace) -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} not installed, which compare needs; run `pip install gspo_moe[watch]`")
+        raise ConfigError(f"{', '.join(missing)} not installed, which compare needs; run {install('watch')}")
     with imports():
         from gspo_moe.watching.checkpoints import choose_source, compare_sources, load_config, load_tokenizer
         from gspo_moe.watching.texts import batches, read_rows
@@ -65,7 +66,7 @@ def _compare(options: argparse.Namespace) -> None:
     for path in (options.output, options.json):
         if path is not None and path.is_dir():
             raise ConfigError(f"{path} is a folder; name a file")
-    configs = [load_config(folder) for folder in (options.old, options.new)]
+    configs = [load_config(folder).get_text_config() for folder in (options.old, options.new)]
     kinds = [(one.model_type, one.vocab_size, one.num_hidden_layers, one.hidden_size) for one in configs]
     if kinds[0] != kinds[1]:
         raise DataError(
@@ -103,8 +104,8 @@ def table_rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         half = figures["slot_change_half_interval"] if name == "slot_change" else math.nan
         low, high = figures.get(f"{name}_low", max(value - half, 0.0)), figures.get(f"{name}_high", value + half)
         known = f"{name}_low" in figures or math.isfinite(half)
-        interval = f"[{_number(low * factor)}, {_number(high * factor)}]" if known and math.isfinite(low) else ""
-        rows.append((label, _number(value * factor), interval))
+        interval = f"[{number(low * factor)}, {number(high * factor)}]" if known and math.isfinite(low) else ""
+        rows.append((label, number(value * factor), interval))
     return rows
 
 
@@ -118,7 +119,7 @@ def layer_table(figures: dict[str, Any], layers: tuple[str, ...]) -> list[str]:
     margins = figures.get("router_margin_by_layer", [math.nan] * len(layers))
     lines = [f"{'router':<32}{'V, %':>10}{'D, %':>10}{'margin':>12}"]
     for name, change, flip, margin in zip(layers, changes, flips, margins, strict=True):
-        lines.append(f"{name:<32}{_number(100 * change):>10}{_number(100 * flip):>10}{_number(margin):>12}")
+        lines.append(f"{name:<32}{number(100 * change):>10}{number(100 * flip):>10}{number(margin):>12}")
     return lines
 
 
@@ -127,7 +128,7 @@ def _said(source: Any) -> str:
     return f"{source.folder}, {source.dtype}, {how} on {source.device}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
 

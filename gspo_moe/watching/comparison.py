@@ -43,7 +43,7 @@ def compare(old: Snapshot, new: Snapshot, held: Snapshot | None = None) -> Compa
     """How far `new` moved from `old`: the same tokens under two sets of weights, precisions or engines.
 
     held: of new's model with old's routes (`routes=old.routes_TLK`), for phi and W, which need log-probs of all three.
-    Raises DataError where the tokens or the models differ in form.
+    Raises DataError where the tokens, the models or their routers' scores differ in form.
     """
     for other in (new, held):
         if other is not None:
@@ -96,3 +96,9 @@ def _check(old: Snapshot, other: Snapshot) -> None:
         same &= torch.equal(old.token_ids_T, other.token_ids_T)
     if not same:
         raise DataError("the snapshots are of other tokens, or count others; take both of one batch and its masks")
+    for layer, was, now in zip(old.layers, old.scored_by or (), other.scored_by or (), strict=False):
+        if was != now:
+            raise DataError(
+                f"{layer}: its weights fit {was} in one snapshot, {now} in the other; take longer texts or float32, by "
+                "which they differ, or watch with scores=False"
+            )

@@ -39,7 +39,7 @@ class Gate:
 
 
 def find_gate(logits_TE: torch.Tensor, routes_TK: torch.Tensor, weights_TK: torch.Tensor) -> Gate | None:
-    """The gate that made these weights [T, K] of these logits; None where none of those above did.
+    """The gate that made these weights [T, K] of these logits, padding left out; None where none of those above did.
 
     Weights may be rounded to any type: the gate must give them back within eight of its last digits.
     """

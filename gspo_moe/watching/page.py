@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from gspo_moe.routing.volatility import MARGIN_EDGES
+from gspo_moe.watching.command import number
 
 WIDTH, HEIGHT = 640, 200
 
@@ -63,7 +64,7 @@ def render(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(source)
     return template.render(
-        head=head, rows=rows, drawings=drawings, by_layer=list(by_layer), width=WIDTH, height=HEIGHT, number=_number
+        head=head, rows=rows, drawings=drawings, by_layer=list(by_layer), width=WIDTH, height=HEIGHT, number=number
     )
 
 
@@ -74,11 +75,7 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float]) -> Drawing:
     found = []
     for index, (label, value) in enumerate(zip(labels, values, strict=True)):
         height = HEIGHT * value / highest if math.isfinite(value) and highest > 0 else 0.0
-        found.append(Bar(index * step + 0.1 * step, HEIGHT - height, 0.8 * step, height, label, _number(value)))
+        found.append(Bar(index * step + 0.1 * step, HEIGHT - height, 0.8 * step, height, label, number(value)))
     every = max(1, math.ceil(len(values) / 16))
     ticks = [((index + 0.5) * step, label) for index, label in enumerate(labels) if index % every == 0]
-    return Drawing(title, _number(highest), tuple(found), tuple(ticks))
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
+    return Drawing(title, number(highest), tuple(found), tuple(ticks))

@@ -14,6 +14,7 @@ import torch
 from gspo_moe.errors import ConfigError, DataError
 
 NAMES = re.compile(r"(Router|Gate|Gating)$")
+BIASES = ("moe_statics", "expert_bias", "e_score_correction_bias")  # what a layer adds to its gate's scores
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class TopKRouter:
-    """transformers 5's: gives logits [T, E], weights [T, K] and experts [T, K]."""
+    """transformers 5's: gives logits [T, E], or in earlier ones their softmax, weights [T, K] and experts [T, K]."""
 
     module: torch.nn.Module
     sequence_first = False
@@ -67,10 +68,10 @@ class TopKRouter:
                 f"{type(self.module).__name__} gave {_form(output)}: not logits [tokens, experts], weights and experts "
                 "[tokens, topk]; this model cannot be watched"
             )
-        bias = getattr(self.module, "e_score_correction_bias", None)
+        bias = getattr(getattr(self.module, "moe_statics", self.module), "e_score_correction_bias", None)
         if bias is None and len(arguments) > 1:  # where the layer around it holds the bias
             bias = arguments[1]
-        return Choice(logits, routes.long(), weights, _bias(bias), _count(self.module, "num_group"))
+        return Choice(_as_logits(logits), routes.long(), weights, _bias(bias), _count(self.module, "num_group"))
 
     def forced(self, output: Any, routes_TK: torch.Tensor, weights_TK: torch.Tensor) -> Any:
         logits, weights, routes = output
@@ -145,7 +146,8 @@ def _as_router(name: str, module: torch.nn.Module, parent: torch.nn.Module) -> R
         return TopKRouter(module)
     topk, experts = getattr(parent, "top_k", None), getattr(parent, "num_experts", None)
     linear = name in ("gate", "router") and isinstance(module, torch.nn.Linear)
-    if linear and isinstance(topk, int) and isinstance(experts, int) and module.out_features == experts:
+    biased = any(getattr(parent, part, None) is not None for part in BIASES)  # so its choice is not that of the softmax
+    if linear and not biased and isinstance(topk, int) and isinstance(experts, int) and module.out_features == experts:
         return LinearGate(module, topk)
     return None
 
@@ -155,7 +157,15 @@ def _count(holder: Any, name: str) -> int:
 
 
 def _bias(value: Any) -> torch.Tensor | None:
-    return value.detach() if isinstance(value, torch.Tensor) else None
+    return value.detach().flatten() if isinstance(value, torch.Tensor) else None
+
+
+def _as_logits(given_TE: torch.Tensor) -> torch.Tensor:
+    """Logits as they are; of probabilities the log, whose softmax they are."""
+    sums_T = given_TE.float().sum(dim=1)
+    if not ((given_TE >= 0).all() and ((sums_T - 1).abs() <= 2 * torch.finfo(given_TE.dtype).eps + 1e-4).all()):
+        return given_TE
+    return given_TE.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def _form(output: Any) -> str:

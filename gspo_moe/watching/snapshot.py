@@ -53,6 +53,7 @@ class Snapshot:
     log_scores_MLE, margin_ML: float32, the router's ln scores (nats) and what its choice was decided by, of the M
     tokens whose routes count; None without scores. log_probs_T: float32, of the token behind each one (nats), 0 where
     there is none; None without. token_ids_T: int64; None where they are not known. layers: the routers' names.
+    scored_by: a key of `gates.LOG_SCORES` for each; None without scores.
     """
 
     masks: TokenMasks
@@ -63,6 +64,7 @@ class Snapshot:
     margin_ML: torch.Tensor | None = None
     log_probs_T: torch.Tensor | None = None
     token_ids_T: torch.Tensor | None = None
+    scored_by: tuple[str, ...] | None = None
 
     @property
     def routes_MLK(self) -> torch.Tensor:
@@ -73,6 +75,9 @@ def join(snapshots: Sequence[Snapshot]) -> Snapshot:
     """Snapshots of one model's micro-batches as one. What one of them lacks, all lose."""
     if not snapshots or len({(one.layers, one.num_experts, one.routes_TLK.shape[2]) for one in snapshots}) > 1:
         raise DataError("only snapshots of one model can be joined; give one or more")
+    kinds = {one.scored_by for one in snapshots}
+    if len(kinds - {None}) > 1:
+        raise DataError("one snapshot read a router as softmax, another as sigmoid; join those of one watcher")
     counts = [int(one.masks.row_T.max()) + 1 for one in snapshots]
     rows = [one.masks.row_T + sum(counts[:index]) for index, one in enumerate(snapshots)]
     masks = TokenMasks(
@@ -88,4 +93,6 @@ def join(snapshots: Sequence[Snapshot]) -> Snapshot:
     optional = ("log_scores_MLE", "margin_ML", "log_probs_T", "token_ids_T")
     routes_TLK = torch.cat([one.routes_TLK for one in snapshots])
     first = snapshots[0]
-    return Snapshot(masks, routes_TLK, first.num_experts, first.layers, **{name: joined(name) for name in optional})
+    parts = {name: joined(name) for name in optional}
+    scored_by = first.scored_by if len(kinds) == 1 else None
+    return Snapshot(masks, routes_TLK, first.num_experts, first.layers, **parts, scored_by=scored_by)

@@ -11,14 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from gspo_moe.errors import DataError
+from gspo_moe.plain_json import parse_json
 from gspo_moe.watching.snapshot import Snapshot, join
 from gspo_moe.watching.texts import Batch
 from gspo_moe.watching.watcher import Watcher, next_log_probs
 
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor, of those that transformers loads: `model.safetensors`, else the index's.
+
+    Raises DataError where there is neither, or one cannot be read.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        try:
+            with safe_open(single, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{single} cannot be read ({error}); copy it again") from error
+    if not index.is_file():
+        raise DataError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder with a model's weights")
+    try:
+        file_of = {name: folder / file for name, file in parse_json(index.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is no index of safetensors ({error}); copy it again") from error
+    for file in file_of.values():
+        if not file.is_file():
+            raise DataError(f"{file} is not there, which {index.name} names; copy the checkpoint again")
+    return file_of
 
 
 class Tensors:
@@ -26,10 +52,7 @@ class Tensors:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         self._folder, self._dtype, self._device = folder, dtype, device
-        self._file_of: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                self._file_of |= dict.fromkeys(opened.keys(), file)
+        self._file_of = tensor_files(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -75,7 +98,8 @@ def stream(
 
     tensors = Tensors(folder, dtype, device)
     embedding = tensors.get("model.embed_tokens.weight")
-    tied = embedding if "lm_head.weight" not in tensors else None
+    # As transformers 5, which ties nothing where the file has both.
+    tied = embedding if config.tie_word_embeddings and "lm_head.weight" not in tensors else None
     passes = [_Pass(batch, embedding[batch.input_ids].cpu(), None, []) for batch in batches]
     if held is not None:
         parts = held.routes_TLK.split([batch.input_ids.numel() for batch in batches])
@@ -103,12 +127,15 @@ def stream(
 def _fill(layer: torch.nn.Module, index: int, num_experts: int, tensors: Tensors) -> None:
     found = tensors.below(f"model.layers.{index}.")
     if "mlp.experts.0.gate_proj.weight" in found:  # one by one, as published
-        experts = [
-            [found.pop(f"mlp.experts.{expert}.{part}.weight") for part in PROJECTIONS] for expert in range(num_experts)
-        ]
+        names = [[f"mlp.experts.{expert}.{part}.weight" for part in PROJECTIONS] for expert in range(num_experts)]
+        _refuse_absent(index, [name for parts in names for name in parts if name not in found])
+        experts = [[found.pop(name) for name in parts] for parts in names]
         found["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in experts])
         found["mlp.experts.down_proj"] = torch.stack([parts[2] for parts in experts])
-    missing = layer.load_state_dict(found, strict=False, assign=True).missing_keys
+    _refuse_absent(index, layer.load_state_dict(found, strict=False, assign=True).missing_keys)
+
+
+def _refuse_absent(index: int, missing: Sequence[str]) -> None:
     if missing:
         raise DataError(f"layer {index} lacks {', '.join(missing)}; give a whole Qwen3 MoE checkpoint in safetensors")
 
@@ -149,13 +176,17 @@ def _end(norm: torch.nn.Module, head: torch.Tensor, one: _Pass) -> Snapshot:
 
 def _stack(layers: Sequence[Snapshot]) -> Snapshot:
     """One snapshot of the layers' own."""
+    if not layers:
+        raise DataError("no layer of this checkpoint has experts; compare needs a mixture of experts")
     scores = [one.log_scores_MLE for one in layers if one.log_scores_MLE is not None]
     margins = [one.margin_ML for one in layers if one.margin_ML is not None]
-    assert len(scores) == len(margins) == len(layers), "Qwen3's gate is known"
+    if not len(scores) == len(margins) == len(layers):  # Qwen3's gate is known
+        raise DataError("a router's weights are not those of its logits; look for NaN in the checkpoint")
     return replace(
         layers[0],
         routes_TLK=torch.cat([one.routes_TLK for one in layers], dim=1),
         layers=tuple(name for one in layers for name in one.layers),
         log_scores_MLE=torch.cat(scores, dim=1),
         margin_ML=torch.cat(margins, dim=1),
+        scored_by=tuple(name for one in layers for name in one.scored_by or ()),
     )

@@ -96,7 +96,8 @@ def read_rows(file: Path, tokenizer: Any, vocabulary: int, longest: int) -> list
 
 def _lines(file: Path) -> Iterator[str]:
     try:
-        yield from file.read_text(encoding="utf-8").splitlines()
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            yield from lines
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 text ({error}); give lines {FORMS}") from error
 

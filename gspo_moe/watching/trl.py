@@ -23,7 +23,7 @@ def log_routing(trainer: Any, probes: Sequence[Probe], *, every: int = 1, attrib
     Names are `routing/update/...` (docs/spec.md, section 4): weights now against those of the last measurement; the
     noise floor is of the first weights twice. A measurement is one forward of all probes in one batch, two with
     attribution (phi and W). In several processes each runs all of them. Raises ConfigError for no probe, or a model
-    without a known router.
+    without a known router; training raises it at its start where attribution is asked of one that holds no routes.
     """
     if not probes or every < 1:
         raise ConfigError(f"{len(probes)} probes every {every} steps; give one or more, every 1 step or more")
@@ -51,6 +51,11 @@ class RoutingCallback(TrainerCallback):
         self._batch = self._batch.to(model.device)
         self._old = self._snapshot()
         self._floor = compare(self._old, self._snapshot())
+        if self._attribution:  # an error now, not behind the first step
+            try:
+                self._snapshot(self._old.routes_TLK)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; or log_routing(..., attribution=False)") from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step % self._every:

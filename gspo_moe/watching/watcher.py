@@ -35,6 +35,7 @@ class _Found:
     num_experts: int
     log_scores_ME: torch.Tensor | None
     margin_M: torch.Tensor | None
+    scored_by: str | None
 
 
 class Capture:
@@ -62,16 +63,17 @@ class Capture:
         shapes = {(one.num_experts, one.routes_TK.shape[1]) for one in layers}
         if len(shapes) > 1:
             raise DataError(f"the layers' experts and topk differ, {sorted(shapes)}; such a model has no one figure")
-        scored = [(one.log_scores_ME, one.margin_M) for one in layers]
-        scores = [(log_scores, at) for log_scores, at in scored if log_scores is not None and at is not None]
+        scored = [(one.log_scores_ME, one.margin_M, one.scored_by) for one in layers]
+        scores = [(a, b, c) for a, b, c in scored if a is not None and b is not None and c is not None]
         whole = len(scores) == len(layers)
         return Snapshot(
             self._masks,
             torch.stack([one.routes_TK for one in layers], dim=1),
             layers[0].num_experts,
             self._names,
-            torch.stack([log_scores for log_scores, _ in scores], dim=1) if whole else None,
-            torch.stack([at for _, at in scores], dim=1) if whole else None,
+            torch.stack([log_scores for log_scores, _, _ in scores], dim=1) if whole else None,
+            torch.stack([at for _, at, _ in scores], dim=1) if whole else None,
+            scored_by=tuple(name for _, _, name in scores) if whole else None,
         )
 
 
@@ -82,6 +84,7 @@ class Watcher:
         self._model = model
         self._routers = find_routers(model)
         self._scores = scores
+        self._gates: dict[str, Gate] = {}  # by the routers' names, as the first forward showed them
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -111,7 +114,7 @@ class Watcher:
         captured = Capture(self.layers, masks)
         handles = [
             router.module.register_forward_hook(
-                _Hook(captured, name, router, (rows, tokens), masks, self._scores, layer_TK)
+                _Hook(captured, name, router, attention_mask, masks, self._scores, layer_TK, self._gates)
             )
             for (name, router), layer_TK in zip(self._routers.items(), held, strict=True)
         ]
@@ -154,18 +157,15 @@ class _Hook:
     captured: Capture
     name: str
     router: Router
-    shape: tuple[int, int]
+    attention_mask: torch.Tensor
     masks: TokenMasks
     scores: bool
     routes_TK: torch.Tensor | None
+    gates: dict[str, Gate]
 
     def __call__(self, module: torch.nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         choice = self._by_rows(self.router.choice(arguments, output))
-        gate = None
-        if choice.weights_TK is not None:
-            gate = find_gate(choice.logits_TE, choice.routes_TK, choice.weights_TK)
-        elif self.scores:
-            gate = Gate("softmax", True, 1.0)
+        gate = self._gate(choice)
         forced = output
         if self.routes_TK is not None:
             if gate is None:
@@ -178,9 +178,21 @@ class _Hook:
         self.captured.add(self.name, self._found(choice, gate if self.scores else None))
         return forced
 
+    def _gate(self, choice: Choice) -> Gate | None:
+        """One for all forwards: near ties of logits fit several."""
+        if self.name not in self.gates:
+            gate: Gate | None = Gate("softmax", True, 1.0)
+            if choice.weights_TK is not None:
+                real_T = self.attention_mask.detach().bool().flatten().to(choice.logits_TE.device)
+                gate = find_gate(choice.logits_TE[real_T], choice.routes_TK[real_T], choice.weights_TK[real_T])
+            if gate is None:
+                return None
+            self.gates[self.name] = gate
+        return self.gates[self.name]
+
     def _by_rows(self, choice: Choice, *, back: bool = False) -> Choice:
         """The choice with its tokens row by row, as all but megatron-core's have them; `back` in the router's order."""
-        rows, tokens = self.shape
+        rows, tokens = self.attention_mask.shape
         if len(choice.logits_TE) != rows * tokens:
             raise DataError(
                 f"{self.name} saw {len(choice.logits_TE)} tokens, the mask has {rows} rows of {tokens}; give the mask "
@@ -202,13 +214,12 @@ class _Hook:
         experts, routes_TK = choice.logits_TE.shape[1], choice.routes_TK
         kept_TK = routes_TK.short().cpu()
         if gate is None:
-            return _Found(kept_TK, experts, None, None)
+            return _Found(kept_TK, experts, None, None, None)
         counts_T = self.masks.routes_T.to(routes_TK.device)
         log_scores_ME = gate.log_scores(choice.logits_TE[counts_T])
         scores_ME = log_scores_ME.exp() if choice.bias_E is None else log_scores_ME.exp() + choice.bias_E
-        return _Found(
-            kept_TK, experts, log_scores_ME.cpu(), margin(scores_ME, routes_TK[counts_T], choice.groups).cpu()
-        )
+        margin_M = margin(scores_ME, routes_TK[counts_T], choice.groups)
+        return _Found(kept_TK, experts, log_scores_ME.cpu(), margin_M.cpu(), gate.scores)
 
 
 def next_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

@@ -76,8 +76,10 @@ def test_the_version_is_known_installed_or_not(monkeypatch: pytest.MonkeyPatch) 
     assert "version" in PROJECT["dynamic"]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: __version__)
     assert packages.installation() == (__version__, f"installed, run from {ROOT}")
+    assert packages.install("train") == "`pip install 'gspo_moe[train]'`"
     monkeypatch.setattr(importlib.metadata, "version", not_found)
     assert packages.installation() == (__version__, f"not installed, run from its folder {ROOT}")
+    assert packages.install("train") == f"`pip install '.[train]'` in {ROOT}"
 
 
 def test_it_speaks_where_no_package_is() -> None:

@@ -191,7 +191,7 @@ def call(job: dict[str, Any]) -> None:
     import io
     import json
 
-    arguments = [json.loads(line) for line in sys.stdin.read().splitlines() if line.strip()]
+    arguments = [json.loads(line) for line in sys.stdin.read().split("\n") if line.strip()]
     sys.stdin = io.StringIO()
     names, code = loaded(job, "solution")
     exec(imports_for(code), names)

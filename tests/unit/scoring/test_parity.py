@@ -94,6 +94,12 @@ def test_cases_that_do_not_fit_are_named_and_those_that_differ_end_it(
     assert found["2: context=2 fp32"] == "failed: no memory"
     assert "2 of 6 cases failed or differ by more than allowed: 2: pipeline=2 fp32; 2: context=2 fp32" in said.err
     assert main(["parity", str(folder), "--dtypes", "fp32", "--layout", "tensor=2", "--processes", "2"]) == 0
+    bf16 = ["--processes", "2", "--dtypes", "bf16", "--layout", "pipeline=2"]
+    assert main(["parity", str(folder), *bf16]) == 1  # k3 0.023
+    assert main(["parity", str(folder), *bf16, "--rounded-k3", "0.1"]) == 0
+    capsys.readouterr()
+    assert main(["parity", str(folder), "--dtypes", "fp32", "--layout", "tensor=8", "--processes", "4"]) == 2
+    assert "every case but the first was left out, so nothing was compared" in capsys.readouterr().err
 
 
 def test_what_score_writes_is_what_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3_5MoeConfig
 
 import gspo_moe
 from gspo_moe.cli import main
@@ -121,6 +124,59 @@ def test_lines_that_cannot_be_measured_are_named(line: str, message: str, tmp_pa
     file.write_text(line)
     with pytest.raises(DataError, match=message):
         read_rows(file, None, 61, 100)
+
+
+def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"token_ids": [3, 4], "of": "a\u2028b\x85c"}\r\n{"token_ids": [5, 6]}\n', newline="")
+    assert read_rows(file, None, 61, 100) == [Row((3, 4)), Row((5, 6))]
+
+
+def test_files_that_transformers_does_not_read_are_not_streamed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders[0], tmp_path / "a")
+    shutil.copy(folders[1] / "model.safetensors", folder / "older.safetensors")
+    expected, found = (
+        snapshots(choose_source(one, None, "cpu", True), batches(ROWS, 100), None)[0] for one in (folders[0], folder)
+    )
+    assert found.log_probs_T is not None
+    assert expected.log_probs_T is not None
+    assert torch.equal(found.log_probs_T, expected.log_probs_T)
+
+
+def test_what_a_checkpoint_lacks_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders[0], tmp_path / "a")
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+
+    def streamed(without: str) -> None:
+        save_file({name: tensor for name, tensor in tensors.items() if name != without}, single)
+        snapshots(choose_source(folder, None, "cpu", True), batches(ROWS, 100), None)
+
+    for name in ("model.layers.0.mlp.experts.3.up_proj.weight", "model.layers.1.input_layernorm.weight"):
+        with pytest.raises(DataError, match=f"lacks .*{name.removeprefix('model.layers.')[2:]}; give a whole"):
+            streamed(name)
+    with pytest.raises(DataError, match=r"has no tensor lm_head\.weight"):  # whose config ties nothing
+        streamed("lm_head.weight")
+    tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.mlp.gate.weight"] * torch.nan
+    with pytest.raises(DataError, match="look for NaN"):
+        streamed("")
+    single.unlink()
+    with pytest.raises(DataError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+        choose_source(folder, None, "cpu", False)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(
+        DataError, match=r"00002\.safetensors is not there, which model\.safetensors\.index\.json names"
+    ):
+        choose_source(folder, None, "cpu", False)
+
+
+def test_a_config_of_text_and_images_is_read_by_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for width, folder in zip((32, 64), folders, strict=True):
+        Qwen3_5MoeConfig(text_config={"hidden_size": width}).save_pretrained(folder)
+    assert main(["compare", *map(str, folders), "--data", "none.jsonl"]) == 2
+    assert "compare one architecture" in capsys.readouterr().err
 
 
 def test_a_response_counts_alone_and_texts_are_cut() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 
 import gspo_moe
 from gspo_moe.errors import ConfigError, DataError
-from gspo_moe.watching import Watcher, join
+from gspo_moe.watching import Watcher, compare, join
 from gspo_moe.watching.routers import TopKRouter
+from gspo_moe.watching.texts import Batch
+from gspo_moe.watching.trl import RoutingCallback
 from tests.families import FAMILIES, tiny, tokens
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +38,8 @@ def expected(model: Any, family: str) -> tuple[torch.Tensor, torch.Tensor, torch
         model(input_ids=IDS, attention_mask=ATTENTION)
     for handle in handles:
         handle.remove()
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    state = model.state_dict().items()
+    biases = [value.flatten() for name, value in state if name.endswith("e_score_correction_bias")]
     pairs = zip(routers(model), given, biases or [torch.zeros(8)] * len(given), strict=True)
     layers = [_layer(router, hidden, bias, family) for router, hidden, bias in pairs]
     routes, margins, scores = (torch.stack([layer[part] for layer in layers], dim=1) for part in range(3))
@@ -187,6 +192,48 @@ def test_a_linear_gate_is_read_by_its_softmax() -> None:
     ):
         block(hidden)
 
+    block.moe_statics = torch.nn.Identity()  # Ernie's, with a bias for the choice
+    with pytest.raises(ConfigError, match="no router of a known form"):
+        gspo_moe.watch(block)
+
+
+def with_output(model: Any, change: Callable[..., tuple[torch.Tensor, ...]]) -> Any:
+    """The model, whose routers give what `change` makes of their logits, weights and experts."""
+    for router in routers(model):
+        plain: Any = router.forward
+        router.forward = functools.partial(lambda plain, *given: change(*plain(*given)), plain)
+    return model
+
+
+def test_a_router_that_gives_probabilities_is_read_by_their_log() -> None:
+    """transformers 5's first ones."""
+    plain = gspo_moe.watch(tiny("Mixtral")).snapshot(IDS, ATTENTION)
+    model = with_output(tiny("Mixtral"), lambda logits, *rest: (logits.softmax(1), *rest))
+    found = gspo_moe.watch(model).snapshot(IDS, ATTENTION, routes=plain.routes_TLK)
+    assert plain.log_scores_MLE is not None
+    assert found.log_scores_MLE is not None
+    torch.testing.assert_close(found.log_scores_MLE, plain.log_scores_MLE, atol=1e-5, rtol=0)
+
+
+def test_a_gate_is_that_of_real_tokens_and_of_the_first_forward() -> None:
+    padding = ~ATTENTION.bool().flatten()[:, None]
+    model = with_output(tiny("MiniMaxM2"), lambda a, weights, b: (a, weights.masked_fill(padding, 7.0), b))
+    watcher = gspo_moe.watch(model)
+    first = watcher.snapshot(IDS, ATTENTION)
+    assert first.scored_by == ("sigmoid", "sigmoid")
+    with torch.no_grad():
+        for router in routers(model):
+            router.weight.zero_()  # type: ignore[operator]
+    tied = watcher.snapshot(IDS, ATTENTION)
+    assert tied.scored_by == first.scored_by
+    compare(first, tied)
+    other = gspo_moe.watch(model).snapshot(IDS, ATTENTION)
+    assert other.scored_by == ("softmax", "softmax")
+    with pytest.raises(DataError, match=r"layers\.0\.mlp\.gate: its weights fit sigmoid in one snapshot, softmax in"):
+        compare(first, other)
+    with pytest.raises(DataError, match="join those of one watcher"):
+        join([first, other])
+
 
 def test_what_cannot_be_watched_is_an_error_with_its_fix() -> None:
     with pytest.raises(ConfigError, match=r"Linear has no router of a known form \(nothing is called one\)"):
@@ -218,6 +265,9 @@ def test_a_router_of_an_unknown_rule_has_routes_alone() -> None:
     assert found.margin_ML is None
     with pytest.raises(ConfigError, match="its weights follow no rule known here"):
         watcher.snapshot(IDS, ATTENTION, routes=found.routes_TLK)
+    callback = RoutingCallback(watcher, Batch(IDS, ATTENTION, RESPONSE), 1, attribution=True)
+    with pytest.raises(ConfigError, match=r"or log_routing\(\.\.\., attribution=False\)"):
+        callback.on_train_begin(None, None, None, model=model)
 
 
 def test_nothing_of_the_trainer_is_imported() -> None:

@@ -72,6 +72,8 @@ def test_calls_give_their_results_as_json(box: Sandbox) -> None:
         1,
         None,
     )
+    line = ('"a\u2028b"',)  # of one value: only \n ends it
+    assert verdict(box, "def f(x): return x", ProgramTests("function", line, line)) == (1, 1, None)
     assert verdict(box, "def f(x): return f", ProgramTests("function", ("1",), ("1",))) == (0, 1, "failed")
     missing = box.judge("def f(x): return x", ProgramTests("function", ("1",), ("1",), function="g"), seconds=9)
     assert missing.reason == "test 1 of 1: KeyError: 'g'"
