@@ -26,6 +26,7 @@ MAY = {
     ("model/reading.py", "dist_checkpointing.load_tensors_metadata"),
     ("watching/checkpoints.py", "AutoTokenizer.from_pretrained"),  # which is told to run none
     ("tasks/worker.py", "pickle.loads"),  # a config and work, from a process to its own workers
+    ("tasks/worker.py", "pickle.load"),
     ("tasks/sandbox/inside.py", "exec"),  # what runs in the sandbox
     ("tasks/sandbox/inside.py", "eval"),
     ("tasks/sandbox/remote.py", "exec"),
