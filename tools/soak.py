@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -162,7 +161,7 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[str | None, Watched]
         for one in left:
             one.kill()
         said.seek(0)
-        if code != 128 + signal.SIGTERM:
+        if code != 0:
             return f"the run ended with exit code {code}:\n{said.read()[-2000:]}", watched
         return (f"{len(left)} processes were left behind" if left else None), watched
 

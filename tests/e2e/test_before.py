@@ -31,8 +31,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shut_down()
 
 
-def assert_step(run: Path, expected: Path, step: int) -> None:
+def assert_step(run: Path, expected: Path, step: int, gone: str = "") -> None:
     before, after = (metrics_by_step(folder)[step] for folder in (expected, run))
+    before.pop(gone, None)
     assert {name: after.get(name) for name in before} == pytest.approx(before, rel=RELATIVE, abs=ABSOLUTE)
 
 
@@ -52,7 +53,8 @@ def test_a_run_goes_on(here: Path) -> None:
 def test_a_bank_feeds_a_run(here: Path) -> None:
     given = ("schedule.steps=1", "logging.run_dir=from_bank", "rollout.bank=bank.safetensors")
     assert main(["train", "rl.yaml", *given]) == 0
-    assert_step(here / "from_bank", here / "expected" / "from_bank", 1)
+    # A bank may be of any weights, so that nothing is said any more of what equal ones would give.
+    assert_step(here / "from_bank", here / "expected" / "from_bank", 1, gone="routing/engine/noise_floor/slot_change")
 
 
 def test_a_config_of_ppo_loads() -> None:

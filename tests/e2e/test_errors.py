@@ -36,7 +36,7 @@ CONFIGS = (
     (
         1,
         "algorithm.name=reinforce",
-        ("algorithm.name='reinforce'", "did you mean 'rspo'?", "gspo, gspo_token, ppo"),
+        ("algorithm.name='reinforce'", "did you mean 'minirl'?", "gspo, gspo_token, luspo, minirl, ppo"),
     ),
     (1, "optimizer.min_lr=1", ("optimizer.min_lr=1", "exceeds optimizer.lr=0.0001; lower it")),
     (1, "tokenizer.path=nowhere", ("tokenizer.path=nowhere", "give an existing tokenizer, or null")),

@@ -203,6 +203,7 @@ def test_the_quickstart_fits_the_gpus(gpus: int, processes: int, tmp_path: Path)
     counting = f"import torch; torch.cuda.device_count = lambda: {gpus}; exec(__import__('sys').argv[1])"
     stub.write_text(
         f'#!/usr/bin/env bash\n[ "$1" = -c ] && exec {sys.executable} -c "{counting}" "$2"\necho "$*" >>{log}\n'
+        f'case "$*" in *quickstart_sft*) mkdir -p {tmp_path}/run/cold_start/hf ;; esac\n'
     )
     stub.chmod(0o755)
     run = tmp_path / "run"
