@@ -55,7 +55,7 @@ def test_a_stopped_rank_is_named(quickstart: FinishedRun, tmp_path: Path) -> Non
     assert last.startswith("gspo-moe: RankError: nothing is heard any more of ranks that the others wait for")
     assert f"(stopped, or lost): rank 1: process {stopped} on {socket.gethostname()}" in last
     assert "phase " in last
-    assert "training/loop.py" in last
+    assert "training/" in last
     succeed(job.command(), tmp_path)
     job.check()
 
