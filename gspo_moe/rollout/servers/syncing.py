@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from gspo_moe.parallel import stop
 from gspo_moe.parallel.stop import largest
 from gspo_moe.rollout.servers.records import Dialect, Servers
 
@@ -24,25 +25,16 @@ def on_main(action: Callable[[], T]) -> T:
     """
     if dist.get_world_size() == 1:
         return action()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if dist.get_rank() == MAIN:
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            future = thread.submit(action)
-            while not wait([future], LOOK_SECONDS).done:
-                largest(0)
-            failure = future.exception()
-            if failure is not None and not isinstance(failure, Exception):
-                raise failure
-            outcome = [(None, failure) if failure else (future.result(), None)]
-        largest(1)
-    else:
+    if dist.get_rank() != MAIN:
         while not largest(0):
             pass
-    dist.broadcast_object_list(outcome, src=MAIN)
-    value, failure = outcome[0]
-    if failure is not None:
-        raise failure
-    return value  # type: ignore[return-value]
+        return stop.on_main(action)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        future = thread.submit(action)
+        while not wait([future], LOOK_SECONDS).done:
+            largest(0)
+    largest(1)
+    return stop.on_main(future.result)
 
 
 def load_everywhere(servers: Servers, dialect: Dialect, folder: str, version: int) -> None:
