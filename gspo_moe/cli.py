@@ -25,6 +25,7 @@ from gspo_moe.last_words import (
 from gspo_moe.orphans import end_with_launcher
 from gspo_moe.packages import as_user_error, require
 from gspo_moe.replay.command import add_replay
+from gspo_moe.report.command import add_report
 from gspo_moe.scoring.parity_command import add_parity
 from gspo_moe.watching.command import add_compare
 
@@ -148,14 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("study", metavar="STUDY.yaml")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. 'seeds=[1, 2]' set.schedule.steps=20")
     command.set_defaults(run=_study)
-    command = commands.add_parser("report", help="one HTML page of runs and studies: curves, routing, samples")
-    command.add_argument("paths", nargs="+", metavar="PATH", help="folder of a run, or of a study (ARM/seed1, ...)")
-    command.add_argument("--output", type=Path, metavar="FILE.html", help="the page, in one file, over an earlier one")
-    command.add_argument("--figures", type=Path, metavar="DIR", help="its figures as PNG and SVG, over earlier ones")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="every number in long form; replaces an earlier one")
-    command.add_argument("--watch", action="store_true", help="serve the page on this machine while the runs go on")
-    command.add_argument("--port", type=int, default=8321, help="for --watch; 0 takes a free one (default: 8321)")
-    command.set_defaults(run=_report)
+    add_report(commands)
     add_compare(commands)
     add_parity(commands)
     command = commands.add_parser("doctor", help="what was found on this machine; of a config, what its policy reads")
@@ -204,7 +198,9 @@ def _train_until(stop: StopSignals, options: argparse.Namespace) -> None:
                 f"{config.run_path} has finished its {config.schedule.steps} steps before: nothing was trained. "
                 "Start anew with another logging.run_dir, or go on with a higher schedule.steps."
             )
-        _show_run(config)
+        from gspo_moe.report.finished import show_run
+
+        show_run(config)
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
@@ -217,23 +213,6 @@ def _check(config: Config, options: argparse.Namespace) -> None:
     from gspo_moe.training.check import check_run
 
     show_header(check_run(config, world_size), sys.stdout)
-
-
-def _show_run(config: Config) -> None:
-    from rich.console import Console
-
-    from gspo_moe.observability import load_run
-    from gspo_moe.observability.summary import summary_table
-    from gspo_moe.report.curves import draw_curves
-
-    run = load_run(config.run_path)
-    first = {name: float(run.values(name)[0]) for name in run.names}
-    last = {name: float(run.values(name)[-1]) for name in run.names}
-    Console(width=100).print(summary_table(first, last, last))
-    picture = draw_curves(config.run_path)
-    export = "hf/, " if config.checkpoint.export_hf else ""
-    kept = "checkpoints/, " if config.checkpoint.keep else ""
-    print(f"{config.run_path}: config.yaml, metrics.jsonl, tensorboard/, samples.jsonl, {kept}{export}{picture.name}")
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -288,20 +267,6 @@ def _study(options: argparse.Namespace) -> None:
     from gspo_moe.study import run_study
 
     print(run_study(options.study, options.overrides))
-
-
-def _report(options: argparse.Namespace) -> None:
-    with garbage.imports():
-        from gspo_moe.report.build import build_report
-        from gspo_moe.report.server import serve
-
-    wanted = (options.output, options.figures, options.csv)
-    if not options.watch and not any(wanted):
-        raise ConfigError("say what to write: --output FILE.html, --figures DIR, --csv FILE, or --watch to serve it")
-    if any(wanted):
-        print(*build_report(options.paths, output=options.output, figures=options.figures, csv=options.csv), sep="\n")
-    if options.watch:
-        serve(options.paths, options.port)
 
 
 def _doctor(options: argparse.Namespace) -> None:

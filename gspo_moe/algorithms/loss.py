@@ -133,12 +133,9 @@ def policy_loss(
     clip_low, clip_high = settings.clips(spec)
     log_ratio_T = log_ratios(log_probs, old_log_probs, segments)
     advantages_N, advantages_T = _advantages(spec, advantages, segments)
-    dropped_T = None
-    if extras.off_policy_mask is not None:
-        far_N = extras.off_policy_mask.far(log_probs, segments)
-        dropped_T = far_N[segments.sequence_T] & (advantages_T < 0)
-        advantages_N = advantages_N.masked_fill(far_N & (advantages_N < 0), 0.0)
-        advantages_T = advantages_T.masked_fill(dropped_T, 0.0)
+    dropped_N, dropped_T = _dropped(advantages_N, advantages_T, log_probs, segments, extras)
+    if dropped_N is not None and dropped_T is not None:
+        advantages_N, advantages_T = advantages_N.masked_fill(dropped_N, 0.0), advantages_T.masked_fill(dropped_T, 0.0)
     advantages_N, advantages_T = _corrected(advantages_N, advantages_T, segments, extras.correction)
     sequences_here, tokens_here = segments.lengths_N.numel(), segments.lengths_N.sum().item()
     shift = extras.router_shift
@@ -223,6 +220,16 @@ def _advantages(spec: Algorithm, advantages: torch.Tensor, segments: Segments) -
     _check_finite(exact if by_sequence else on_response(exact, segments))
     advantages_N = exact if by_sequence else segments.mean(exact)
     return advantages_N, exact[segments.sequence_T] if by_sequence else on_response(exact, segments)
+
+
+def _dropped(
+    advantages_N: torch.Tensor, advantages_T: torch.Tensor, log_probs: torch.Tensor, segments: Segments, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Sequences and tokens that the off-policy mask leaves out: of bad answers that are far from the policy."""
+    if extras.off_policy_mask is None:
+        return None, None
+    far_N = extras.off_policy_mask.far(log_probs, segments)
+    return far_N & (advantages_N < 0), far_N[segments.sequence_T] & (advantages_T < 0)
 
 
 def _corrected(

@@ -36,12 +36,16 @@ def remember(trainer: Trainer) -> None:
     """Has the guard look again at the steps before those to come, as far as the run has logged them. Collective."""
     if not trainer.guard.watches or not trainer.progress.step:
         return
-    file, steps = trainer.session.run_path / METRICS_FILE, dict[int, dict[str, float]]()
-    if trainer.session.groups.is_main and file.exists():
-        for record in read_json_lines(file)[0]:
+    file = trainer.session.run_path / METRICS_FILE
+
+    def logged() -> dict[int, dict[str, float]]:
+        steps: dict[int, dict[str, float]] = {}
+        for record in read_json_lines(file)[0] if file.exists() else ():
             values = {name: float("nan") if value is None else value for name, value in record.items()}
             steps.setdefault(record["step"], {}).update(trainer.guard.wanted(values))
-    for step, values in sorted(gather_objects(steps)[0].items()):
+        return steps
+
+    for step, values in sorted(on_main(logged).items()):
         if values:
             trainer.guard.look(step, values)
 

@@ -12,8 +12,7 @@ from gspo_moe.config import load_config, save_config
 from gspo_moe.errors import DataError
 from gspo_moe.observability import load_run
 from gspo_moe.observability.jsonl import JsonLines
-from gspo_moe.report import draw_curves
-from gspo_moe.report.curves import curves_figure, moving_mean
+from gspo_moe.report.curves import curves_figure, draw_curves, moving_mean
 
 STEPS = range(1, 61)
 
