@@ -44,12 +44,12 @@ def main() -> int:
 def measure(config_path: str, overrides: list[str], options: argparse.Namespace) -> dict[str, float]:
     from gspo_moe.cli import load_config
     from gspo_moe.parallel.groups import shut_down
-    from gspo_moe.training import checkpoint, loop, session
+    from gspo_moe.training import checkpoint, loop, resuming, session
     from gspo_moe.training.preflight import preflight
 
     config = load_config(config_path, overrides)
     opened = session.open_session(preflight(config))
-    trainer = session.open_trainer(opened)
+    trainer = resuming.open_trainer(opened)
     place = Path(config.logging.run_dir) / "measured"
 
     saved = place / "step_00000001"

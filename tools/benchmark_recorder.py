@@ -50,7 +50,8 @@ def measure(config: Config, pairs: int) -> None:
     from gspo_moe.platform import device
     from gspo_moe.training import rl
     from gspo_moe.training.preflight import preflight
-    from gspo_moe.training.session import open_session, open_trainer
+    from gspo_moe.training.resuming import open_trainer
+    from gspo_moe.training.session import open_session
 
     clock = time.perf_counter if device().kind == "cuda" else time.process_time
     session = open_session(preflight(config))

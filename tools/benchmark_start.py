@@ -105,7 +105,7 @@ def measure(config_path: str, overrides: Sequence[str]) -> Figures:
 
         clock.mark("import torch")
         from gspo_moe.parallel.groups import shut_down
-        from gspo_moe.training import checkpoint, loop, session
+        from gspo_moe.training import checkpoint, loop, resuming, session
         from gspo_moe.training.preflight import preflight, take_run_folder
 
     clock.mark("other imports")
@@ -114,7 +114,7 @@ def measure(config_path: str, overrides: Sequence[str]) -> Figures:
     clock.mark("task, tokenizer, checks")
     opened = session.open_session(plan)
     clock.mark("process groups, model")
-    trainer = session.open_trainer(opened)
+    trainer = resuming.open_trainer(opened)
     log = loop.RunLog(trainer)
     clock.mark("optimizer, log files")
     loop._step(trainer, log)

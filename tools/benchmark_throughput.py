@@ -111,8 +111,9 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any] | Non
     """Takes the steps; their report, on the first rank. Collective."""
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.preflight import preflight
+    from gspo_moe.training.resuming import open_trainer
     from gspo_moe.training.rl import rl_step
-    from gspo_moe.training.session import open_session, open_trainer
+    from gspo_moe.training.session import open_session
 
     plan, steps = preflight(config), options.steps
     session = open_session(plan) if options.synthetic is None else open_synthetic_session(plan, options.synthetic)

@@ -123,7 +123,8 @@ def train(path: str, overrides: list[str], max_staleness: int, tokens: int) -> t
     from gspo_moe.training.collect import collect
     from gspo_moe.training.learn import learn
     from gspo_moe.training.preflight import preflight
-    from gspo_moe.training.session import open_session, open_trainer
+    from gspo_moe.training.resuming import open_trainer
+    from gspo_moe.training.session import open_session
 
     config = load_config(path, ["routing.engine_routes=true", *overrides])
     session = open_session(preflight(config))

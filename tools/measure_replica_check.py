@@ -18,8 +18,9 @@ def main(arguments: list[str]) -> None:
     from gspo_moe.config.loading import load_config
     from gspo_moe.parallel.groups import shut_down
     from gspo_moe.training.preflight import preflight
+    from gspo_moe.training.resuming import open_trainer
     from gspo_moe.training.rl import rl_step
-    from gspo_moe.training.session import open_session, open_trainer
+    from gspo_moe.training.session import open_session
 
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(arguments[0], [*arguments[1:], f"logging.run_dir={Path(folder) / 'run'}"])

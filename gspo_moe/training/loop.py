@@ -20,10 +20,11 @@ from gspo_moe.platform import device, peak_rss_gib
 from gspo_moe.training import collapse
 from gspo_moe.training.first_step import tell_first_step
 from gspo_moe.training.guard import Collapse
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.run_log import RunLog
 from gspo_moe.training.saving import after_step, finish_saving, last_saved, save, save_last, save_whole_step
-from gspo_moe.training.session import Plan, Trainer, open_session, open_trainer
+from gspo_moe.training.session import Plan, Trainer, open_session
 from gspo_moe.training.sft import sft_step
 from gspo_moe.training.shown import show_prompt
 from gspo_moe.training.watch import Watch

@@ -1,11 +1,12 @@
-"""From which checkpoint a run goes on: its newest one, or with `checkpoint.on_damage=previous` the newest whole one."""
+"""Where a trainer starts: at the beginning, or at the newest checkpoint (`checkpoint.on_damage=previous`: whole one)."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -13,15 +14,46 @@ from gspo_moe.config.checkpoints import checkpoints, set_aside
 from gspo_moe.config.continuing import recorded_run
 from gspo_moe.errors import DamagedCheckpoint
 from gspo_moe.model.build import Model
+from gspo_moe.model.initial import build_reference
 from gspo_moe.parallel.stop import on_main
+from gspo_moe.routing.recorder import RouteRecorder
 from gspo_moe.training.checkpoint import Progress, load_checkpoint
 from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.roll_backs import FILE as ROLL_BACKS_FILE
 from gspo_moe.training.roll_backs import after, read_roll_backs
-
-if TYPE_CHECKING:
-    from gspo_moe.training.session import Trainer
+from gspo_moe.training.session import Session, Trainer
 
 _log = logging.getLogger(__name__)
+
+
+def open_trainer(session: Session) -> Trainer:
+    """Adds optimizer and recorder; continues from the run's newest complete checkpoint if there is one. Collective."""
+    config = session.config
+    updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
+    recorder = None
+    if config.stage == "rl" and config.routing.record:
+        recorder = RouteRecorder(
+            session.model.chunks,
+            session.model.architecture,
+            session.groups,
+            scores=True,
+            gates=config.routing.replay == "recall",
+        )
+    optimizer = Optimizer(config, session.model, updates)
+    reference = None
+    if config.stage == "rl" and config.algorithm.kl.coeff:
+        plan = session.plan
+        reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
+    trainer = Trainer(session, optimizer, recorder, Progress(), reference)
+    if on_main(lambda: checkpoints(trainer.checkpoints)):
+        go_on(trainer)
+        if session.groups.is_main and trainer.unfinished:
+            print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
+    else:
+        if session.groups.is_main:
+            (session.run_path / ROLL_BACKS_FILE).unlink(missing_ok=True)  # of a run that left no checkpoint
+        session.publish(0)
+    return trainer
 
 
 def go_on(trainer: Trainer) -> None:

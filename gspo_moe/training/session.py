@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from gspo_moe.config.architecture import Architecture
-from gspo_moe.config.checkpoints import checkpoints
 from gspo_moe.config.layout import Layout
 from gspo_moe.config.schema import Config
 from gspo_moe.data.prompts import PromptSource
@@ -17,14 +15,13 @@ from gspo_moe.data.rendering import Renderer
 from gspo_moe.data.tokenizers import Tokenizer
 from gspo_moe.evaluation.evaluate import evaluate, held_out_prompts
 from gspo_moe.model.build import Model, build_model
-from gspo_moe.model.initial import build_reference, load_initial_weights
+from gspo_moe.model.initial import load_initial_weights
 from gspo_moe.model.weights import draw_value_head
 from gspo_moe.observability.no_learning import NoLearning
 from gspo_moe.observability.reward_errors import RewardErrors
 from gspo_moe.observability.timers import Timers
 from gspo_moe.parallel.groups import Groups, initialize
 from gspo_moe.parallel.signals import StopSignals, start_resource_tracker
-from gspo_moe.parallel.stop import on_main
 from gspo_moe.platform import device
 from gspo_moe.rollout.answers import Answerer, share_of
 from gspo_moe.rollout.bank import read_bank
@@ -46,8 +43,6 @@ from gspo_moe.training.guard import Guard
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.replicas import ReplicaCheck
-from gspo_moe.training.resuming import go_on
-from gspo_moe.training.roll_backs import FILE as ROLL_BACKS_FILE
 from gspo_moe.training.roll_backs import RollBack
 from gspo_moe.training.servers import make_sink
 from gspo_moe.types import Prompt, RolloutGroup
@@ -280,33 +275,3 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         return self.session.run_path / "checkpoints"
-
-
-def open_trainer(session: Session) -> Trainer:
-    """Adds optimizer and recorder; continues from the run's newest complete checkpoint if there is one. Collective."""
-    config = session.config
-    updates = config.schedule.steps * (config.algorithm.mini_batches if config.stage == "rl" else 1)
-    recorder = None
-    if config.stage == "rl" and config.routing.record:
-        recorder = RouteRecorder(
-            session.model.chunks,
-            session.model.architecture,
-            session.groups,
-            scores=True,
-            gates=config.routing.replay == "recall",
-        )
-    optimizer = Optimizer(config, session.model, updates)
-    reference = None
-    if config.stage == "rl" and config.algorithm.kl.coeff:
-        plan = session.plan
-        reference = build_reference(config, plan.architecture, session.groups, plan.tokenizer.vocab_size)
-    trainer = Trainer(session, optimizer, recorder, Progress(), reference)
-    if on_main(lambda: checkpoints(trainer.checkpoints)):
-        go_on(trainer)
-        if session.groups.is_main and trainer.unfinished:
-            print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
-    else:
-        if session.groups.is_main:
-            (session.run_path / ROLL_BACKS_FILE).unlink(missing_ok=True)  # of a run that left no checkpoint
-        session.publish(0)
-    return trainer

@@ -14,8 +14,9 @@ from gspo_moe.tasks.protocol import last_answer
 from gspo_moe.tasks.rewards import Reward
 from gspo_moe.training.checkpoint import load_checkpoint, save_checkpoint
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
-from gspo_moe.training.session import Trainer, open_session, open_trainer
+from gspo_moe.training.session import Trainer, open_session
 from tests.launch import renew_port
 
 

@@ -9,14 +9,17 @@ Shape letters: N tokens, one a row, V vocabulary, L this pipeline stage's MoE la
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache as once
 
 import torch
 
 from gspo_moe.model.cache import KVCache
 from gspo_moe.rollout.embedded.graphs import GraphPool
 
+logger = logging.getLogger(__name__)
 SHORTEST = 64  # positions; fewer are not worth a bucket, and kernels like the mask's rows aligned
 POSITIONS_MULTIPLE = 16
 
@@ -101,3 +104,8 @@ class Decoder:
             return self._forward(padded).first(count)
         output: StepOutput = self._graphs.run((size, used), lambda: self._forward(padded))
         return output.first(count)
+
+
+@once
+def warn_of_whole_forward(obstacle: str) -> None:
+    logger.warning("each token is decoded in a whole training forward, which is slower: %s", obstacle)

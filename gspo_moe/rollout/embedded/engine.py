@@ -12,9 +12,7 @@ Shape letters: N sequences in the batch, V vocabulary, R response tokens at most
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from functools import cache as once
 from functools import partial
 
 import torch
@@ -30,7 +28,7 @@ from gspo_moe.parallel.reduce import most
 from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.parallel.stop import largest, raise_everywhere
 from gspo_moe.platform import device
-from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput
+from gspo_moe.rollout.embedded.decoder import POSITIONS_MULTIPLE, Decoder, StepInput, StepOutput, warn_of_whole_forward
 from gspo_moe.rollout.embedded.expert_ranks import experts_holders
 from gspo_moe.rollout.embedded.graphs import make_graphs
 from gspo_moe.rollout.embedded.lean import LeanForward, gather_vocab, lean_obstacle
@@ -42,7 +40,6 @@ from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.types import Rollout
 
-logger = logging.getLogger(__name__)
 Tell = Callable[[Samples, Sequence[int]], None]
 CHECK_TOKENS = 64  # decoded between two looks for a signal to stop
 MEETING_TOKENS = 4 * CHECK_TOKENS
@@ -219,7 +216,7 @@ class MegatronEngine:
             round_inputs = None if self._rounded is None else self._rounded.round_inputs
             return LeanForward(self._model, cache, records=self._recorder is not None, round_inputs=round_inputs)
         if self._model.groups.rank == 0:
-            _warn_of_whole_forward(obstacle)
+            warn_of_whole_forward(obstacle)
         return partial(self._whole_forward, cache)
 
     def _whole_forward(self, cache: KVCache, step: StepInput) -> StepOutput:
@@ -298,8 +295,3 @@ class MegatronEngine:
         if groups.pipeline.size() > 1:
             dist.broadcast(picked, groups.last_stage_rank, group=groups.pipeline)
         samples.append(picked[0].long(), picked[1].float())
-
-
-@once
-def _warn_of_whole_forward(obstacle: str) -> None:
-    logger.warning("each token is decoded in a whole training forward, which is slower: %s", obstacle)

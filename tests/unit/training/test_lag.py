@@ -21,8 +21,9 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.engine import Request
 from gspo_moe.rollout.servers.records import Answer, Ask, Post
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
-from gspo_moe.training.session import Trainer, open_session, open_trainer
+from gspo_moe.training.session import Trainer, open_session
 from gspo_moe.types import Reward
 from tests.launch import renew_port
 from tests.unit.training.test_rl import SMALL

@@ -16,8 +16,9 @@ from gspo_moe.routing.recorder import Recording
 from gspo_moe.training import learn, old_policy
 from gspo_moe.training.packs import Trained, TrainingPack
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
-from gspo_moe.training.session import Trainer, open_trainer
+from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult
 from tests.launch import renew_port
 from tools.synthetic import open_synthetic_session

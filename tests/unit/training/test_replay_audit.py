@@ -21,8 +21,9 @@ from gspo_moe.routing.replay import RouterReplay, _PackReplay
 from gspo_moe.training import learn, old_policy
 from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
-from gspo_moe.training.session import Trainer, open_trainer
+from gspo_moe.training.session import Trainer
 from tests.launch import renew_port
 from tests.unit.training.test_old_policy import SMALL
 from tools.synthetic import open_synthetic_session

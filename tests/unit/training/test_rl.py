@@ -18,8 +18,9 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training import learn
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
-from gspo_moe.training.session import Trainer, open_session, open_trainer
+from gspo_moe.training.session import Trainer, open_session
 from gspo_moe.training.sft import demonstration
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Prompt, Rollout, TrainingSample
