@@ -82,7 +82,14 @@ def save_last(trainer: Trainer, log: RunLog) -> None:
 
 def last_saved(trainer: Trainer) -> str:
     """In words. Collective."""
-    newest = on_main(lambda: newest_checkpoint(trainer.checkpoints))
+    return _held_by(_newest(trainer))
+
+
+def _newest(trainer: Trainer) -> Path | None:
+    return on_main(lambda: newest_checkpoint(trainer.checkpoints))
+
+
+def _held_by(newest: Path | None) -> str:
     return f"{newest} holds its last checkpoint" if newest is not None else "Nothing is saved"
 
 
@@ -98,10 +105,10 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
         return f"{error}. {_rescue(trainer)}"
     if not trainer.session.config.checkpoint.keep:
         return "Nothing is saved, as checkpoint.keep=0 asks"
-    step, where = trainer.progress.step, last_saved(trainer)
+    step, newest = trainer.progress.step, _newest(trainer)
+    where = _held_by(newest)
     if trainer.optimizer.updates != trainer.progress.policy_version:
         return f"{where}: the step that it was in had changed the weights"
-    newest = on_main(lambda: newest_checkpoint(trainer.checkpoints))
     if step and (newest is None or newest.name < checkpoint_name(step)):
         try:
             _check(trainer)
@@ -146,7 +153,7 @@ def _try(trainer: Trainer, log: RunLog, work: Callable[[], object]) -> None:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in GONE:
             raise _ended(trainer, str(error)) from error
         trainer.failed_saves += 1
-        newest = on_main(lambda: newest_checkpoint(trainer.checkpoints))
+        newest = _newest(trainer)
         if trainer.session.groups.is_main:
             left = f"{newest} is still the newest one" if newest is not None else "there is none yet"
             _log.warning("%s; the run goes on, and %s", error, left)
