@@ -1,4 +1,4 @@
-"""Where a trainer starts: at the beginning, or at the newest checkpoint (`checkpoint.on_damage=previous`: whole one)."""
+"""Where a trainer starts: at the beginning, or at the newest checkpoint, or the newest whole one, as its config says."""
 
 from __future__ import annotations
 
