@@ -1,4 +1,4 @@
-"""Where a trainer starts: at the beginning, or at the newest checkpoint, or the newest whole one, as its config says."""
+"""Where a trainer starts: the beginning, the newest checkpoint, or the newest whole one, as its config says."""
 
 from __future__ import annotations
 
