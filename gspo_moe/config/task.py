@@ -90,7 +90,9 @@ class EnvironmentConfig(Section):
 
 
 class TaskConfig(Section):
-    """name: `sort_letters`, `reasoning_gym/...`, `my_module:my_task`, or `data`, which `task.data` alone means too."""
+    """name: `sort_letters`, `chained_sums`, `reasoning_gym/...`, `my_module:my_task`, or `data`; `task.data` alone means
+    the last.
+    """
 
     name: str = "sort_letters"
     options: dict[str, Any] = Field(default_factory=dict)

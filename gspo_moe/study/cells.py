@@ -14,7 +14,7 @@ from gspo_moe.errors import ConfigError
 from gspo_moe.study.spec import BANKS, COLD_START, Settings, Study, settings_as_overrides
 
 ONLINE, BANK = "online", "bank"
-NUMERICS = "rollout.numerics"
+ROLLOUTS = ("rollout.", "task.")  # an arm's settings that make its rollouts others
 
 
 @dataclass(frozen=True)
@@ -78,39 +78,40 @@ def arms(study: Study) -> list[Arm]:
     return found
 
 
-def cold_start_job(study: Study, here: Path) -> Job | None:
-    """The run that every cell starts from; None where the base config has a model of its own.
+def cold_start_jobs(study: Study, here: Path) -> list[Job]:
+    """The run that every cell starts from, or one for each seed; none where the base config has a model of its own.
 
-    Raises ConfigError as `cells` does: banks and cells that are there were made from the one that is there.
+    Raises ConfigError as `cells` does: banks and cells that are there were made from the ones that are there.
     """
     if study.cold_start is None:
-        return None
-    folder = study.folder / COLD_START
-    settings = settings_as_overrides(study.cold_start.set, {"logging.run_dir": str(folder)})
-    arguments = ("train", str(here / study.cold_start.base), *settings)
-    _check_same(folder, load_config(arguments[1], settings))
-    return Job(COLD_START, arguments, folder, folder / "hf")
+        return []
+    jobs = {}
+    for seed in study.seeds:
+        folder = _cold_start(study, seed)
+        own: Settings = {"logging.run_dir": str(folder)} | ({"seed": seed} if study.cold_start.each_seed else {})
+        settings = settings_as_overrides(study.cold_start.set, own)
+        arguments = ("train", str(here / study.cold_start.base), *settings)
+        _check_same(folder, load_config(arguments[1], settings))
+        jobs[folder] = Job(str(folder.relative_to(study.folder)), arguments, folder, folder / "hf")
+    return list(jobs.values())
 
 
 def bank_jobs(study: Study, here: Path) -> list[Job]:
-    """A bank for each seed and `rollout.numerics` of an arm, of the rollouts that its first step would make."""
+    """A bank of each seed's rollouts for each way in which the arms make them, as their first step would."""
     if study.bank is None:
         return []
-    jobs = []
-    kinds = dict.fromkeys(arm.settings.get(NUMERICS) for arm in arms(study) if arm.mode == BANK)
-    for seed, numerics in product(study.seeds, kinds):
-        made = _bank(study, seed, numerics)
+    jobs = {}
+    for seed, (name, settings) in product(study.seeds, study.arms.items()):
+        made = _bank(study, seed, name)
         folder = made.with_suffix("")
         own: Settings = {"schedule.steps": 1, "algorithm.mini_batches": max(study.bank.mini_batches), "seed": seed}
         own["logging.run_dir"] = str(folder)
-        if numerics is not None:
-            own[NUMERICS] = numerics
         # Any arm may replay the engine's routes.
-        routes: Settings = {"routing.engine_routes": True, "routing.replay": "none"}
-        settings = settings_as_overrides(study.set, study.bank.set, own, routes, _start(study))
-        arguments = ("bank", str(here / study.base), str(made), *settings)
-        jobs.append(Job(f"bank {made.stem}", arguments, folder, made, _needs(study)))
-    return jobs
+        own |= {"routing.engine_routes": True, "routing.replay": "none"}
+        overrides = settings_as_overrides(study.set, study.bank.set, _rollouts(settings), own, _start(study, seed))
+        arguments = ("bank", str(here / study.base), str(made), *overrides)
+        jobs[made] = Job(f"bank {made.stem}", arguments, folder, made, _needs(study, seed))
+    return list(jobs.values())
 
 
 def cells(study: Study, here: Path) -> list[Cell]:
@@ -124,12 +125,12 @@ def cells(study: Study, here: Path) -> list[Cell]:
 def _cell(study: Study, here: Path, arm: Arm, seed: int) -> Cell:
     folder = study.folder / arm.name / f"seed{seed}"
     own: Settings = {"seed": seed, "logging.run_dir": str(folder)}
-    needs = _needs(study)
+    needs = _needs(study, seed)
     if arm.mode == BANK:
-        bank = _bank(study, seed, arm.settings.get(NUMERICS))
+        bank = _bank(study, seed, arm.of)
         own["rollout.bank"] = str(bank)
         needs = (*needs, bank)
-    overrides = settings_as_overrides(_checkpoints(study, here), study.set, arm.settings, own, _start(study))
+    overrides = settings_as_overrides(_checkpoints(study, here), study.set, arm.settings, own, _start(study, seed))
     config = load_config(here / study.base, overrides)
     product, keeps = folder / "checkpoints" / checkpoint_name(config.schedule.steps), config.checkpoint.keep > 0
     if not keeps and not product.exists():
@@ -145,18 +146,30 @@ def _checkpoints(study: Study, here: Path) -> Settings:
     return {} if isinstance(written, dict) and "keep" in written else {"checkpoint.keep": 0}
 
 
-def _start(study: Study) -> Settings:
-    return {} if study.cold_start is None else {"model.preset": None, "model.hf": str(study.folder / COLD_START / "hf")}
+def _cold_start(study: Study, seed: int) -> Path:
+    folder = study.folder / COLD_START
+    return folder / f"seed{seed}" if study.cold_start is not None and study.cold_start.each_seed else folder
 
 
-def _needs(study: Study) -> tuple[Path, ...]:
-    return () if study.cold_start is None else (study.folder / COLD_START / "hf",)
+def _start(study: Study, seed: int) -> Settings:
+    if study.cold_start is None:
+        return {}
+    return {"model.preset": None, "model.hf": str(_cold_start(study, seed) / "hf")}
 
 
-def _bank(study: Study, seed: int, numerics: str | None) -> Path:
-    """numerics: of an arm that sets its own."""
-    name = f"seed{seed}" if numerics is None else f"seed{seed}_{numerics}"
-    return study.folder / BANKS / f"{name}.safetensors"
+def _needs(study: Study, seed: int) -> tuple[Path, ...]:
+    return () if study.cold_start is None else (_cold_start(study, seed) / "hf",)
+
+
+def _rollouts(settings: Settings) -> Settings:
+    return {key: value for key, value in settings.items() if key.startswith(ROLLOUTS)}
+
+
+def _bank(study: Study, seed: int, arm: str) -> Path:
+    """The bank that an arm learns from, named after the first arm with its rollouts where they are not the base's."""
+    own = _rollouts(study.arms[arm])
+    name = next(name for name, settings in study.arms.items() if _rollouts(settings) == own)
+    return study.folder / BANKS / (f"seed{seed}_{name}.safetensors" if own else f"seed{seed}.safetensors")
 
 
 def _check_same(folder: Path, config: Config) -> None:

@@ -35,10 +35,11 @@ BANKS = "banks"
 
 
 class ColdStart(Section):
-    """The run, usually `stage: sft`, whose HF export every cell starts from."""
+    """The run, usually `stage: sft`, whose HF export every cell starts from; `each_seed`: one for each of the seeds."""
 
     base: str
     set: Settings = Field(default_factory=dict)
+    each_seed: bool = False
 
 
 class Online(Section):
@@ -48,7 +49,9 @@ class Online(Section):
 
 
 class Bank(Section):
-    """Each arm takes `mini_batches` updates on the same rollouts of the cold start, frozen once a seed.
+    """Each arm takes `mini_batches` updates on rollouts of the cold start that are frozen once a seed.
+
+    Arms share them but where their own settings of `rollout` or `task` differ.
 
     One RL step an arm and N; what differs is the objective alone.
     """

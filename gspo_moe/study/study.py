@@ -14,7 +14,7 @@ from gspo_moe.config.lease import hold
 from gspo_moe.config.outputs import output_fault
 from gspo_moe.errors import ConfigError, StudyError
 from gspo_moe.observability.reward_errors import FILE, first_reward_error
-from gspo_moe.study.cells import Cell, Job, arms, bank_jobs, cells, cold_start_job
+from gspo_moe.study.cells import Cell, Job, arms, bank_jobs, cells, cold_start_jobs
 from gspo_moe.study.runner import Outcome, Running, last_words, run_jobs
 from gspo_moe.study.spec import Study, load_study
 from gspo_moe.study.summary import SHOWN, summarise, write_summary
@@ -39,9 +39,7 @@ class Plan:
 def plan_study(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """Raises ConfigError for what cannot run, before anything is started."""
     study, here = load_study(path, overrides), Path(path).parent
-    cold_start = cold_start_job(study, here)
-    others = ([] if cold_start is None else [cold_start]) + bank_jobs(study, here)
-    return Plan(study, others, cells(study, here))
+    return Plan(study, [*cold_start_jobs(study, here), *bank_jobs(study, here)], cells(study, here))
 
 
 def run_study(path: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> Path:

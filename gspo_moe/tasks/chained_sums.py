@@ -1,0 +1,78 @@
+"""Add the same number again and again, each sum written out: `25+48*3>` asks for `73 21 69`, modulo 100."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from random import Random
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
+
+from gspo_moe.config.validation import validated
+from gspo_moe.section import Section
+from gspo_moe.tasks.protocol import Task, last_answer
+from gspo_moe.tasks.splits import draw_prompt
+from gspo_moe.types import Conversation, Prompt
+
+MODULUS = 100
+DIGITS = 2
+
+
+class ChainedSumsOptions(Section):
+    """How many sums an answer has: drawn from `steps`, each as likely. n sums are 3 n tokens with the end."""
+
+    steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5,)
+
+
+class ChainedSums:
+    """Prompts without end. The reward is the share of right steps, so that answers of any length are told apart.
+
+    A step is right where it adds correctly to what the answer says before it: one error costs one step. Steps that are
+    missing or too many are wrong.
+    """
+
+    name = "chained_sums"
+
+    def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        self._options = validated(ChainedSumsOptions, options, prefix="task.options.")
+        self._seed = seed
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return draw_prompt(self.name, self._seed, split, index, self._entry)
+
+    def size(self, split: str) -> None:
+        return None
+
+    def demonstration(self, prompt: Prompt) -> str:
+        start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
+        return " ".join(_written(start + added * step) for step in range(1, steps + 1))
+
+    def reward(self, prompt: Prompt, turns: Conversation) -> float:
+        start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
+        numbers = [_written(start), *last_answer(turns).split(" ")]
+        right = sum(
+            _is_number(before) and after == _written(int(before) + added)
+            for before, after in pairwise(numbers[: steps + 1])
+        )
+        return right / max(steps, len(numbers) - 1)
+
+    def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
+        start, added = random.randrange(MODULUS), random.randrange(MODULUS)
+        steps = random.choice(self._options.steps)
+        reference = {"start": start, "added": added, "steps": steps}
+        return f"{_written(start)}+{_written(added)}*{steps}>", reference
+
+
+def _is_number(text: str) -> bool:
+    return len(text) == DIGITS and text.isdecimal()
+
+
+def _written(number: int) -> str:
+    return f"{number % MODULUS:0{DIGITS}d}"
+
+
+def chained_sums(options: Mapping[str, Any], seed: int) -> Task:
+    """Raises ConfigError for options that do not fit."""
+    sums = ChainedSums(options, seed)
+    return Task(ChainedSums.name, prompts=sums, rubric=sums, demonstrate=sums.demonstration)

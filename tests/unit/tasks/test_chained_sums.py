@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from gspo_moe.errors import ConfigError
+from gspo_moe.tasks.chained_sums import ChainedSums
+from gspo_moe.types import Prompt
+from tests.turns import answered
+
+REFERENCE = {"start": 25, "added": 48, "steps": 3}
+
+
+def test_prompts_say_start_summand_and_how_many_sums() -> None:
+    task = ChainedSums({"steps": [5, 21]}, seed=1)
+    prompts = [task.prompt("train", index) for index in range(300)]
+    for prompt in prompts:
+        start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
+        assert prompt.text == f"{start:02d}+{added:02d}*{steps}>"
+        assert 0 <= min(start, added) <= max(start, added) < 100
+    counts = Counter(prompt.reference["steps"] for prompt in prompts)
+    assert set(counts) == {5, 21}
+    assert min(counts.values()) > 110
+    assert len({prompt.text for prompt in prompts}) > 250
+
+
+def test_a_demonstration_is_the_sums_modulo_100_and_as_long_as_the_options_say() -> None:
+    task = ChainedSums({"steps": [85]}, seed=3)
+    assert task.demonstration(Prompt(uid="train/0", text="25+48*3>", task="", reference=REFERENCE)) == "73 21 69"
+    prompt = task.prompt("sft", 0)
+    answer = task.demonstration(prompt)
+    assert len(answer) + 1 == 3 * 85
+    assert [int(number) for number in answer.split(" ")] == [
+        (prompt.reference["start"] + k * prompt.reference["added"]) % 100 for k in range(1, 86)
+    ]
+    assert task.reward(prompt, answered(answer)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        ("73 21 69", 1.0),
+        ("72 20 68", 2 / 3),  # the first sum is wrong, and the others add to what is there
+        ("73 21", 2 / 3),
+        ("73 21 69 17", 3 / 4),
+        ("73 22 69", 1 / 3),
+        ("73  21 69", 1 / 4),
+        ("73 2169", 1 / 3),
+        ("", 0.0),
+        ("seventy-three", 0.0),
+        ("9" * 5000 + " 21 69", 1 / 3),
+    ],
+)
+def test_the_reward_is_the_share_of_right_steps(answer: str, reward: float) -> None:
+    task = ChainedSums({}, seed=1)
+    prompt = Prompt(uid="train/0", text="25+48*3>", task="chained_sums", reference=REFERENCE)
+    assert task.reward(prompt, answered(answer)) == pytest.approx(reward, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": [3]}, r"unknown key task\.options\.step=.*task\.options\.steps"),
+        ({"steps": [0]}, r"task\.options\.steps"),
+        ({"steps": []}, r"task\.options\.steps"),
+        ({"steps": 5}, r"task\.options\.steps=5"),
+    ],
+)
+def test_bad_options_name_key_and_value(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ChainedSums(options, seed=1)
