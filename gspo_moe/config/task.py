@@ -90,8 +90,8 @@ class EnvironmentConfig(Section):
 
 
 class TaskConfig(Section):
-    """name: `sort_letters`, `chained_sums`, `reasoning_gym/...`, `my_module:my_task`, or `data`; `task.data` alone means
-    the last.
+    """name: `sort_letters`, `chained_sums`, `reasoning_gym/...`, `my_module:my_task`, or `data`, which `task.data`
+    alone means too.
     """
 
     name: str = "sort_letters"

@@ -88,6 +88,6 @@ def _unknown(name: str) -> str:
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
         f"task.name={name} is unknown; the nearest is {nearest}; "
-        f"known are {SortLetters.name}, {ChainedSums.name}, {REASONING_GYM}<data set>, {FROM_FILES} for files of prompts "
-        "(task.data), and my_module:my_task for one of your own"
+        f"known are {SortLetters.name}, {ChainedSums.name}, {REASONING_GYM}<data set>, {FROM_FILES} for files of "
+        "prompts (task.data), and my_module:my_task for one of your own"
     )
