@@ -90,7 +90,7 @@ class EnvironmentConfig(Section):
 
 
 class TaskConfig(Section):
-    """name: `sort_letters`, `chained_sums`, `reasoning_gym/...`, `my_module:my_task`, or `data`, which `task.data`
+    """name: `sort_letters`, `skip_counting`, `reasoning_gym/...`, `my_module:my_task`, or `data`, which `task.data`
     alone means too.
     """
 

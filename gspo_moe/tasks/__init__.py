@@ -12,11 +12,11 @@ from difflib import get_close_matches
 from gspo_moe.config.task import FROM_FILES, TaskConfig
 from gspo_moe.errors import ConfigError, GspoMoeError
 from gspo_moe.external import import_own
-from gspo_moe.tasks.chained_sums import ChainedSums, chained_sums
 from gspo_moe.tasks.environments import in_environment
 from gspo_moe.tasks.files import data_task
 from gspo_moe.tasks.protocol import Task
 from gspo_moe.tasks.rubrics import task_rubric
+from gspo_moe.tasks.skip_counting import SkipCounting, skip_counting
 from gspo_moe.tasks.sort_letters import SortLetters, sort_letters
 
 REASONING_GYM = "reasoning_gym/"
@@ -49,8 +49,8 @@ def _named(config: TaskConfig, seed: int) -> Task:
         return _external(config, seed)
     if config.name == SortLetters.name:
         return sort_letters(config.options, seed)
-    if config.name == ChainedSums.name:
-        return chained_sums(config.options, seed)
+    if config.name == SkipCounting.name:
+        return skip_counting(config.options, seed)
     if config.name.startswith(REASONING_GYM):
         # Here, not above: importing reasoning_gym takes seconds, and most tasks do without.
         from gspo_moe.tasks.reasoning_gym_task import reasoning_gym_task
@@ -80,7 +80,7 @@ def _external(config: TaskConfig, seed: int) -> Task:
 
 
 def _unknown(name: str) -> str:
-    known = [SortLetters.name, ChainedSums.name]
+    known = [SortLetters.name, SkipCounting.name]
     if importlib.util.find_spec("reasoning_gym") is not None:
         from gspo_moe.tasks.reasoning_gym_task import DATASETS
 
@@ -88,6 +88,6 @@ def _unknown(name: str) -> str:
     nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return (
         f"task.name={name} is unknown; the nearest is {nearest}; "
-        f"known are {SortLetters.name}, {ChainedSums.name}, {REASONING_GYM}<data set>, {FROM_FILES} for files of "
+        f"known are {SortLetters.name}, {SkipCounting.name}, {REASONING_GYM}<data set>, {FROM_FILES} for files of "
         "prompts (task.data), and my_module:my_task for one of your own"
     )

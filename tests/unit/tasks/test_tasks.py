@@ -54,7 +54,7 @@ def test_the_demonstrations_reward_is_one_and_a_wrong_answer_less(config: TaskCo
 
 def test_an_unknown_task_names_the_nearest_and_the_known() -> None:
     with pytest.raises(
-        ConfigError, match=r"task\.name=sort_leters .*nearest is sort_letters; known are sort_letters, chained_sums, r"
+        ConfigError, match=r"task\.name=sort_leters .*nearest is sort_letters; known are sort_letters, skip_counting, r"
     ):
         make_task(TaskConfig(name="sort_leters"), seed=1)
     with pytest.raises(ConfigError, match="nearest is reasoning_gym/countdown"):

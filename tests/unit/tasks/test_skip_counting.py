@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from gspo_moe.errors import ConfigError
-from gspo_moe.tasks.chained_sums import ChainedSums
+from gspo_moe.tasks.skip_counting import SkipCounting
 from gspo_moe.types import Prompt
 from tests.turns import answered
 
 REFERENCE = {"start": 25, "added": 48, "steps": 3}
 
 
-def test_prompts_say_start_summand_and_how_many_sums() -> None:
-    task = ChainedSums({"steps": [5, 21]}, seed=1)
+def test_prompts_say_start_step_and_how_many_numbers() -> None:
+    task = SkipCounting({"steps": [5, 21]}, seed=1)
     prompts = [task.prompt("train", index) for index in range(300)]
     for prompt in prompts:
         start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
@@ -26,8 +26,8 @@ def test_prompts_say_start_summand_and_how_many_sums() -> None:
     assert len({prompt.text for prompt in prompts}) > 250
 
 
-def test_a_demonstration_is_the_sums_modulo_100_and_as_long_as_the_options_say() -> None:
-    task = ChainedSums({"steps": [85]}, seed=3)
+def test_a_demonstration_is_the_numbers_modulo_100_and_as_long_as_the_options_say() -> None:
+    task = SkipCounting({"steps": [85]}, seed=3)
     assert task.demonstration(Prompt(uid="train/0", text="25+48*3>", task="", reference=REFERENCE)) == "73 21 69"
     prompt = task.prompt("sft", 0)
     answer = task.demonstration(prompt)
@@ -42,7 +42,7 @@ def test_a_demonstration_is_the_sums_modulo_100_and_as_long_as_the_options_say()
     ("answer", "reward"),
     [
         ("73 21 69", 1.0),
-        ("72 20 68", 2 / 3),  # the first sum is wrong, and the others add to what is there
+        ("72 20 68", 2 / 3),  # the first number is wrong, and the others add to what is there
         ("73 21", 2 / 3),
         ("73 21 69 17", 3 / 4),
         ("73 22 69", 1 / 3),
@@ -54,8 +54,8 @@ def test_a_demonstration_is_the_sums_modulo_100_and_as_long_as_the_options_say()
     ],
 )
 def test_the_reward_is_the_share_of_right_steps(answer: str, reward: float) -> None:
-    task = ChainedSums({}, seed=1)
-    prompt = Prompt(uid="train/0", text="25+48*3>", task="chained_sums", reference=REFERENCE)
+    task = SkipCounting({}, seed=1)
+    prompt = Prompt(uid="train/0", text="25+48*3>", task="skip_counting", reference=REFERENCE)
     assert task.reward(prompt, answered(answer)) == pytest.approx(reward, abs=0)
 
 
@@ -70,4 +70,4 @@ def test_the_reward_is_the_share_of_right_steps(answer: str, reward: float) -> N
 )
 def test_bad_options_name_key_and_value(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ChainedSums(options, seed=1)
+        SkipCounting(options, seed=1)

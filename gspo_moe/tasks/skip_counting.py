@@ -1,4 +1,4 @@
-"""Add the same number again and again, each sum written out: `25+48*3>` asks for `73 21 69`, modulo 100."""
+"""Count on in steps: `25+48*3>` asks for the next three numbers, `73 21 69`, modulo 100."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ MODULUS = 100
 DIGITS = 2
 
 
-class ChainedSumsOptions(Section):
-    """How many sums an answer has: drawn from `steps`, each as likely. n sums are 3 n tokens with the end."""
+class SkipCountingOptions(Section):
+    """How many numbers an answer has: drawn from `steps`, each as likely. n numbers are 3 n tokens with the end."""
 
     steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5,)
 
 
-class ChainedSums:
+class SkipCounting:
     """Prompts without end. The reward is the share of right steps, so that answers of any length are told apart.
 
     A step is right where it adds correctly to what the answer says before it: one error costs one step. Steps that are
     missing or too many are wrong.
     """
 
-    name = "chained_sums"
+    name = "skip_counting"
 
     def __init__(self, options: Mapping[str, Any], seed: int) -> None:
-        self._options = validated(ChainedSumsOptions, options, prefix="task.options.")
+        self._options = validated(SkipCountingOptions, options, prefix="task.options.")
         self._seed = seed
 
     def prompt(self, split: str, index: int) -> Prompt:
@@ -72,7 +72,7 @@ def _written(number: int) -> str:
     return f"{number % MODULUS:0{DIGITS}d}"
 
 
-def chained_sums(options: Mapping[str, Any], seed: int) -> Task:
+def skip_counting(options: Mapping[str, Any], seed: int) -> Task:
     """Raises ConfigError for options that do not fit."""
-    sums = ChainedSums(options, seed)
-    return Task(ChainedSums.name, prompts=sums, rubric=sums, demonstrate=sums.demonstration)
+    counting = SkipCounting(options, seed)
+    return Task(SkipCounting.name, prompts=counting, rubric=counting, demonstrate=counting.demonstration)
