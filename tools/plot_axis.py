@@ -1,0 +1,159 @@
+"""A study along an axis, as a picture and a table: `python tools/plot_axis.py STUDY --x TITLE [--metrics NAME ...]`.
+
+Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve; what is drawn is the mean over seeds
+with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gspo_moe.cli import USER_ERROR
+from gspo_moe.errors import DataError
+from gspo_moe.report.palette import COLORS
+
+COLLAPSED = "collapsed"
+TITLES = {
+    "routing/attribution/washout": "W: 1 where a sequence's mean washes routing noise out",
+    "routing/attribution/phi_token": "φ of tokens: share of their log-ratio's variance from routes",
+    "routing/attribution/phi_sequence": "φ of sequences",
+    "routing/staleness/slot_change": "share of expert slots changed",
+    "ratio/sequence_std": "std of the sequence ratio",
+    "ratio/token_std": "std of the token ratio",
+    "response/length_mean": "tokens an answer",
+    "kl/old_k3": "k3 of old and new policy, nats a token",
+    "reward/mean": "reward, mean over the run",
+    "clip_fraction/token": "share of tokens clipped",
+    COLLAPSED: "share of seeds whose run collapsed",
+}
+DEFAULT = tuple(TITLES)[:6]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One arm at its place: the mean over seeds, and its interval, None for fewer than two of them."""
+
+    x: float
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: int
+
+    def __str__(self) -> str:
+        interval = "" if self.interval is None else " [{:.3g}, {:.3g}]".format(*self.interval)
+        return f"{self.mean:.3g}{interval}"
+
+
+Curves = dict[str, list[Point]]  # by what stands before the number
+
+
+def curves(summary: Mapping[str, Any], metric: str) -> Curves:
+    """Raises DataError where no arm's name ends in a number, or none that does has the metric."""
+    found: Curves = {}
+    for arm in summary["arms"].values():
+        series, _, number = arm["of"].rpartition("_")
+        try:
+            x = float(number)
+        except ValueError:
+            continue
+        if arm["mini_batches"] is not None:
+            series += f", N = {arm['mini_batches']}"
+        point = _point(x, arm, metric)
+        if point is not None:
+            found.setdefault(series, []).append(point)
+    if not found:
+        raise DataError(f"no arm of the study {summary['study']} ends in _NUMBER and has {metric}; name another metric")
+    return {series: sorted(points, key=lambda point: point.x) for series, points in found.items()}
+
+
+def _point(x: float, arm: Mapping[str, Any], metric: str) -> Point | None:
+    if metric == COLLAPSED:
+        steps = list(arm["collapsed"].values())
+        return Point(x, sum(step is not None for step in steps) / len(steps), None, len(steps)) if steps else None
+    figure = arm["metrics"].get(metric, {}).get("mean")
+    if figure is None or figure["mean"] is None:
+        return None
+    interval = None if figure["low"] is None else (figure["low"], figure["high"])
+    return Point(x, figure["mean"], interval, figure["seeds"])
+
+
+def draw(panels: Mapping[str, Curves], x_title: str, target: Path) -> None:
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context({"font.size": 10, "axes.titlelocation": "left", "legend.frameon": False}):
+        figure = Figure(figsize=(4.4 * columns, 3.3 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, (metric, found) in zip(axes, panels.items(), strict=False):
+            _panel(axis, metric, found)
+            axis.set(title=TITLES.get(metric, metric), xlabel=x_title)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        axes[0].legend(fontsize=8)
+        figure.savefig(target, dpi=110)
+
+
+def _panel(axis: Axes, metric: str, found: Curves) -> None:
+    for number, (series, points) in enumerate(found.items()):
+        color, shift = COLORS[number % len(COLORS)][0], 1 + 0.03 * (number - (len(found) - 1) / 2)
+        intervals = [point.interval or (point.mean, point.mean) for point in points]
+        below = [point.mean - low for point, (low, _) in zip(points, intervals, strict=True)]
+        above = [high - point.mean for point, (_, high) in zip(points, intervals, strict=True)]
+        places, means = [shift * point.x for point in points], [point.mean for point in points]
+        axis.errorbar(places, means, (below, above), fmt="o-", color=color, ms=4, lw=1.2, capsize=2, label=series)
+    ticks = sorted({point.x for points in found.values() for point in points})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    if metric == "routing/attribution/washout":
+        axis.axhline(1, color="#888888", lw=0.8)
+    axis.set_ylim(bottom=0)
+
+
+def table(panels: Mapping[str, Curves]) -> str:
+    """Markdown: a row for each metric and curve, a column for each place."""
+    ticks = sorted({point.x for found in panels.values() for points in found.values() for point in points})
+    lines = [f"| | | {' | '.join(f'{tick:g}' for tick in ticks)} |", "|---" * (len(ticks) + 2) + "|"]
+    for metric, found in panels.items():
+        for series, points in found.items():
+            at = {point.x: str(point) for point in points}
+            lines.append(f"| {metric} | {series} | {' | '.join(at.get(tick, '') for tick in ticks)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Draws a study's arms along the number their names end in.")
+    parser.add_argument("study", type=Path, help="the study's folder, with summary.json")
+    parser.add_argument("--x", required=True, help="what the numbers are")
+    parser.add_argument("--metrics", nargs="+", default=DEFAULT)
+    parser.add_argument("--output", type=Path, help="default: axis.png in the study's folder")
+    options = parser.parse_args()
+    try:
+        try:
+            summary = json.loads((options.study / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{options.study}/summary.json cannot be read ({error}); name a study's folder") from error
+        panels = {metric: curves(summary, metric) for metric in options.metrics}
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+    target = options.output or options.study / "axis.png"
+    draw(panels, options.x, target)
+    print(table(panels))
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
