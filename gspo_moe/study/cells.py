@@ -92,7 +92,7 @@ def cold_start_jobs(study: Study, here: Path) -> list[Job]:
         settings = settings_as_overrides(study.cold_start.set, own)
         arguments = ("train", str(here / study.cold_start.base), *settings)
         _check_same(folder, load_config(arguments[1], settings))
-        jobs[folder] = Job(str(folder.relative_to(study.folder)), arguments, folder, folder / "hf")
+        jobs[folder] = Job(folder.name, arguments, folder, folder / "hf")
     return list(jobs.values())
 
 
@@ -147,8 +147,8 @@ def _checkpoints(study: Study, here: Path) -> Settings:
 
 
 def _cold_start(study: Study, seed: int) -> Path:
-    folder = study.folder / COLD_START
-    return folder / f"seed{seed}" if study.cold_start is not None and study.cold_start.each_seed else folder
+    each_seed = study.cold_start is not None and study.cold_start.each_seed
+    return study.folder / (f"{COLD_START}_seed{seed}" if each_seed else COLD_START)
 
 
 def _start(study: Study, seed: int) -> Settings:
