@@ -50,8 +50,8 @@ def test_a_cold_start_for_each_seed_is_another_run_and_its_cells_start_from_it(t
     each = loaded("answer_length", tmp_path, "cold_start.each_seed=true", "seeds=[3, 4]")
     starts = cold_start_jobs(each, EXAMPLES)
     assert [(job.title, settings(job)["seed"]) for job in starts] == [
-        ("cold_start/seed3", "3"),
-        ("cold_start/seed4", "4"),
+        ("cold_start_seed3", "3"),
+        ("cold_start_seed4", "4"),
     ]
     for job in (*bank_jobs(each, EXAMPLES), *(cell.job for cell in cells(each, EXAMPLES))):
         (start,) = (start for start in starts if settings(start)["seed"] == settings(job)["seed"])
