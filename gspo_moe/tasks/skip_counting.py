@@ -1,4 +1,4 @@
-"""Count on in steps: `25+48*3>` asks for the next three numbers, `73 21 69`, modulo 100."""
+"""Count on in steps, units first: `88+70*3>` asks for 88 + 7 and the two after it, `59 20 90`, modulo 100."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ DIGITS = 2
 
 
 class SkipCountingOptions(Section):
-    """How many numbers an answer has: drawn from `steps`, each as likely. n numbers are 3 n tokens with the end."""
+    """How many numbers an answer has: drawn from `steps`, each as likely. n numbers are 3 n tokens with the end.
+
+    The step between them is drawn uniformly from 1 to `largest_step`.
+    """
 
     steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5,)
+    largest_step: Annotated[int, Field(ge=1, lt=MODULUS)] = 9
 
 
 class SkipCounting:
@@ -52,13 +56,13 @@ class SkipCounting:
         start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
         numbers = [_written(start), *last_answer(turns).split(" ")]
         right = sum(
-            _is_number(before) and after == _written(int(before) + added)
+            _is_number(before) and after == _written(_read(before) + added)
             for before, after in pairwise(numbers[: steps + 1])
         )
         return right / max(steps, len(numbers) - 1)
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
-        start, added = random.randrange(MODULUS), random.randrange(MODULUS)
+        start, added = random.randrange(MODULUS), random.randint(1, self._options.largest_step)
         steps = random.choice(self._options.steps)
         reference = {"start": start, "added": added, "steps": steps}
         return f"{_written(start)}+{_written(added)}*{steps}>", reference
@@ -69,7 +73,11 @@ def _is_number(text: str) -> bool:
 
 
 def _written(number: int) -> str:
-    return f"{number % MODULUS:0{DIGITS}d}"
+    return f"{number % MODULUS:0{DIGITS}d}"[::-1]
+
+
+def _read(text: str) -> int:
+    return int(text[::-1])
 
 
 def skip_counting(options: Mapping[str, Any], seed: int) -> Task:

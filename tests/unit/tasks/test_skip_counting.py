@@ -10,7 +10,7 @@ from gspo_moe.tasks.skip_counting import SkipCounting
 from gspo_moe.types import Prompt
 from tests.turns import answered
 
-REFERENCE = {"start": 25, "added": 48, "steps": 3}
+REFERENCE = {"start": 88, "added": 7, "steps": 3}
 
 
 def test_prompts_say_start_step_and_how_many_numbers() -> None:
@@ -18,21 +18,22 @@ def test_prompts_say_start_step_and_how_many_numbers() -> None:
     prompts = [task.prompt("train", index) for index in range(300)]
     for prompt in prompts:
         start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
-        assert prompt.text == f"{start:02d}+{added:02d}*{steps}>"
-        assert 0 <= min(start, added) <= max(start, added) < 100
+        assert prompt.text == f"{start:02d}"[::-1] + "+" + f"{added:02d}"[::-1] + f"*{steps}>"
+        assert 0 <= start < 100
+    assert {prompt.reference["added"] for prompt in prompts} == set(range(1, 10))
     counts = Counter(prompt.reference["steps"] for prompt in prompts)
     assert set(counts) == {5, 21}
     assert min(counts.values()) > 110
-    assert len({prompt.text for prompt in prompts}) > 250
+    assert len({prompt.text for prompt in prompts}) > 200
 
 
 def test_a_demonstration_is_the_numbers_modulo_100_and_as_long_as_the_options_say() -> None:
     task = SkipCounting({"steps": [85]}, seed=3)
-    assert task.demonstration(Prompt(uid="train/0", text="25+48*3>", task="", reference=REFERENCE)) == "73 21 69"
+    assert task.demonstration(Prompt(uid="train/0", text="88+70*3>", task="", reference=REFERENCE)) == "59 20 90"
     prompt = task.prompt("sft", 0)
     answer = task.demonstration(prompt)
     assert len(answer) + 1 == 3 * 85
-    assert [int(number) for number in answer.split(" ")] == [
+    assert [int(number[::-1]) for number in answer.split(" ")] == [
         (prompt.reference["start"] + k * prompt.reference["added"]) % 100 for k in range(1, 86)
     ]
     assert task.reward(prompt, answered(answer)) == 1.0
@@ -41,21 +42,21 @@ def test_a_demonstration_is_the_numbers_modulo_100_and_as_long_as_the_options_sa
 @pytest.mark.parametrize(
     ("answer", "reward"),
     [
-        ("73 21 69", 1.0),
-        ("72 20 68", 2 / 3),  # the first number is wrong, and the others add to what is there
-        ("73 21", 2 / 3),
-        ("73 21 69 17", 3 / 4),
-        ("73 22 69", 1 / 3),
-        ("73  21 69", 1 / 4),
-        ("73 2169", 1 / 3),
+        ("59 20 90", 1.0),
+        ("58 29 99", 2 / 3),  # the first number is wrong, and the others add to what is there
+        ("59 20", 2 / 3),
+        ("59 20 90 61", 3 / 4),
+        ("59 21 90", 1 / 3),
+        ("59  20 90", 1 / 4),
+        ("59 2090", 1 / 3),
         ("", 0.0),
-        ("seventy-three", 0.0),
-        ("9" * 5000 + " 21 69", 1 / 3),
+        ("ninety-five", 0.0),
+        ("9" * 5000 + " 20 90", 1 / 3),
     ],
 )
 def test_the_reward_is_the_share_of_right_steps(answer: str, reward: float) -> None:
     task = SkipCounting({}, seed=1)
-    prompt = Prompt(uid="train/0", text="25+48*3>", task="skip_counting", reference=REFERENCE)
+    prompt = Prompt(uid="train/0", text="88+70*3>", task="skip_counting", reference=REFERENCE)
     assert task.reward(prompt, answered(answer)) == pytest.approx(reward, abs=0)
 
 
