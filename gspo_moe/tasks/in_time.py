@@ -42,7 +42,7 @@ def make_task_in_time(config: TaskConfig, seed: int) -> Task:
             os._exit(error.exit_code)
 
     threading.Thread(target=watch, name="start of the task", daemon=True).start()
-    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=2)  # whatever sys.stderr may be
     try:
         return make_task(config, seed)
     finally:

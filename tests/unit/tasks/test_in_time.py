@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_what_hangs_ends_the_process(task: str, code: int, told: tuple[str, ...]
         assert part in ended.stderr
 
 
-def test_a_task_that_is_made_in_time_stays_unwatched() -> None:
+def test_a_task_that_is_made_in_time_stays_unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     task = make_task_in_time(TaskConfig(reward=RewardConfig(start_seconds=0.5)), seed=1)
     assert task.name == "sort_letters"
