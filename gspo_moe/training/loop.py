@@ -168,10 +168,8 @@ def _check_updates(trainer: Trainer) -> None:
         return
     fix = (
         "lower optimizer.lr, or look for what is too large: rewards, algorithm.kl.coeff, rollout.temperature, or the "
-        "weights themselves"
+        "weights themselves; gspo-moe replay computes again what is in the run's folder skipped"
     )
-    if trainer.session.config.stage == "rl":
-        fix += "; gspo-moe replay computes again what is in the run's folder skipped"
     if skipped >= limit:
         raise TrainingError(
             f"the last {skipped} updates were skipped, as their loss or gradients were not finite, and optimizer."
