@@ -19,7 +19,7 @@ from gspo_moe.garbage import imports
 LAUNCHER_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # torchrun ends the other ranks once it sees the first one gone; until then they must not report that loss as a cause.
 PEER_GRACE_SECONDS = 5.0
-REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
+REFUSED = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EISDIR)
 LONGEST_NAME = 100  # in messages
 
 

@@ -84,6 +84,8 @@ def _replay(replayed: Sequence[torch.Tensor | Replayed]) -> dict[str, list[torch
 
 
 def train_supervised(
-    model: Model, optimizer: Optimizer, packs: Sequence[Microbatch], num_tokens: float
+    model: Model, optimizer: Optimizer, packs: Sequence[Microbatch], num_tokens: int
 ) -> tuple[step.SupervisedStatistics, UpdateResult]:
-    return step.train_supervised(model, optimizer, training_packs(model, packs), num_tokens)
+    whole = tuple(training_packs(model, packs))
+    result = step.train_supervised(model, optimizer, Minibatch(whole, len(whole), num_tokens))
+    return result.statistics, result.update

@@ -33,7 +33,7 @@ class RewardConfig(Section):
     the task's own. A name alone stands for the section.
     options: of the one that `name` names. sum: terms in place of a name; a list alone stands for the section.
     timeout_seconds: of one reward. batch_seconds: of all of a step's or an evaluation's together; null is no limit.
-    start_seconds: until a worker has imported and made the task.
+    start_seconds: until a worker, or the program itself before a run, has imported and made the task.
     memory_mb: MiB that a worker may have beyond what it holds then; null is no limit.
     output_kb: of what rewards print in a step or an evaluation, KiB that are shown.
     largest: the largest reward in size.

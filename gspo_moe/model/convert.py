@@ -163,9 +163,7 @@ def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
     """A hidden folder beside the target, which gets the target's name at the end and goes away after an error."""
     target, is_main = conversion.target, dist.get_rank() == 0
     partial = stage(target)
-    if is_main:
-        stage_folder(target)
-    dist.barrier()
+    on_main(lambda: stage_folder(target))
     try:
         yield partial
         dtype = items[0].parameter.dtype
@@ -176,9 +174,7 @@ def _staged(conversion: Conversion, items: Sequence[Item]) -> Iterator[Path]:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if is_main:
-        replace_folder(partial, target)
-    dist.barrier()
+    on_main(lambda: replace_folder(partial, target))
 
 
 @contextlib.contextmanager

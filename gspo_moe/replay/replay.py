@@ -22,16 +22,16 @@ from gspo_moe.parallel.groups import Groups, initialize, world_size_from_environ
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.platform import megatron_version
 from gspo_moe.replay.dump import Dump, packs_of, read_dumps
-from gspo_moe.replay.sequences import SequenceFigures, sequence_figures
+from gspo_moe.replay.sequences import SequenceFigures, sequence_figures, supervised_figures
 from gspo_moe.routing.comparison import router_shift
 from gspo_moe.routing.recorder import RouteRecorder, routers_of
-from gspo_moe.training.dump import Described
+from gspo_moe.training.dump import Described, Result
 from gspo_moe.training.kept_weights import load_kept_weights
 from gspo_moe.training.optimizer import Optimizer
 from gspo_moe.training.packs import Minibatch
-from gspo_moe.training.step import MinibatchResult, PolicySettings, train_minibatch
+from gspo_moe.training.step import MinibatchResult, PolicySettings, train_minibatch, train_supervised
 
-LOSS = "loss/policy"
+LOSS = {"rl": "loss/policy", "sft": "sft/loss"}  # by the run's stage
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative: layouts add up in other orders
 
 
@@ -104,10 +104,14 @@ def replay(file: Path, weights: Path | None = None) -> Replayed:
     mine = dumps if groups.layout.data == 1 else dumps[groups.data_rank : groups.data_rank + 1]
     minibatch = _minibatch(mine, described, model)
     settings = PolicySettings(config.algorithm, config.rollout.temperature, config.rollout.max_response_tokens)
-    recorder = None
-    if config.algorithm.spec.router_shift:
-        recorder = RouteRecorder(model.chunks, architecture, groups, scores=True)
-    result = train_minibatch(model, Optimizer(config, model, 1), minibatch, settings, recorder)
+    recorder, optimizer = None, Optimizer(config, model, 1)
+    result: Result
+    if config.stage == "sft":
+        result = train_supervised(model, optimizer, minibatch)
+    else:
+        if config.algorithm.spec.router_shift:
+            recorder = RouteRecorder(model.chunks, architecture, groups, scores=True)
+        result = train_minibatch(model, optimizer, minibatch, settings, recorder)
     return Replayed(
         file,
         described,
@@ -142,10 +146,10 @@ def _minibatch(dumps: Sequence[Dump], described: Described, model: Model) -> Min
     return Minibatch(tuple(packs), described.num_sequences, described.num_tokens)
 
 
-def _figures(described: Described, result: MinibatchResult) -> tuple[Figure, ...]:
-    loss = result.statistics.to_metrics()[LOSS]
+def _figures(described: Described, result: Result) -> tuple[Figure, ...]:
+    name = LOSS[described.config["stage"]]
     return (
-        Figure("loss", float(described.metrics[LOSS]), loss),
+        Figure("loss", float(described.metrics[name]), result.statistics.to_metrics()[name]),
         Figure("gradient norm", float(described.grad_norm), result.update.grad_norm),
     )
 
@@ -171,7 +175,7 @@ def _broken(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 def _sequences(
     model: Model,
     minibatch: Minibatch,
-    result: MinibatchResult,
+    result: Result,
     settings: PolicySettings,
     recorder: RouteRecorder | None,
 ) -> list[SequenceFigures]:
@@ -181,7 +185,11 @@ def _sequences(
         shift_T = None
         if recorder is not None and one.pack.recording is not None and one.recording is not None:
             shift_T = router_shift(one.pack.recording, one.recording, recorder.layers)
-        if model.groups.is_last_stage:
+        if not model.groups.is_last_stage:
+            continue
+        if isinstance(result, MinibatchResult):
             found += sequence_figures(model, minibatch, one, settings, shift_T)
+        else:
+            found += supervised_figures(minibatch, one)
     every = {one.sample: one for of_rank in gather_objects(found) for one in of_rank}
     return [every[sample] for sample in sorted(every)]

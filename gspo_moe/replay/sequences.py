@@ -5,7 +5,8 @@ Shape letters: T tokens of a pack, S those of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,23 +23,20 @@ from gspo_moe.training.step import PolicySettings, policy_head
 
 @dataclass(frozen=True)
 class SequenceFigures:
-    """sample: its number in the step. log_ratio: mean over its response tokens. loss: its share of the mini-batch's.
+    """sample: its number in the step. loss: its share of the mini-batch's.
 
+    log_ratio: mean over its response tokens; None of a demonstration.
     broken: the first response token that is not finite in something, its id and what; None where all are.
     """
 
     sample: int
-    log_ratio: float
+    log_ratio: float | None
     loss: float
     broken: tuple[int, int, str] | None
 
     @property
     def is_finite(self) -> bool:
-        return self.broken is None and all(map(_is_finite, (self.log_ratio, self.loss)))
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
+        return self.broken is None and math.isfinite(self.log_ratio or 0.0) and math.isfinite(self.loss)
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,20 @@ def sequence_figures(
             "reference log-prob": alone.reference_log_probs_T,
             "ratio": (log_probs_S.double() - old_S.double()).exp(),
         }
-        yield SequenceFigures(
-            alone.pack.sample_indices[0], ratio_S.mean().item(), loss.item(), _first_broken(alone, given, mask_S)
-        )
+        broken = _first_broken(alone.pack.target_ids_T, given, mask_S)
+        yield SequenceFigures(alone.pack.sample_indices[0], ratio_S.mean().item(), loss.item(), broken)
+
+
+def supervised_figures(minibatch: Minibatch, trained: Trained) -> Iterator[SequenceFigures]:
+    """The same of demonstrations."""
+    pack, log_probs_T = trained.pack.pack, trained.log_probs_T
+    assert log_probs_T is not None
+    bounds = pack.cu_seqlens.tolist()
+    for sample, start, stop in zip(pack.sample_indices, bounds, bounds[1:], strict=False):
+        log_probs_S, mask_S = log_probs_T[start:stop], pack.response_mask_T[start:stop] > 0
+        loss = -log_probs_S[mask_S].double().sum().item() / minibatch.num_tokens
+        broken = _first_broken(pack.target_ids_T[start:stop], {"log-prob": log_probs_S}, mask_S)
+        yield SequenceFigures(sample, None, loss, broken)
 
 
 def _alone(model: Model, one: TrainingPack, number: int) -> tuple[TrainingPack, torch.Tensor]:
@@ -114,7 +123,7 @@ def _alone(model: Model, one: TrainingPack, number: int) -> tuple[TrainingPack, 
 
 
 def _first_broken(
-    alone: TrainingPack, given: dict[str, torch.Tensor | None], mask_S: torch.Tensor
+    target_ids_S: torch.Tensor, given: Mapping[str, torch.Tensor | None], mask_S: torch.Tensor
 ) -> tuple[int, int, str] | None:
     """Position among the sequence's tokens, from 0, id, and what is not finite there."""
     broken = {name: mask_S & ~values_S.isfinite() for name, values_S in given.items() if values_S is not None}
@@ -125,4 +134,4 @@ def _first_broken(
     name = next(name for name, where_S in broken.items() if where_S[first])
     values_S = given[name]
     assert values_S is not None
-    return first + 1, int(alone.pack.target_ids_T[first]), f"{name} {float(values_S[first])}"
+    return first + 1, int(target_ids_S[first]), f"{name} {float(values_S[first])}"

@@ -44,7 +44,8 @@ def _first(kind: str, found: Sequence[str]) -> list[str]:
 
 
 def _sequence(one: SequenceFigures) -> str:
-    text = f"of sample {one.sample}: mean log-ratio {one.log_ratio:.6g}, loss {one.loss:.6g}"
+    ratio = "" if one.log_ratio is None else f"mean log-ratio {one.log_ratio:.6g}, "
+    text = f"of sample {one.sample}: {ratio}loss {one.loss:.6g}"
     if one.broken is None:
         return text
     position, token, what = one.broken

@@ -121,8 +121,8 @@ class Roster:
     def _deadline(self, member: Member) -> float:
         if member.state is State.IDLE:
             return math.inf
-        busy = member.state is State.BUSY
-        return member.since + (self._config.timeout_seconds if busy else self._config.start_seconds)
+        starts = member.state is State.STARTING
+        return member.since + (self._config.start_seconds if starts else self._config.timeout_seconds)
 
     def wait(self, now: float) -> float:
         """Seconds until something must be decided."""
@@ -140,7 +140,7 @@ class Roster:
             if one.state is State.BUSY:
                 yield number, TimeoutError(f"within task.reward.timeout_seconds={limits.timeout_seconds:g}")
             elif one.state is State.SENT:
-                yield number, f"a worker did not take it within task.reward.start_seconds={limits.start_seconds:g}"
+                yield number, f"a worker did not take it within task.reward.timeout_seconds={limits.timeout_seconds:g}"
             else:
                 yield (
                     number,

@@ -168,8 +168,13 @@ class Workers:
             why = [f"{type(error).__name__}: {error}"] if count == 1 else []
             self._roster.done(number, why, time.monotonic())
             return False
-        with contextlib.suppress(OSError):  # it has ended, which is heard of next, or does not read, until its deadline
+        try:
             self._workers[number].channel.send_bytes(text)
+        except BlockingIOError:  # of what it has read nothing can come any more
+            self._end(number, f"a worker stopped reading it for {PIPE_TIMEOUT[0]} s")
+            return False
+        except OSError:  # it has ended, which is heard of next
+            pass
         return True
 
     def _hear(self, heard: Collection[object]) -> None:

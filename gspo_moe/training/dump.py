@@ -29,7 +29,7 @@ from gspo_moe.routing.shards import StageLayers
 from gspo_moe.training.kept_weights import keep_weights
 from gspo_moe.training.packs import Minibatch, TrainingPack
 from gspo_moe.training.session import Trainer
-from gspo_moe.training.step import MinibatchResult
+from gspo_moe.training.step import MinibatchResult, SupervisedResult
 from gspo_moe.types import Microbatch
 
 FOLDER = "skipped"
@@ -38,6 +38,7 @@ MOST_WEIGHTS = 2  # as large as the model
 OF_OLD_POLICY = ("old_log_probs_T", "reference_log_probs_T")
 ESTIMATES = ("advantages_T", "values_T", "returns_T")
 _log = logging.getLogger(__name__)
+Result = MinibatchResult | SupervisedResult
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def dump_name(step: int, mini_batch: int) -> str:
     return f"step_{step:08d}_mini_batch_{mini_batch}"
 
 
-def dump_skipped(trainer: Trainer, minibatch: Minibatch, result: MinibatchResult, number: int) -> None:
+def dump_skipped(trainer: Trainer, minibatch: Minibatch, result: Result, number: int) -> None:
     """Writes this rank's packs of mini-batch `number`, from 0, as far as the folder has room. Collective.
 
     The last stage, which has log-probs, writes. A file that cannot be written is no reason to end the run.
@@ -110,9 +111,7 @@ def _weights(trainer: Trainer, name: str) -> str | None:
     return kept
 
 
-def _described(
-    trainer: Trainer, minibatch: Minibatch, result: MinibatchResult, number: int, weights: str | None
-) -> Described:
+def _described(trainer: Trainer, minibatch: Minibatch, result: Result, number: int, weights: str | None) -> Described:
     session = trainer.session
     return Described(
         step=trainer.progress.step + 1,
@@ -132,7 +131,7 @@ def _described(
     )
 
 
-def _tensors(trainer: Trainer, minibatch: Minibatch, result: MinibatchResult) -> dict[str, torch.Tensor]:
+def _tensors(trainer: Trainer, minibatch: Minibatch, result: Result) -> dict[str, torch.Tensor]:
     """Collective over the pipeline."""
     model = trainer.session.model
     indices = tuple(router.layer_number - 1 for router in routers_of(model.chunks))

@@ -12,6 +12,7 @@ from gspo_moe.algorithms import Statistics, mismatch
 from gspo_moe.algorithms.lag import mismatch_by_lag
 from gspo_moe.data.probe import probe_set
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.parallel.stop import together
 from gspo_moe.routing.figures import Figures
 from gspo_moe.training.attribution import attribution_figures
 from gspo_moe.training.batch import Batch, share_packs
@@ -78,13 +79,15 @@ def _probed(trainer: Trainer, batch: Batch, figures: Figures, first: bool) -> It
 def _probe_packs(trainer: Trainer, batch: Batch) -> list[TrainingPack]:
     session = trainer.session
     if trainer.probe_packs is None:
-        chosen = probe_set(
-            session.run_path,
-            batch.samples,
-            session.config.rollout.samples_per_prompt,
-            session.config.routing.probe_sequences,
-            resumed=trainer.progress.step > 0,
-            main=session.groups.is_main,
+        chosen = together(
+            lambda: probe_set(
+                session.run_path,
+                batch.samples,
+                session.config.rollout.samples_per_prompt,
+                session.config.routing.probe_sequences,
+                resumed=trainer.progress.step > 0,
+                main=session.groups.is_main,
+            )
         )
         trainer.probe_packs = pack_share(chosen, session.groups, session.config)
     return trainer.probe_packs

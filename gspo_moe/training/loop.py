@@ -16,6 +16,7 @@ from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.parallel.signals import StopSignals
+from gspo_moe.parallel.stop import together
 from gspo_moe.platform import device, peak_rss_gib
 from gspo_moe.training import collapse
 from gspo_moe.training.first_step import tell_first_step
@@ -58,7 +59,7 @@ def train(plan: Plan, stop: StopSignals | None = None) -> bool:
 
 
 def _run(trainer: Trainer, watch: Watch) -> None:
-    log = RunLog(trainer)
+    log = together(lambda: RunLog(trainer))
     try:
         _steps(trainer, log, watch)
     except RunError as error:
@@ -167,10 +168,8 @@ def _check_updates(trainer: Trainer) -> None:
         return
     fix = (
         "lower optimizer.lr, or look for what is too large: rewards, algorithm.kl.coeff, rollout.temperature, or the "
-        "weights themselves"
+        "weights themselves; gspo-moe replay computes again what is in the run's folder skipped"
     )
-    if trainer.session.config.stage == "rl":
-        fix += "; gspo-moe replay computes again what is in the run's folder skipped"
     if skipped >= limit:
         raise TrainingError(
             f"the last {skipped} updates were skipped, as their loss or gradients were not finite, and optimizer."

@@ -20,7 +20,7 @@ from gspo_moe.platform import choose_backends, megatron_version
 from gspo_moe.rollout.bank import check_bank
 from gspo_moe.rollout.embedded.numerics import check_numerics
 from gspo_moe.rollout.engine import make_stop_ids
-from gspo_moe.tasks import make_task
+from gspo_moe.tasks.in_time import make_task_in_time
 from gspo_moe.tasks.rewards import check_rewards
 from gspo_moe.training.fitting import fitted, used_splits
 from gspo_moe.training.session import Plan
@@ -36,7 +36,7 @@ def preflight(config: Config, world_size: int | None = None, *, trains: bool = T
     trains: prompts are needed of training too, not of evaluation alone.
     """
     check_files(config)
-    task, splits = make_task(config.task, config.seed), used_splits(config, trains)
+    task, splits = make_task_in_time(config.task, config.seed), used_splits(config, trains)
 
     def texts() -> list[str]:
         without = isinstance(task.prompts, OrderedPrompts) or task.prompts.size("sft") == 0

@@ -50,8 +50,8 @@ def open_trainer(session: Session) -> Trainer:
         if session.groups.is_main and trainer.unfinished:
             print(f"continuing from step {trainer.progress.step} of {session.run_path}", file=sys.stderr, flush=True)
     else:
-        if session.groups.is_main:
-            (session.run_path / ROLL_BACKS_FILE).unlink(missing_ok=True)  # of a run that left no checkpoint
+        of_a_run_without_checkpoint = session.run_path / ROLL_BACKS_FILE
+        on_main(lambda: of_a_run_without_checkpoint.unlink(missing_ok=True))
         session.publish(0)
     return trainer
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from gspo_moe.data.rendering import Renderer
 from gspo_moe.errors import DataError, TrainingError
-from gspo_moe.training.packs import pack_share
+from gspo_moe.training.dump import dump_skipped
+from gspo_moe.training.packs import Minibatch, pack_share
 from gspo_moe.training.session import Plan, Trainer
 from gspo_moe.training.step import train_supervised
 from gspo_moe.types import Message, Prompt, TrainingSample
@@ -18,12 +19,15 @@ def sft_step(trainer: Trainer) -> dict[str, float]:
     with session.timers("step"):
         prompts = trainer.prompts.take(config.schedule.sft_batch)
         samples = [demonstration(session.plan, prompt) for prompt in prompts]
-        packs = pack_share(samples, session.groups, config)
         num_tokens = sum(sum(sample.response_mask) for sample in samples)
-        statistics, update = train_supervised(session.model, trainer.optimizer, packs, num_tokens)
+        minibatch = Minibatch(tuple(pack_share(samples, session.groups, config)), len(samples), num_tokens)
+        result = train_supervised(session.model, trainer.optimizer, minibatch)
+        update = result.update
+        if update.skipped:
+            dump_skipped(trainer, minibatch, result, number=0)
     trainer.finish_step(prompts, updates=1)
     return {
-        **statistics.to_metrics(),
+        **result.statistics.to_metrics(),
         "optimizer/grad_norm": update.grad_norm,
         "optimizer/learning_rate": update.learning_rate,
         "optimizer/skipped_updates": float(update.skipped),

@@ -201,14 +201,22 @@ class SupervisedStatistics(Statistics):
         }
 
 
-def train_supervised(
-    model: Model, optimizer: Optimizer, packs: Sequence[TrainingPack], num_tokens: float
-) -> tuple[SupervisedStatistics, UpdateResult]:
-    """One step on -1/num_tokens sum log p(target) over response tokens; num_tokens: of the batch over all ranks."""
+@dataclass(frozen=True)
+class SupervisedResult:
+    """As `MinibatchResult`."""
+
+    statistics: SupervisedStatistics
+    update: UpdateResult
+    packs: list[Trained]
+
+
+def train_supervised(model: Model, optimizer: Optimizer, minibatch: Minibatch) -> SupervisedResult:
+    """One step on -1/num_tokens sum log p(target) over response tokens. Collective."""
+    packs = minibatch.packs
 
     def head(
         index: int, stage: LastStage, positions_N: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[SupervisedStatistics, None]]:
+    ) -> tuple[torch.Tensor, tuple[SupervisedStatistics, torch.Tensor]]:
         pack, split = packs[index].pack, packs[index].split
         mask_C = split.local(pack.response_mask_T)
         found = stage.log_probs(split.local(pack.target_ids_T), positions_N=positions_N)
@@ -217,10 +225,11 @@ def train_supervised(
             "log_prob": (found.log_probs.detach().double() * mask_C).sum(),
             "correct": (found.first_choice * mask_C.double()).sum(),
         }
-        return -(found.log_probs * mask_C).sum() / num_tokens, (SupervisedStatistics(sums, {}), None)
+        kept = split.whole(found.log_probs.detach())
+        return -(found.log_probs * mask_C).sum() / minibatch.num_tokens, (SupervisedStatistics(sums, {}), kept)
 
-    statistics, _, update = _step(model, optimizer, packs, head, None)
-    return statistics, update
+    statistics, log_probs, update = _step(model, optimizer, packs, head, None)
+    return SupervisedResult(statistics, update, with_each([Trained(one) for one in packs], log_probs_T=log_probs))
 
 
 def _step(

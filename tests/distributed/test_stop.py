@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from gspo_moe.errors import Interrupted, RolloutError
+from gspo_moe.last_words import of_the_system
 from gspo_moe.model.weights import RandomSource
 from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.embedded.samples import Samples
+from gspo_moe.training import loop
+from gspo_moe.training.resuming import open_trainer
+from gspo_moe.training.roll_backs import FILE as ROLL_BACKS_FILE
+from gspo_moe.training.watch import Watch
 from tests.launch import launch
 from tests.policy import SIZES, requests, sampling
 from tests.qwen3 import built, layout
+from tests.unit.training.test_rl import opened
 
 
 def _stop() -> None:
@@ -69,6 +76,23 @@ def _count_tokens(engine: MegatronEngine) -> list[int]:
     return counts
 
 
+def _write_alone(folder: Path) -> None:
+    """What the first rank alone writes or removes as a run starts lies under a folder of its name."""
+    with opened(folder) as trainer:
+        for name in (ROLL_BACKS_FILE, "starts.jsonl"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(IsADirectoryError, match=ROLL_BACKS_FILE) as caught:
+            open_trainer(trainer.session)
+        told = of_the_system(caught.value)
+        assert str(told) == f"{folder / ROLL_BACKS_FILE}: Is a directory; name another path, or see to its permissions"
+        with pytest.raises(IsADirectoryError, match="starts"):
+            loop._run(trainer, Watch(trainer))
+
+
 @pytest.mark.parametrize("body", [_stop, _stop_alone])
 def test_ranks_stop_together(body: Callable[[], None]) -> None:
     launch(body, 2)
+
+
+def test_ranks_fail_alike_where_the_first_alone_writes(tmp_path: Path) -> None:
+    launch(_write_alone, 2, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from gspo_moe.errors import RankError
 from tests.e2e.conftest import FinishedRun
 from tests.e2e.faults import Job, ranks
-from tests.e2e.program import Program, succeed
+from tests.e2e.program import Program, gspo_moe, succeed
 
 # Rank 1 never comes back from the rewards of step 3; its threads live.
 STUCK = """
@@ -72,3 +72,14 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named(quickstart: Finished
     assert "stuck_rewards" in last
     succeed(job.command(), tmp_path)
     job.check()
+
+
+@pytest.mark.parametrize("command", ["train", "train --check", "eval", "bank", "doctor"])
+def test_a_task_that_is_never_made_ends_every_command(command: str, tmp_path: Path) -> None:
+    (tmp_path / "hung.py").write_text("import time\n\n\ndef task(options, seed):\n    time.sleep(3600)\n")
+    (tmp_path / "config.yaml").write_text("model: tiny\ntask: {name: 'hung:task', reward: {start_seconds: 1}}\n")
+    bank = ["bank.safetensors"] if command == "bank" else []
+    outcome = Program(gspo_moe(*command.split(), "config.yaml", *bank), tmp_path).finish()
+    assert (outcome.code, outcome.left_behind) == (2, ())
+    assert outcome.stderr.count("task.name=hung:task: the task is not made after task.reward.start_seconds=1") == 1
+    assert "in task\n    time.sleep(3600)\n" in outcome.stderr

@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import threading
@@ -32,12 +33,13 @@ from gspo_moe.rollout.servers.transfer_group import ROOT, await_broadcast, join_
 
 NO_LOG_PROB = -9999.0
 _LOADING = threading.Lock()  # transformers changes settings of the process while it loads
-# What `/stand_in/fault` orders for the next `count` answers; "unavailable" is of every path. With "die" and "stall" it
-# dies, or hangs, as it is to take weights for the `count`th time from then on.
+# What `/stand_in/fault` orders for the next `count` answers; "unavailable" is of every path. With "die", "stall" and
+# "drop" it dies, hangs, or answers 503, as it is to take weights for the `count`th time from then on.
 FAULTS = (
     "no_log_probs", "too_many_log_probs", "nan", "token", "too_long", "garbage", "cut", "error", "hang", "old_version",
-    "unavailable", "no_routes", "load_error", "die", "stall",
+    "unavailable", "no_routes", "load_error", "die", "stall", "drop",
 )  # fmt: skip
+SHARED: dict[str, torch.Tensor] = {}  # what stands for a GPU's memory, by the handle that `ipc` sends
 
 
 class TinyModel:
@@ -183,12 +185,14 @@ class StandIn:
 
     async def _falter(self) -> None:
         order = self._order
-        if order is None or order.fault not in ("die", "stall"):
+        if order is None or order.fault not in ("die", "stall", "drop"):
             return
         order.count -= 1
         if order.count == 0:
             if order.fault == "die":
                 os._exit(9)
+            if order.fault == "drop":
+                raise web.HTTPServiceUnavailable
             await asyncio.sleep(3600)
 
     async def _world_size(self, request: web.Request) -> web.Response:
@@ -196,6 +200,8 @@ class StandIn:
 
     async def _join(self, request: web.Request) -> web.Response:
         info = (await request.json())["init_info"]
+        if "packed" in info:
+            return web.json_response({})
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group[0])
         group = await asyncio.to_thread(
@@ -219,11 +225,17 @@ class StandIn:
 
     async def _receive(self, request: web.Request) -> web.Response:
         info = (await request.json())["update_info"]
-        parts = zip(info["names"], info["dtypes"], info["shapes"], strict=True)
+        shared = "ipc_handles_pickled" in info
+        parts = zip(info["names"], info["dtype_names" if shared else "dtypes"], info["shapes"], strict=True)
         heads = [TensorHead(name, dtype, tuple(shape)) for name, dtype, shape in parts]
-        assert self._group is not None
         assert self._received is not None
         await self._falter()
+        if shared:
+            (handle,) = pickle.loads(base64.b64decode(info["ipc_handles_pickled"]))
+            bucket = SHARED[handle][: sum(info["tensor_sizes"])].clone()
+            self._received |= zip(info["names"], views(bucket, heads), strict=True)
+            return web.json_response({})
+        assert self._group is not None
         group, seconds = self._group
         bucket = empty_bucket(heads, torch.device("cpu"))
         work = start_broadcast(bucket, group, ROOT)

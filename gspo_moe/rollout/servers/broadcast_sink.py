@@ -97,6 +97,7 @@ class BroadcastSink:
         """Has a group with the servers that are up, those that waited for weights among them."""
         if self._servers.begin_sync():
             self._leave()
+            self._everywhere(*self._transfer.abandon())  # one may have been lost in the midst of an update
         while self._joined is None or self._joined.servers != self._servers.up:
             self._leave()
             counts = [self._transfer.worker_count(body) for body in self._servers.everywhere(self._transfer.workers())]

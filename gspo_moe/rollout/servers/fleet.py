@@ -210,6 +210,9 @@ class Fleet:
             except RolloutError as fault:
                 await self._take_out(link, fault)
 
+        for link in self._links:
+            if not link.up and self._version is not None and version < self._version:  # the run was taken back
+                link.past = max(link.past, self._version)
         self._version, self._syncing = version, False
         await asyncio.gather(*(check(link) for link in self._links if link.up))
         async with self._changed:
@@ -218,9 +221,10 @@ class Fleet:
     async def _has(self, link: Link, newest: int) -> None:
         """Raises ServerDown where the server has other weights."""
         version = self._dialect.version(await link.send(self._dialect.weights(), HEALTH_SECONDS))
-        if version != newest:
+        if version != newest or newest <= link.past:
             link.waits = True
-            raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
+            given_up = ", which may be those that the run has given up" if version == newest else ""
+            raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out{given_up}")
 
     async def _look_after(self) -> None:
         async def again_and_again(link: Link) -> None:

@@ -27,6 +27,7 @@ from gspo_moe.rollout.servers.buckets import TensorHead, flat
 from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Post, Servers
 from gspo_moe.rollout.servers.syncing import MAIN, on_main
+from gspo_moe.rollout.servers.transfers import ABANDON
 
 Export = Callable[[torch.Tensor], dict[str, Any]]
 
@@ -73,7 +74,8 @@ class IpcSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
     def _begin(self) -> None:
-        self._servers.begin_sync()
+        if self._servers.begin_sync():
+            self._servers.everywhere(ABANDON)  # one may have been lost in the midst of an update
         self._servers.everywhere(Post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
         self._servers.everywhere(self._dialect.pause())
         self._servers.everywhere(Post("/start_weight_update", {}))

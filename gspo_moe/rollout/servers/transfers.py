@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from gspo_moe.rollout.servers.buckets import TensorHead
 from gspo_moe.rollout.servers.records import Post
 
+# Our worker extension's method: vLLM calls an update over only where each of its parts came.
+ABANDON = Post("/collective_rpc", {"method": "abandon_update"})
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -58,7 +61,7 @@ class Transfer(Protocol):
     def finish(self, version: int) -> tuple[Post, ...]: ...
 
     def abandon(self) -> tuple[Post, ...]:
-        """Ends an update that broke off, so that another can begin."""
+        """Ends an update that broke off, where one did, so that another can begin."""
         ...
 
 
@@ -91,8 +94,7 @@ class VllmTransfer:
         return (Post("/finish_weight_update", {"weight_version": str(version)}),)
 
     def abandon(self) -> tuple[Post, ...]:
-        """By our worker extension's method: vLLM calls an update over only where each of its parts came."""
-        return (Post("/collective_rpc", {"method": "abandon_update"}),)
+        return (ABANDON,)
 
 
 class SglangTransfer:

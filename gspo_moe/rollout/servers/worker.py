@@ -61,10 +61,15 @@ class Extension:
         return counted
 
     def abandon_update(self) -> None:
-        """Ends an update of which not all came, so that another can begin; until then the weights are no policy's."""
+        """Ends an update of which not all came, so that another can begin; until then the weights are no policy's.
+
+        Where none is under way it does nothing.
+        """
+        if not getattr(self, "_weight_update_active", False):  # vLLM's
+            return
         with set_current_vllm_config(self.vllm_config):
             finish_update(self.model_runner.get_model(), self.vllm_config.model_config)
-        self._weight_update_active = False  # vLLM's
+        self._weight_update_active = False
 
 
 def begin_update(model: torch.nn.Module) -> None:

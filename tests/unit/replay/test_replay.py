@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from gspo_moe.cli import main
+from gspo_moe.parallel.groups import shut_down
 from gspo_moe.replay.dump import read_dumps
-from gspo_moe.training import rl
+from gspo_moe.replay.replay import replay
+from gspo_moe.training import loop, rl
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.session import Trainer
+from gspo_moe.training.sft import sft_step
 from tests.unit.training.test_rl import SMALL
 from tests.unit.training.test_saving import QUIET
 
@@ -118,6 +121,63 @@ def test_a_log_prob_of_the_engine_that_breaks_a_ratio_is_named(
     ((position, token),) = where
     assert "not finite: 0 of 21 weights, 1 of 8 sequences, " in told
     assert f"loss inf; first at token {position} (id {token}): ratio inf\n" in told
+
+
+def test_a_value_function_whose_loss_overflows_is_named(
+    skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def earning(trainer: Trainer, batch: Batch) -> Batch:
+        """One answer earns what no float32 holds the square of."""
+        samples = list(batch.samples)
+        samples[5] = dataclasses.replace(samples[5], reward=1e25)
+        return dataclasses.replace(batch, samples=tuple(samples))
+
+    dumps = skipped(earning, "algorithm={name: ppo, mini_batches: 2}")
+    (file,) = [one for one in dumps if any(5 in group for group in samples_of(one))]
+    assert "pack_0/estimates/values_T" in read_dumps(file)[0].tensors
+    capsys.readouterr()
+    assert main(["replay", str(file)]) == 0
+    told = capsys.readouterr().out
+    run, here = re.findall(r"^loss +(\S+) +(\S+)$", told, re.MULTILINE)[0]
+    assert run == here
+    assert "not finite: 0 of 22 weights, 1 of 8 sequences, " in told
+    assert re.search(r"^  sequence of sample 5: mean log-ratio \S+, loss inf$", told, re.MULTILINE)
+    assert told.endswith("reproduced\n")
+
+
+@pytest.mark.parametrize("breaks", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_demonstrations_are_replayed_too(
+    breaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a broken weight, and of an update that data and weights did not break."""
+
+    def broken_step(trainer: Trainer) -> dict[str, float]:
+        if breaks:
+            with torch.no_grad():
+                trainer.session.model.gpt_chunks[0].decoder.final_layernorm.weight[3] = float("inf")
+        else:
+            monkeypatch.setattr(trainer.optimizer.megatron, "get_grad_norm", lambda: float("inf"))
+        return sft_step(trainer)
+
+    monkeypatch.setattr(loop, "sft_step", broken_step)
+    config = tmp_path / "config.yaml"
+    config.write_text("stage: sft\n")
+    run = [*STEP, "schedule.sft_batch=8", "schedule.micro_batch_tokens=64", f"logging.run_dir={tmp_path / 'run'}"]
+    assert main(["train", str(config), *run]) == (5 if breaks else 0)
+    monkeypatch.undo()
+    (file,) = (tmp_path / "run" / "skipped").glob("step_*.safetensors")
+    capsys.readouterr()
+    assert main(["replay", str(file)]) == (0 if breaks else 8)
+    told = capsys.readouterr().out
+    run_loss, here = re.findall(r"^loss +(\S+) +(\S+)$", told, re.MULTILINE)[0]
+    assert run_loss == here
+    assert f"not finite: {int(breaks)} of 21 weights, {8 * breaks} of 8 sequences, " in told
+    if breaks:
+        assert re.search(r"  sequence of sample 0: loss nan; first at token \d+ \(id \d+\): log-prob nan$", told, re.M)
+    else:
+        shares = [one.loss for one in replay(file).sequences]
+        assert sum(shares) == pytest.approx(float(here), rel=1e-6)
+        shut_down()
 
 
 def samples_of(file: Path) -> list[list[int]]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,25 @@ def test_what_no_process_can_be_sent_or_can_read_costs_itself_alone(pool: TaskPo
     assert rewards[2].error == "train/0: TypeError: cannot be sent"
     assert str(rewards[20].error).endswith("TypeError: cannot be read")
     assert failures(pool.rewards([holding(Unsent(), "1")] * 5)) == [0, 1, 2, 3, 4], "more than there are workers"
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 1_000_000])
+def test_a_worker_that_is_stopped_before_it_has_read_its_items_costs_none_of_them(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in the pipe, or more than it holds."""
+    others = {one.pid for one in multiprocessing.active_children()}
+    monkeypatch.setattr(workers, "PIPE_TIMEOUT", (0, 300_000))
+    reward = RewardConfig(workers=2, timeout_seconds=LIMIT, start_seconds=600.0)
+    with TaskPool(TaskConfig(reward=reward), seed=1, make=make_trouble) as pool:
+        assert totals(pool.rewards(answers("1", "2"))) == [1.0, 2.0]
+        before = {one.pid for one in multiprocessing.active_children()} - others
+        for pid in before:
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+        large = [(replace(prompt, text="x" * size), turns) for prompt, turns in answers("3", "4", "5")]
+        assert totals(pool.rewards(large)) == [3.0, 4.0, 5.0]
+        assert not before & {one.pid for one in multiprocessing.active_children()}
 
 
 def test_a_pipe_whose_other_end_stops_in_a_message_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,19 @@ def test_what_no_worker_lives_to_take_fails_after_three_of_them() -> None:
     assert group.future.result() == ["its worker is gone"]
 
 
+def test_what_a_worker_does_not_take_within_an_items_limit_goes_to_another() -> None:
+    roster, (group,) = Roster(RewardConfig(workers=1, timeout_seconds=2.0)), groups_of([1.0, 1.0], size=2)
+    roster.add(group)
+    for number in range(3):
+        roster.started(number, 0.0)
+        roster.ready(number, 0.0)
+        list(roster.give(0.0))
+        assert (roster.wait(0.5), list(roster.overdue(1.9))) == (1.5, [])
+        ((late, why),) = roster.overdue(2.0)
+        roster.lost(late, why, again=False)
+    assert group.future.result() == ["a worker did not take it within task.reward.timeout_seconds=2"] * 2
+
+
 def test_what_nobody_waits_for_is_neither_given_nor_left_with_a_worker() -> None:
     roster, groups = Roster(RewardConfig(workers=1)), groups_of([1.0] * 4, size=2)
     for group in groups:

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from gspo_moe.cli import main
+from gspo_moe.model.hf import export_hf
 from gspo_moe.training import loop
 from gspo_moe.training.rl import StepResult, rl_step
 from gspo_moe.training.session import Trainer
-from tests.unit.training.test_rl import SMALL
+from tests.support.stand_in import Running
+from tests.unit.training.test_rl import SMALL, opened
 from tests.unit.training.test_saving import QUIET
 
 ENTROPY = (*QUIET, "schedule.steps=8", "checkpoint.interval=2", "checkpoint.keep=1", "evaluation.prompts=0")
@@ -125,6 +127,50 @@ def test_a_start_from_the_checkpoint_that_was_gone_back_to_knows_of_it(
     monkeypatch.setattr(loop, "rl_step", again)
     assert main([*back, "schedule.steps=7"]) == 0
     assert again.used == whole.used[6:]
+
+
+@pytest.mark.parametrize("signal_at", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_ahead_of_its_servers_is_taken_back_with_them(
+    signal_at: int | None, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal right behind the roll-back loses none of the prompts that were asked for ahead."""
+    with opened(tmp_path / "first") as trainer:
+        export_hf(trainer.session.model, tmp_path / "hf", trainer.session.plan.tokenizer)
+    server = Running(tmp_path / "hf")
+    back = [
+        *command,
+        f"model={{hf: {tmp_path / 'hf'}}}",
+        "rollout.engine=vllm",
+        f"rollout.servers.urls=['{server.url}']",
+        "rollout.max_staleness=1",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "algorithm.mini_batches=2",
+        "checkpoint.interval=1",
+        "checkpoint.keep=3",
+        "guard.action=roll_back",
+        "guard.patience=1",
+        "schedule.steps=4",
+    ]
+    steps = Collapsing(first=3, times=1)
+    steps.signal_at = signal_at
+    monkeypatch.setattr(loop, "rl_step", steps)
+    try:
+        assert main(back) == 0
+        if signal_at is not None:
+            steps.signal_at = None
+            assert main(back) == 0
+    finally:
+        server.stop()
+    assert [step for step, *_ in steps.used] == [1, 2, 3, 2, 3, 4]
+    assert [uid for _, uid, _ in steps.used] == [f"train/{2 * number}" for number in range(6)]
+    found = records(tmp_path / "run" / "metrics.jsonl")
+    assert [one["guard/roll_backs"] for one in found] == [0, 1, 1, 1]
+    assert [one["policy_version"] for one in found] == [2 * step for step in range(1, 5)]
+    assert found[1]["lag/max"] == 0, "what was sampled ahead is given up"
+    for one in found:
+        assert one["lag/max"] <= 1
+        assert one.get("mismatch/k3/lag_0", 0.0) < 1e-8, "the servers have the weights that the run went back to"
 
 
 def test_it_goes_back_no_more_often_than_allowed(

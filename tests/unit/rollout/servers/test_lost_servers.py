@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
@@ -26,6 +27,7 @@ from gspo_moe.rollout.engine import WeightSink
 from gspo_moe.rollout.servers.broadcast_sink import BroadcastSink
 from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.folder_sink import FolderSink
+from gspo_moe.rollout.servers.ipc_sink import IpcSink
 from gspo_moe.rollout.servers.probe import Probe, probe_ids
 from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.training.servers import log_probs_of
@@ -33,6 +35,7 @@ from tests.e2e.program import ROOT, Program
 from tests.launch import free_ports
 from tests.qwen3 import architecture, built, layout
 from tests.servers import TRANSFER
+from tests.support.stand_in import SHARED, Running
 from tests.unit.rollout.servers.conftest import TINY
 from tests.unit.rollout.servers.test_fleet import asks, eventually
 
@@ -93,8 +96,9 @@ def probe(fleet: Fleet) -> Probe:
     return Probe(fleet, TINY, probe_ids(SIZES.vocab_size), log_probs_of, 1e-4)
 
 
-def publish(model: Model, sink: WeightSink, fleet: Fleet, version: int) -> None:
-    load_weights(model, RandomSource(SIZES, seed=version))
+def publish(model: Model, sink: WeightSink, fleet: Fleet, version: int, *, again: bool = False) -> None:
+    """again: other weights than those that had the version before."""
+    load_weights(model, RandomSource(SIZES, seed=version + 100 * again))
     assert sink.publish(model, version)["sync/probe_difference"] < 1e-4
     fleet.expect(version)
 
@@ -152,6 +156,55 @@ def test_a_server_that_hangs_in_a_broadcast_is_left_by_the_limit(model: Model, u
     publish(model, sink, both, 2)
     assert both.up == 1
     assert versions(both) == {2}
+
+
+@pytest.mark.parametrize("sync", ["ipc", pytest.param("broadcast", marks=pytest.mark.slow)])
+def test_a_server_that_was_lost_in_the_midst_of_an_update_is_let_in_by_the_next(
+    sync: str, model: Model, urls: list[str], stand_ins: list[Running], fleet: Make
+) -> None:
+    """The stand-in, as vLLM does, refuses to begin another update while one is under way."""
+
+    def export(buffer: torch.Tensor) -> dict[str, Any]:
+        SHARED["the buffer"] = buffer
+        return {"the buffer": None}
+
+    here = urls[:2] if sync == "broadcast" else [one.url for one in stand_ins]  # whose memory is this process's
+    both = fleet(*here)
+    sink: WeightSink = BroadcastSink(
+        both, TINY, TRANSFER, probe(both), "127.0.0.1", bucket_bytes=20_000, timeout_seconds=4.0
+    )
+    if sync == "ipc":
+        sink = IpcSink(both, TINY, probe(both), bucket_bytes=20_000, export=export)
+    publish(model, sink, both, 1)
+    order(here[1], "drop", 2)
+    publish(model, sink, both, 2)
+    assert both.up == 1
+    assert versions(both) == {2}
+    eventually(lambda: all(one.waits for one in both._links if not one.up))
+    publish(model, sink, both, 3)
+    assert both.up == 2
+    assert versions(both) == {3}
+
+
+def test_a_server_that_was_away_as_the_run_was_taken_back_waits_though_its_version_is_the_newest(
+    model: Model, urls: list[str], fleet: Make
+) -> None:
+    both = fleet(*urls[:2])
+    sink = BroadcastSink(both, TINY, TRANSFER, probe(both), "127.0.0.1")
+    for version in (1, 2, 3):
+        publish(model, sink, both, version)
+        if version == 2:
+            order(urls[1], "unavailable", -1)
+            eventually(lambda: both.up == 1)
+    publish(model, sink, both, 1, again=True)
+    publish(model, sink, both, 2, again=True)
+    order(urls[1], "unavailable", 0)
+    before = asked(urls[1])
+    time.sleep(5 * LOOK)
+    assert versions(both) == {2}
+    assert (both.up, asked(urls[1])) == (1, before)
+    publish(model, sink, both, 3, again=True)
+    assert both.up == 2
 
 
 def test_a_server_that_dies_in_a_broadcast_is_left_and_one_that_comes_back_waits_for_the_next(
