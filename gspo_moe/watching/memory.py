@@ -22,7 +22,8 @@ def free_memory(device: str) -> int:
     held = psutil.Process().memory_info()
     limits = ((resource.RLIMIT_DATA, getattr(held, "data", 0)), (resource.RLIMIT_AS, held.vms))
     soft = [(resource.getrlimit(kind)[0], used) for kind, used in limits]
-    own = [limit - used for limit, used in soft if limit != resource.RLIM_INFINITY]
+    # Halved, as of such a limit a mapped file takes its part beside the tensors that are made of it.
+    own = [(limit - used) // 2 for limit, used in soft if limit != resource.RLIM_INFINITY]
     return max(min([int(psutil.virtual_memory().available), *cgroup_rooms(), *own]), 0)
 
 
