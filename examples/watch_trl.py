@@ -50,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     )
     log_routing(trainer, [(prompt, answer) for prompt in prompts for answer in ("aaaa", "bcdefgh")])
     trainer.train()
-for record in trainer.state.log_history:
+for record in trainer.state.log_history[:-1]:  # the last one sums the run up
     names = ("step", "reward", "entropy", "routing/update/slot_change", "routing/update/any_layer_flip")
     phi = ("routing/update/phi_sequence", "routing/update/washout", "routing/update/noise_floor/slot_change")
     print(json.dumps({name: round(record[name], 4) for name in (*names, *phi) if name in record}))

@@ -1,10 +1,12 @@
-"""What recording routes costs: its share of a whole RL step's time, and bytes a token.
+"""What recording routes costs: its share of a whole RL step's time, and bytes a token; or what auditing a replay does.
 
     python tools/benchmark_recorder.py CONFIG.yaml [section.key=value ...] [--pairs 40]
+    python tools/benchmark_recorder.py CONFIG.yaml routing.replay=r2 --audit    # on a CPU
 
 The same step (prompts, samples, weights) runs with the recorder and without, in turn; every pair of them gives one
 ratio, which tells the whole cost where the machine is quiet. On a CPU, where nothing is queued, the time inside the
-recorder's own calls (recording, gathering, comparing, load) is added up as well, which other work disturbs less.
+recorder's own calls (recording, gathering, comparing, load) is added up as well, which other work disturbs less. Of the
+audit, which no key takes out of a step, only that is measured: its figures and checks and the routers' gradient norm.
 Seconds are the process's CPU time on a CPU and wall time on a GPU.
 """
 
@@ -33,20 +35,32 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--pairs", type=int, default=40, help="steps with and without, each")
+    parser.add_argument("--audit", action="store_true", help="of the replay, in place of the recorder")
     options = parser.parse_args()
     for module, category in LIBRARY_NOISE:
         warnings.filterwarnings("ignore", module=module, category=category)
     try:
         with tempfile.TemporaryDirectory() as run_dir:
             config = load_config(options.config, [*options.overrides, STILL, f"logging.run_dir={run_dir}"])
-            measure(config, options.pairs)
+            measure(config, options.pairs, options.audit)
     except GspoMoeError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
     return 0
 
 
-def measure(config: Config, pairs: int) -> None:
+def calls(audit: bool) -> list[tuple[Any, str]]:
+    """The functions in which the recorder, or a replay's audit, spends its time: where each stands, and its name."""
+    from gspo_moe.routing.recorder import RoutePass
+    from gspo_moe.training import learn
+    from gspo_moe.training.optimizer import Optimizer
+
+    if audit:
+        return [(learn, "replay_figures"), (Optimizer, "_router_grad_norm")]
+    return [(RoutePass, "_choice"), (RoutePass, "recordings"), (learn, "routing_figures")]
+
+
+def measure(config: Config, pairs: int, audit: bool) -> None:
     from gspo_moe.platform import device
     from gspo_moe.training import rl
     from gspo_moe.training.preflight import preflight
@@ -57,8 +71,9 @@ def measure(config: Config, pairs: int) -> None:
     session = open_session(preflight(config))
     trainer = open_trainer(session)
     assert trainer.recorder is not None, "the config records nothing"
-    inside, route_pass = [0.0], type(trainer.recorder.start())
-    for owner, name in ((route_pass, "_choice"), (route_pass, "recordings"), (rl, "_routing_figures")):
+    assert not audit or config.routing.replay != "none", "the config replays nothing"
+    inside, ways = [0.0], (True,) if audit else (True, False)
+    for owner, name in calls(audit):
         setattr(owner, name, timed(getattr(owner, name), inside))
     start, recorder = trainer.progress, trainer.recorder
 
@@ -71,18 +86,19 @@ def measure(config: Config, pairs: int) -> None:
         device().synchronize()
         return clock() - began
 
-    for record in (True, False):
+    for record in ways:
         seconds(record)
     inside[0] = 0.0
     found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(pairs):
-        for record in (True, False) if number % 2 else (False, True):
+        for record in ways if number % 2 else reversed(ways):
             found[record].append(seconds(record))
     session.close()
     if session.groups.is_main:
-        show(found, memory(session.plan.architecture))
+        if not audit:
+            show(found, memory(session.plan.architecture))
         if device().kind == "cpu":
-            print(f"inside the recorder: {inside[0] / sum(found[True]):.2%} of the steps that record")
+            print(f"inside the {'audit' if audit else 'recorder'}: {inside[0] / sum(found[True]):.2%} of {pairs} steps")
 
 
 def timed(function: Callable[..., Any], total: list[float]) -> Callable[..., Any]:

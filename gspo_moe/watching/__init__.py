@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gspo_moe.watching.comparison import Comparison, compare
+    from gspo_moe.watching.probe import Probe
     from gspo_moe.watching.snapshot import Snapshot, join
     from gspo_moe.watching.watcher import Capture, Watcher, watch
 
-MODULES = ("comparison", "snapshot", "watcher")
+MODULES = ("comparison", "probe", "snapshot", "watcher")
 
-__all__ = ["Capture", "Comparison", "Snapshot", "Watcher", "compare", "join", "watch"]
+__all__ = ["Capture", "Comparison", "Probe", "Snapshot", "Watcher", "compare", "join", "watch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from gspo_moe.errors import ConfigError, DataError
 from gspo_moe.watching.comparison import Comparison, compare
+from gspo_moe.watching.memory import free_memory
 from gspo_moe.watching.snapshot import Snapshot, join
 from gspo_moe.watching.streaming import stream, tensor_files
 from gspo_moe.watching.texts import Batch
@@ -107,10 +107,3 @@ def snapshots(source: Source, batches: Sequence[Batch], held: Snapshot | None) -
         return own, None
     parts = held.routes_TLK.split([batch.input_ids.numel() for batch in moved])
     return own, join([taken(batch, part) for batch, part in zip(moved, parts, strict=True)])
-
-
-def free_memory(device: str) -> int:
-    """Bytes."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

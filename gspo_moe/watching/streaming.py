@@ -5,7 +5,8 @@ Several passes share the layers that are read: a model's own routes, and the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from gspo_moe.errors import DataError
 from gspo_moe.plain_json import parse_json
 from gspo_moe.watching.snapshot import Snapshot, join
 from gspo_moe.watching.texts import Batch
-from gspo_moe.watching.watcher import Watcher, next_log_probs
+from gspo_moe.watching.watcher import AT_ONCE, Watcher, log_probs_of
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")  # one by one, as published
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -65,16 +66,14 @@ class Tensors:
             tensor: torch.Tensor = opened.get_tensor(name)
         return tensor.to(self._device, self._dtype)
 
-    def below(self, prefix: str) -> dict[str, torch.Tensor]:
-        """All whose names start with `prefix`, which they lose."""
-        found: dict[str, torch.Tensor] = {}
+    def below(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """All whose names start with `prefix`, which they lose, one at a time."""
         names = [name for name in self._file_of if name.startswith(prefix)]
         for file in dict.fromkeys(self._file_of[name] for name in names):
             with safe_open(file, framework="pt") as opened:
                 for name in names:
                     if self._file_of[name] == file:
-                        found[name.removeprefix(prefix)] = opened.get_tensor(name).to(self._device, self._dtype)
-        return found
+                        yield name.removeprefix(prefix), opened.get_tensor(name).to(self._device, self._dtype)
 
 
 @dataclass
@@ -98,8 +97,6 @@ def stream(
 
     tensors = Tensors(folder, dtype, device)
     embedding = tensors.get("model.embed_tokens.weight")
-    # As transformers 5, which ties nothing where the file has both.
-    tied = embedding if config.tie_word_embeddings and "lm_head.weight" not in tensors else None
     passes = [_Pass(batch, embedding[batch.input_ids].cpu(), None, []) for batch in batches]
     if held is not None:
         parts = held.routes_TLK.split([batch.input_ids.numel() for batch in batches])
@@ -111,7 +108,7 @@ def stream(
     with torch.no_grad():
         number = 0
         for index, layer in enumerate(empty.model.layers):
-            _fill(layer, index, config.num_experts, tensors)
+            _fill(layer, index, tensors)
             watcher = Watcher(layer) if isinstance(layer.mlp, qwen3.Qwen3MoeSparseMoeBlock) else None
             for one in passes:
                 found = _advance(qwen3, empty.config, layer, watcher, one, rotary, number)
@@ -119,20 +116,49 @@ def stream(
             number += watcher is not None
             layer.to("meta")
         empty.model.norm.load_state_dict({"weight": tensors.get("model.norm.weight")}, assign=True)
-        head = tensors.get("lm_head.weight") if tied is None else tied
+        # As transformers 5, which ties nothing where the file has both.
+        tied = config.tie_word_embeddings and "lm_head.weight" not in tensors
+        head = tensors.get("model.embed_tokens.weight" if tied else "lm_head.weight")
         ends = [_end(empty.model.norm, head, one) for one in passes]
     return join(ends[: len(batches)]), None if held is None else join(ends[len(batches) :])
 
 
-def _fill(layer: torch.nn.Module, index: int, num_experts: int, tensors: Tensors) -> None:
-    found = tensors.below(f"model.layers.{index}.")
-    if "mlp.experts.0.gate_proj.weight" in found:  # one by one, as published
-        names = [[f"mlp.experts.{expert}.{part}.weight" for part in PROJECTIONS] for expert in range(num_experts)]
-        _refuse_absent(index, [name for parts in names for name in parts if name not in found])
-        experts = [[found.pop(name) for name in parts] for parts in names]
-        found["mlp.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in experts])
-        found["mlp.experts.down_proj"] = torch.stack([parts[2] for parts in experts])
-    _refuse_absent(index, layer.load_state_dict(found, strict=False, assign=True).missing_keys)
+def _fill(layer: Any, index: int, tensors: Tensors) -> None:
+    """A layer's weights, of which no second copy is ever in memory: experts kept one by one are joined as they come."""
+    found: dict[str, torch.Tensor] = {}
+    one_by_one: set[str] = set()
+    for name, tensor in tensors.below(f"model.layers.{index}."):
+        expert = EXPERT.fullmatch(name)
+        if expert is None or not hasattr(layer.mlp, "experts"):
+            found[name] = tensor
+        else:
+            place = _place(found, layer.mlp.experts, int(expert[1]), expert[2], tensor)
+            if place is None or place.shape != tensor.shape:
+                raise DataError(f"layer {index}: {name} of {list(tensor.shape)} is not its config's; copy both again")
+            place.copy_(tensor)
+            one_by_one.add(name)
+    if one_by_one:
+        experts = range(layer.mlp.experts.num_experts)
+        names = [f"mlp.experts.{expert}.{part}_proj.weight" for expert in experts for part in ("gate", "up", "down")]
+        _refuse_absent(index, [name for name in names if name not in one_by_one])
+    try:
+        _refuse_absent(index, layer.load_state_dict(found, strict=False, assign=True).missing_keys)
+    except RuntimeError as error:  # of shapes
+        raise DataError(f"layer {index} is not its config's ({error}); copy both again") from error
+
+
+def _place(
+    found: dict[str, torch.Tensor], experts: Any, expert: int, part: str, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Where an expert's matrix stands in the layer's own tensors, which are made in `found`; None for one too many."""
+    name = "down_proj" if part == "down" else "gate_up_proj"
+    shape = getattr(experts, name).shape
+    if expert >= shape[0]:
+        return None
+    whole = found.get(f"mlp.experts.{name}")
+    if whole is None:
+        whole = found[f"mlp.experts.{name}"] = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return whole[expert] if part == "down" else whole[expert].chunk(2)[part == "up"]
 
 
 def _refuse_absent(index: int, missing: Sequence[str]) -> None:
@@ -167,11 +193,15 @@ def _named(found: Snapshot, prefix: str) -> Snapshot:
 
 def _end(norm: torch.nn.Module, head: torch.Tensor, one: _Pass) -> Snapshot:
     """All layers' snapshots as one, with log-probs."""
-    rows = zip(one.hidden, one.batch.input_ids, strict=True)
-    log_probs = [next_log_probs((norm(row.to(head.device)) @ head.T)[None], ids[None]) for row, ids in rows]
-    return replace(
-        _stack(one.layers), log_probs_T=torch.cat(log_probs), token_ids_T=one.batch.input_ids.flatten().cpu()
-    )
+    ids = one.batch.input_ids
+    log_probs = torch.zeros(ids.shape)
+    for row in range(len(ids)):
+        for start in range(0, ids.shape[1] - 1, AT_ONCE):
+            targets = ids[row, start + 1 : start + 1 + AT_ONCE]
+            behind = slice(start, start + len(targets))
+            logits = norm(one.hidden[row, behind].to(head.device)) @ head.T
+            log_probs[row, behind] = log_probs_of(logits, targets)
+    return replace(_stack(one.layers), log_probs_T=log_probs.flatten(), token_ids_T=ids.flatten().cpu())
 
 
 def _stack(layers: Sequence[Snapshot]) -> Snapshot:

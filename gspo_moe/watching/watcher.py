@@ -17,6 +17,8 @@ from gspo_moe.watching.gates import Gate, find_gate, margin
 from gspo_moe.watching.routers import Choice, Router, find_routers
 from gspo_moe.watching.snapshot import Snapshot, TokenMasks
 
+AT_ONCE = 256  # tokens whose probabilities over the whole vocabulary are in memory, 156 MB of Qwen3's
+
 
 def watch(model: torch.nn.Module, *, scores: bool = True) -> Watcher:
     """A watcher of a model's routers: transformers' MoE models, or a rank's part of one on megatron-core.
@@ -140,16 +142,23 @@ class Watcher:
         log_probs: also keep the log-prob of each next token, of the model's logits.
         """
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-        try:
-            with torch.no_grad(), self.capture(real, response_mask, routes=routes) as captured:
-                output = self._model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        finally:
-            for module in training:
-                module.training = True
+        evaluation = evaluating(self._model)
+        with evaluation, torch.no_grad(), self.capture(real, response_mask, routes=routes) as captured:
+            output = self._model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         found = replace(captured.snapshot(), token_ids_T=input_ids.detach().flatten().cpu())
         return replace(found, log_probs_T=next_log_probs(output.logits, input_ids)) if log_probs else found
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; behind it each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -225,10 +234,18 @@ class _Hook:
 def next_log_probs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """ln p of the token behind each one (nats), float32 [T] row by row; 0 at the end of a row.
 
-    logits: [rows, tokens, vocabulary]; a row at a time, as their softmax takes more room than they do.
+    logits: [rows, tokens, vocabulary], of which few tokens at a time take the room of a softmax.
     """
     found = torch.zeros(input_ids.shape)
-    for row, (row_logits, ids) in enumerate(zip(logits.detach(), input_ids, strict=True)):
-        log_probs = row_logits[:-1].float().log_softmax(dim=-1).gather(1, ids[1:, None].to(row_logits.device))
-        found[row, :-1] = log_probs[:, 0].cpu()
+    for row, ids in enumerate(input_ids):
+        for start in range(0, len(ids) - 1, AT_ONCE):
+            targets = ids[start + 1 : start + 1 + AT_ONCE]
+            behind = slice(start, start + len(targets))
+            found[row, behind] = log_probs_of(logits[row, behind].detach(), targets)
     return found.flatten()
+
+
+def log_probs_of(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """ln p of these tokens (nats), float32 [T] on the CPU; logits over the vocabulary V."""
+    log_probs_TV = logits_TV.float().log_softmax(dim=-1)
+    return log_probs_TV.gather(1, targets_T[:, None].to(logits_TV.device))[:, 0].cpu()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen3_5MoeConfig
 
 import gspo_moe
@@ -55,6 +59,65 @@ def test_layer_by_layer_is_the_whole_model(folders: tuple[Path, Path]) -> None:
             torch.testing.assert_close(got.log_probs_T[counted], expected.log_probs_T[counted], atol=1e-5, rtol=0)
     figures, _ = compare_sources(streamed[0], streamed[1], found)
     assert 0 < figures.to_metrics()["slot_change"] < 1  # type: ignore[operator]
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of the CPU's that tensors made under it held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += size
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.bytes -= size
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_streaming_holds_one_layer_of_however_many(one_by_one: bool, tmp_path: Path) -> None:
+    most, layer = [], 0
+    for layers in (2, 6):
+        model = tiny("Qwen3Moe", num_hidden_layers=layers, num_experts=16, hidden_size=64).bfloat16()
+        layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters()) * 4
+        model.save_pretrained(tmp_path / str(layers), save_original_format=one_by_one)
+        source = choose_source(tmp_path / str(layers), "float32", "cpu", True)  # so that every tensor is a copy
+        with Alive() as alive:
+            snapshots(source, batches(ROWS, 100), None)
+        most.append(alive.most)
+    assert layer < most[0] < 1.5 * layer
+    assert most[1] - most[0] < 0.1 * layer
+
+
+def test_a_whole_model_is_gone_before_the_next_one_comes(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[weakref.ref[torch.nn.Module]] = []
+
+    def watched(model: torch.nn.Module) -> gspo_moe.Watcher:
+        assert not any(one() for one in came)
+        came.append(weakref.ref(model))
+        return gspo_moe.watch(model)
+
+    monkeypatch.setattr(checkpoints, "watch", watched)
+    old, new = (choose_source(folder, None, "cpu", False) for folder in folders)
+    compare_sources(old, new, batches(ROWS, 100))
+    assert len(came) == 2
 
 
 def test_the_command_says_what_the_library_finds(
@@ -157,6 +220,12 @@ def test_what_a_checkpoint_lacks_is_named(folders: tuple[Path, Path], tmp_path: 
             streamed(name)
     with pytest.raises(DataError, match=r"has no tensor lm_head\.weight"):  # whose config ties nothing
         streamed("lm_head.weight")
+    for name in ("mlp.experts.3.up_proj.weight", "self_attn.q_norm.weight"):
+        whole = tensors[f"model.layers.0.{name}"]
+        tensors[f"model.layers.0.{name}"] = whole[:1].clone()
+        with pytest.raises(DataError, match=r"layer 0.* is not its config's"):
+            streamed("")
+        tensors[f"model.layers.0.{name}"] = whole
     tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.mlp.gate.weight"] * torch.nan
     with pytest.raises(DataError, match="look for NaN"):
         streamed("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("GSPO_MOE_TRL_PYTHON", sys.executable)
 
 
-def records(*arguments: str) -> list[dict[str, Any]]:
-    """What the trainer printed of each step, TRL's metrics and ours in one record."""
+def records(*arguments: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the trainer printed of each step, TRL's metrics and ours in one record; and the example's own lines."""
     done = subprocess.run(
         [PYTHON, "-W", "ignore", "examples/watch_trl.py", *arguments],
         capture_output=True,
@@ -26,7 +27,8 @@ def records(*arguments: str) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     printed = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{'loss'")]
-    return [{name: float(value) for name, value in record.items()} for record in printed]
+    numbers = [{name: float(value) for name, value in record.items()} for record in printed]
+    return numbers, [line for line in done.stdout.splitlines() if line.startswith('{"step"')]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +39,11 @@ def trl() -> None:
 
 
 def test_routing_stands_beside_trls_metrics_and_is_nothing_where_no_weight_moves() -> None:
-    still, moving = records("--steps", "2", "--lr", "0"), records("--steps", "2")
-    assert len(still) == len(moving) == 2
+    still, _ = records("--steps", "2", "--lr", "0")
+    moving, lines = records("--steps", "2")
+    assert len(still) == len(moving) == len(lines) == 2
+    (documented,) = re.findall(r'(\{"step": 1, .*), \.\.\.\}', (ROOT / "docs/volatility.md").read_text())
+    assert lines[0].startswith(documented)
     for record in (*still, *moving):
         assert {"reward", "entropy", "routing/update/any_layer_flip", "routing/update/router_margin"} <= set(record)
         assert record["routing/update/noise_floor/slot_change"] == 0

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import gspo_moe
 from gspo_moe.errors import ConfigError, DataError
-from gspo_moe.watching import Watcher, compare, join
+from gspo_moe.watching import Probe, Watcher, compare, join
 from gspo_moe.watching.routers import TopKRouter
 from gspo_moe.watching.texts import Batch
 from gspo_moe.watching.trl import RoutingCallback
@@ -290,3 +294,72 @@ print(sorted(found - light))
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("version", [1, 2])
+def test_hooks_hold_in_a_model_that_fsdp_wraps(version: int) -> None:
+    plain, model = tiny("Qwen3Moe"), tiny("Qwen3Moe")
+    wrapped: torch.nn.Module = model
+    if version == 1:
+        policy = ModuleWrapPolicy({type(model.model.layers[0])})
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    else:
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+    models = plain, wrapped
+    watchers = [gspo_moe.watch(one) for one in models]
+    probes = [Probe(one, IDS) for one in models]
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.5) for one in models]
+    old = watchers[0].snapshot(IDS, ATTENTION, RESPONSE, use_cache=False)
+    for step in range(2):
+        figures = [probe.measure(use_cache=False) for probe in probes]
+        assert figures[1] == pytest.approx(figures[0], abs=1e-5)
+        assert step == 0 or figures[0]["routing/update/slot_change"] > 0
+        for routes in (None, old.routes_TLK.roll(step, dims=0)):
+            found = [one.snapshot(IDS, ATTENTION, RESPONSE, routes=routes, use_cache=False) for one in watchers]
+            assert torch.equal(found[0].routes_TLK, found[1].routes_TLK)
+            assert found[0].log_probs_T is not None
+            assert found[1].log_probs_T is not None
+            torch.testing.assert_close(found[0].log_probs_T, found[1].log_probs_T, atol=1e-5, rtol=0)
+        for one, optimizer in zip(models, optimizers, strict=True):
+            one(input_ids=IDS, use_cache=False).logits.log_softmax(-1)[..., 3].mean().neg().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_a_probe_tells_what_two_snapshots_of_this_ranks_part_do() -> None:
+    class FirstHalf(torch.nn.Module):
+        """Half of the tokens reach this rank's routers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny("Qwen3Moe")
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.model(input_ids=input_ids[:, :4], use_cache=False)
+
+    model, ids = FirstHalf().train(), IDS[:, :8]
+    probe, watcher = Probe(model, ids, parts=2), gspo_moe.watch(model.model)
+    assert probe.measure() == {}
+    old = watcher.snapshot(ids[:, :4])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    expected = compare(old, watcher.snapshot(ids[:, :4])).figures("update").metrics
+    found = probe.measure()
+    assert found["routing/update/slot_change"] > 0
+    assert found == {name: expected[name] for name in found}
+    assert not any("log_prob" in name for name in found)
+    assert model.training
+    assert model.model.training
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        Probe(model, ids, parts=3)
