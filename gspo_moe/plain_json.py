@@ -41,8 +41,12 @@ def read_json(file: Path) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises ValueError, which does not name the file, for anything else."""
+    """The object in a file. Raises ValueError, which does not name the file, for anything else and half a character.
+
+    What is no text can neither name a file nor be shown.
+    """
     value = read_json(file)
+    check_characters(value)
     if not isinstance(value, dict):
         raise ValueError(f"{kind_of(value)}, no keys with values")
     return value

@@ -16,16 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
-import torch
-from torch.distributed import DistNetworkError
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError, registry
-from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
-from torch.distributed.run import get_args_parser, run
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousParameters
 
 EXPLAINED = "gspo-moe: "  # what the ranks' own messages begin with
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -37,6 +33,15 @@ STDERR = 2
 
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun with these arguments; the exit code."""
+    received = _hand_signals_on()
+    # Here, not above: this takes a second, in which a signal may come.
+    import torch
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import get_args_parser, run
+
     logging.disable(logging.ERROR)  # the launcher's own, which repeat what it prints at the end
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
@@ -54,7 +59,6 @@ def main(arguments: Sequence[str]) -> int:
     if options.max_restarts:
         # A shared store still holds what the ranks before the restart wrote, and the new ones never meet.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    received = _hand_signals_on()
     if not options.standalone:
         _tell_of_absent_hosts(options.nnodes, options.rdzv_endpoint)
     try:
@@ -104,6 +108,8 @@ def _hand_signals_on() -> list[int]:
 
 def _tell_of_absent_hosts(nodes: str, endpoint: str) -> None:
     """Says every now and then who is there, until the ranks start."""
+    from torch.distributed.elastic.rendezvous import registry
+
     handlers: list[RendezvousHandler] = []
     make = registry.get_rendezvous_handler
 

@@ -14,6 +14,8 @@
 # The rendezvous deals out the ranks, so a host needs no number; every host must see the same logging.run_dir.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+# As a signal to the ranks ends them, so one before there are any; what bash has begun, it waits for.
+trap 'echo "torchrun.sh: a signal ends it: no rank runs here" >&2; exit 0' USR1 TERM INT
 source "$root/launch/options.sh"
 declare -A option=([nodes]=1 [nproc-per-node]="" [rdzv-endpoint]="" [local-addr]="")
 declare -A switches=([dry-run]="")
@@ -56,6 +58,7 @@ esac
 command=(env "${environment[@]}" "$python" "$root/launch/elastic.py" "${meeting[@]}"
     --nproc-per-node "${option[nproc-per-node]:-$processes}" "${handed_on[@]}" "${program[@]}")
 if [ -n "${switches[dry-run]}" ]; then
+    trap - USR1 TERM INT
     printf '%q ' "${command[@]}"
     echo
     [ "${run[0]}" = train ] || exit 0

@@ -143,7 +143,8 @@ def run(folder: Path, options: argparse.Namespace) -> tuple[str | None, Watched]
             cwd=ROOT,
             stdout=said,
             stderr=said,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # Of several threads those that wait for others spin, the longer the more other work there is.
+            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)},
         )
         process, end = psutil.Process(started.pid), time.monotonic() + 60 * options.minutes
         while (

@@ -106,18 +106,19 @@ def save_whole_step(trainer: Trainer, log: RunLog) -> str:
     if not trainer.session.config.checkpoint.keep:
         return "Nothing is saved, as checkpoint.keep=0 asks"
     step, newest = trainer.progress.step, _newest(trainer)
-    where = _held_by(newest)
     if trainer.optimizer.updates != trainer.progress.policy_version:
-        return f"{where}: the step that it was in had changed the weights"
-    if step and (newest is None or newest.name < checkpoint_name(step)):
+        return f"{_held_by(newest)}: the step that it was in had changed the weights"
+    if not step:
+        return f"{_held_by(newest)}: no step was whole"
+    if newest is None or newest.name < checkpoint_name(step):
         try:
             _check(trainer)
-            where = f"{_begin(trainer, log).finish()} holds its last whole step"
+            newest = _begin(trainer, log).finish()
         except TrainingError as error:
             return str(error)
         except SaveError as error:
             return f"{error}. {_rescue(trainer)}"
-    return f"{where}; the same command goes on from there" if step else f"{where}: no step was whole"
+    return f"{newest} holds its last whole step; the same command goes on from there"
 
 
 def _begin(trainer: Trainer, log: RunLog, *, background: bool = False) -> BegunSave:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_a_stopped_rank_is_named(quickstart: FinishedRun, tmp_path: Path) -> Non
     assert last.startswith("gspo-moe: RankError: nothing is heard any more of ranks that the others wait for")
     assert f"(stopped, or lost): rank 1: process {stopped} on {socket.gethostname()}" in last
     assert "phase " in last
-    assert "training/" in last
+    assert re.search(r" < [\w/]+\.py:\d+ ", last)  # of the project; the innermost place may have no file
     succeed(job.command(), tmp_path)
     job.check()
 

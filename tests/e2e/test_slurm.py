@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a Slurm of this one machine: warned, preempted with and without grace, a job goes on."""
+"""launch/slurm.sbatch on a Slurm of this one machine: warned, preempted, or with its node lost, a job goes on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import FinishedRun
@@ -119,12 +120,31 @@ def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
         time.sleep(0.2)
 
 
+def submit(cluster: Cluster, job: Job, log: Path) -> str:
+    """The number of a Slurm job of both ranks on the one node."""
+    one_node = ("--gpus-per-node=0", f"--cpus-per-task={os.cpu_count()}")
+    output = (f"--output={log}", f"--export=ALL,RANK_LOGS={log.with_name('ranks')}")
+    script = ("launch/slurm.sbatch", "--nproc-per-node", "2", "--", *job.arguments("logging.progress=true"))
+    return cluster.call("sbatch", "--parsable", *one_node, *output, *script)
+
+
+def is_on_the_node(submitted: str) -> bool:
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return any(command.startswith(f"slurmstepd: [{submitted}.") for command in commands)
+
+
+def is_put_back(cluster: Cluster, submitted: str, restarts: int) -> None:
+    """Into the queue, so many times by now; it starts again soon, and not after Slurm's two minutes."""
+    wait_for(lambda: cluster.field(submitted, "Restarts") == str(restarts))
+    wait_for(lambda: cluster.field(submitted, "JobState") == "PENDING")
+    wait_for(lambda: not is_on_the_node(submitted))
+    # Not at once: a node refuses a job that starts in the second in which it was killed.
+    cluster.call("scontrol", "update", f"JobId={submitted}", "StartTime=now+3")
+
+
 def test_a_job_that_is_warned_and_preempted_goes_on(cluster: Cluster, quickstart: FinishedRun, tmp_path: Path) -> None:
     job, log = Job(tmp_path / "run", quickstart), tmp_path / "job.log"
-    one_node = ("--gpus-per-node=0", f"--cpus-per-task={os.cpu_count()}")
-    output = (f"--output={log}", f"--export=ALL,RANK_LOGS={tmp_path / 'ranks'}")
-    script = ("launch/slurm.sbatch", "--nproc-per-node", "2", "--", *job.arguments("logging.progress=true"))
-    submitted = cluster.call("sbatch", "--parsable", *one_node, *output, *script)
+    submitted = submit(cluster, job, log)
 
     def warn() -> None:
         cluster.call("scancel", "--batch", "--signal=USR1", submitted)
@@ -139,15 +159,26 @@ def test_a_job_that_is_warned_and_preempted_goes_on(cluster: Cluster, quickstart
     for restarts, (step, fault) in enumerate(((1, warn), (3, preempt), (5, preempt_at_once)), start=1):
         wait_for(lambda step=step: job.has_step(step))  # type: ignore[misc]
         fault()
-        wait_for(lambda restarts=restarts: cluster.field(submitted, "Restarts") == str(restarts))  # type: ignore[misc]
-        wait_for(lambda: cluster.field(submitted, "JobState") == "PENDING")
-        cluster.call("scontrol", "update", f"JobId={submitted}", "StartTime=now")  # Slurm waits for two minutes
+        is_put_back(cluster, submitted, restarts)
     wait_for(lambda: cluster.field(submitted, "JobState") == "COMPLETED")
     job.check()
     said = log.read_text()
     assert said.count("slurm.sbatch: back into the queue, to go on from the last checkpoint") == 2
     assert said.count("] continuing from step ") == 3
-    assert said.count("ended by SIGUSR1.") == said.count("ended by SIGTERM.") == 1
+    assert said.count("ended by SIGUSR1.") == 1
+    assert said.count("ended by SIGTERM.") == 2  # without grace there are still the 30 s of KillWait before SIGKILL
     assert "Traceback" not in said
     written = sorted(path.parent.name for path in (tmp_path / "ranks").rglob("stderr.log"))
     assert written == ["0"] * 4 + ["1"] * 4
+
+
+def test_a_job_whose_node_is_lost_goes_on(cluster: Cluster, quickstart: FinishedRun, tmp_path: Path) -> None:
+    job, log = Job(tmp_path / "run", quickstart), tmp_path / "job.log"
+    submitted = submit(cluster, job, log)
+    wait_for(lambda: job.has_step(2))
+    node = f"NodeName={cluster.field(submitted, 'NodeList')}"
+    cluster.call("scontrol", "update", node, "State=DOWN", "Reason=test")
+    is_put_back(cluster, submitted, 1)  # and the node, which speaks, is taken back
+    wait_for(lambda: cluster.field(submitted, "JobState") == "COMPLETED")
+    job.check()
+    assert log.read_text().count("] continuing from step ") == 1

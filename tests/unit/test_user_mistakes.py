@@ -166,7 +166,10 @@ def test_lines_that_cannot_be_scored(line: str, expected: str, here: Path, refus
     assert expected in message
 
 
-@pytest.mark.parametrize("weight_map", [{"a": 0}, {"a": None}, [], {}, 0, {"a": "../model.safetensors"}, {"a": ""}])
+@pytest.mark.parametrize(
+    "weight_map",
+    [{"a": 0}, {"a": None}, [], {}, 0, {"a": "../model.safetensors"}, {"a": ""}, {"a": "\ud800"}, {"\udfff": "x"}],
+)
 def test_an_index_that_names_no_files(weight_map: Any, here: Path, refused: Any) -> None:
     (here / "model" / "model.safetensors").unlink()
     (here / "model" / "x.safetensors").write_bytes(b"")
