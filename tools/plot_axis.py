@@ -26,7 +26,8 @@ from gspo_moe.report.palette import COLORS
 
 COLLAPSED = "collapsed"
 TITLES = {
-    "routing/attribution/washout": "W: 1 where a sequence's mean washes routing noise out",
+    "routing/attribution/design_effect": "design effect: 1 where routing noise is independent",
+    "routing/attribution/washout": "W: the same for answers of equal length",
     "routing/attribution/phi_token": "φ of tokens: share of their log-ratio's variance from routes",
     "routing/attribution/phi_sequence": "φ of sequences",
     "routing/staleness/slot_change": "share of expert slots changed",
@@ -38,7 +39,7 @@ TITLES = {
     "clip_fraction/token": "share of tokens clipped",
     COLLAPSED: "share of seeds whose run collapsed",
 }
-DEFAULT = tuple(TITLES)[:6]
+DEFAULT = tuple(TITLES)[:7]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _panel(axis: Axes, metric: str, found: Curves) -> None:
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    if metric == "routing/attribution/washout":
+    if metric.endswith(("/design_effect", "/washout")):
         axis.axhline(1, color="#888888", lw=0.8)
     axis.set_ylim(bottom=0)
 

@@ -91,7 +91,7 @@ def hold(folder: Path, key: str) -> None:
     file.flush()
     if not _held:
         threading.Thread(target=_beat, daemon=True).start()
-        atexit.register(_release)
+        atexit.register(release)
     _held[path] = _Held(path, file, name)
 
 
@@ -201,8 +201,8 @@ def _beat() -> None:
                 os.utime(held.file.fileno())
 
 
-def _release() -> None:
-    """At a clean end nobody, on whatever host, needs to wait."""
+def release() -> None:
+    """Gives up every folder: at a clean end nobody, on whatever host, needs to wait."""
     for held in _held.values():
         with contextlib.suppress(OSError):
             held.file.truncate(0)

@@ -48,7 +48,7 @@ class RewardConfig(Section):
     workers: PositiveInt = 1
     timeout_seconds: PositiveFloat = 10.0
     batch_seconds: PositiveFloat | None = None
-    start_seconds: PositiveFloat = 300.0
+    start_seconds: Annotated[float, Field(gt=0.0, le=1e9)] = 300.0
     memory_mb: PositiveInt | None = 8192
     output_kb: PositiveInt = 16
     failure_reward: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.0

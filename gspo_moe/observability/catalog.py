@@ -59,6 +59,7 @@ ATTRIBUTION = {
     "phi_token": "share of the token log-ratio's variance that changed routes explain",
     "phi_sequence": "share of the sequence log-ratio's variance that changed routes explain",
     "washout": "W: about 1 where a sequence's mean washes routing noise out, more where it survives",
+    "design_effect": "1 where routing noise is independent between tokens, whatever the lengths, more where shared",
 }
 REPLAY = {
     "coverage": ("fraction", "tokens and MoE layers of the training forward that ran with replayed routes"),

@@ -6,6 +6,7 @@ until the next place where all of them ask. `signals.py` does so with signals.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -42,7 +43,8 @@ def together(work: Callable[[], T]) -> T:
     except (GspoMoeError, OSError) as caught:
         error = caught
     except Exception as caught:
-        error = WorkError(str(caught) or type(caught).__name__)
+        error = WorkError(f"{type(caught).__name__}: {caught}")
+        error.add_note(traceback.format_exc())
     raise_everywhere(error)
     return found
 

@@ -14,7 +14,7 @@ import torch
 
 from gspo_moe.errors import DataError
 
-FIGURES = ("phi_token", "phi_sequence", "washout")
+FIGURES = ("phi_token", "phi_sequence", "washout", "design_effect")
 RESAMPLES = 1000
 
 
@@ -42,6 +42,9 @@ def attribution(sums_NF: np.ndarray, seed: int = 0) -> dict[str, tuple[float, fl
     phi_token = Cov(b, a + b) / Var(a + b) over tokens, phi_sequence the same over sequence means.
     washout = mean |y| * Var_i(mean_t b) / Var_t(b), variances with ddof 1. Routing noise that is independent between
     tokens gives mean |y| * mean 1/|y|, which is 1 for equally long sequences; noise shared by a sequence gives more.
+    design_effect = sum_i (sum_t (b_it - mean b))^2 / (sum_i |y_i| * Var_t(b)), which is 1 for independent tokens
+    whatever the lengths (Kish, Survey Sampling, 1965): how much more a sequence's sum of b varies for what its tokens
+    share.
     NaN where a variance is 0 or there are fewer than two sequences.
     """
     value = _figures(_features(sums_NF).sum(axis=0)[None])[0]
@@ -56,20 +59,23 @@ def attribution(sums_NF: np.ndarray, seed: int = 0) -> dict[str, tuple[float, fl
 
 
 def _features(sums_NF: np.ndarray) -> np.ndarray:
-    """What adds up over sequences: 1, the six sums, and the products of the sequence's means of a and b."""
-    a_N, b_N = sums_NF[:, 1] / sums_NF[:, 0], sums_NF[:, 2] / sums_NF[:, 0]
-    ones_N = np.ones(len(sums_NF))
-    return np.column_stack([ones_N, sums_NF, a_N, b_N, a_N**2, b_N**2, a_N * b_N])
+    """What adds up over sequences: 1, the six sums, products of a sequence's means of a and b, of its length and b."""
+    count_N, b_sum_N = sums_NF[:, 0], sums_NF[:, 2]
+    a_N, b_N = sums_NF[:, 1] / count_N, b_sum_N / count_N
+    ones_N, sums = np.ones(len(sums_NF)), [b_sum_N**2, b_sum_N * count_N, count_N**2]
+    return np.column_stack([ones_N, sums_NF, a_N, b_N, a_N**2, b_N**2, a_N * b_N, *sums])
 
 
 def _figures(totals_RF: np.ndarray) -> np.ndarray:
-    """The figures [R, 3] of R samples of sequences, from the sums of their features."""
+    """The figures [R, 4] of R samples of sequences, from the sums of their features."""
     with np.errstate(divide="ignore", invalid="ignore"):
         sequences, tokens, *token_sums = totals_RF[:, :7].T
         phi_token, var_b_token = _share(tokens, *token_sums)
-        phi_sequence, var_b_sequence = _share(sequences, *totals_RF[:, 7:].T)
+        phi_sequence, var_b_sequence = _share(sequences, *totals_RF[:, 7:12].T)
         washout = tokens / sequences * var_b_sequence / var_b_token
-        found = np.column_stack([phi_token, phi_sequence, washout])
+        mean_b, (bb, b_count, count_count) = totals_RF[:, 3] / tokens, totals_RF[:, 12:].T
+        of_sums = bb - 2 * mean_b * b_count + mean_b**2 * count_count
+        found = np.column_stack([phi_token, phi_sequence, washout, of_sums / (tokens * var_b_token)])
     return np.where(np.isfinite(found), found, np.nan)
 
 

@@ -22,6 +22,7 @@ from gspo_moe.model.build import Model, build_model
 from gspo_moe.model.initial import load_hf
 from gspo_moe.parallel.groups import initialize, world_size_from_environment
 from gspo_moe.parallel.reduce import from_last_stage, gather_over_data
+from gspo_moe.parallel.stop import on_main
 from gspo_moe.platform import choose_backends, device, megatron_version
 from gspo_moe.routing.comparison import gather_layers
 from gspo_moe.routing.recorder import RouteRecorder
@@ -64,8 +65,7 @@ def score_file(config: Config, data: Path, output: Path, *, with_routes: bool) -
     records = _score(model, sequences, config.schedule.micro_batch_tokens, with_routes)
     _check_finite(records, data)
     records = [record | line.shown for record, line in zip(records, lines, strict=True)]
-    if groups.is_main:
-        write_whole(output, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    on_main(lambda: write_whole(output, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)))
 
 
 def _check_finite(records: Sequence[dict[str, Any]], data: Path) -> None:

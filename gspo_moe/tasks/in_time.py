@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 
+from gspo_moe.config.lease import release
 from gspo_moe.config.task import TaskConfig
 from gspo_moe.errors import ConfigError
 from gspo_moe.last_words import complain
@@ -16,6 +17,7 @@ from gspo_moe.tasks import make_task
 from gspo_moe.tasks.protocol import Task
 
 GRACE_SECONDS = 5.0
+WATCH = "watch of the task's start"
 
 
 def make_task_in_time(config: TaskConfig, seed: int) -> Task:
@@ -30,24 +32,31 @@ def make_task_in_time(config: TaskConfig, seed: int) -> Task:
         if made.wait(limit):
             return
         frames = traceback.extract_stack(sys._current_frames()[caller])
-        begun = max(number for number, one in enumerate(frames) if one.filename == __file__)
+        begun = max((number for number, one in enumerate(frames) if one.filename == __file__), default=-1)
+        if made.is_set():
+            return
         error = ConfigError(
             f"{' and '.join(_named(config))}: the task is not made after task.reward.start_seconds={limit:g}, so that "
             "an import or a constructor hangs; mend it, or raise the limit. It is at\n"
             + "".join(traceback.format_list(frames[begun + 1 :])).rstrip()
         )
+        sys.stderr = sys.__stderr__  # what hangs may have put another in its place
         try:
             complain(error)
+            release()
+            sys.stdout.flush()
         finally:
             os._exit(error.exit_code)
 
-    threading.Thread(target=watch, name="start of the task", daemon=True).start()
-    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=2)  # whatever sys.stderr may be
+    process = os.getpid()
     try:
+        threading.Thread(target=watch, name=WATCH, daemon=True).start()
+        faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=2)
         return make_task(config, seed)
     finally:
         made.set()
-        faulthandler.cancel_dump_traceback_later()
+        if os.getpid() == process:  # a fork has no such watch, and would wait for it
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _named(config: TaskConfig) -> Iterator[str]:

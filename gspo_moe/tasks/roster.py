@@ -115,6 +115,10 @@ class Roster:
             self.members[number] = Member(now, State.SENT, load)
             yield number, load
 
+    def sent(self, number: int, now: float) -> None:
+        """The worker has what it was given, for which others were sent theirs before it."""
+        self.members[number].since = now
+
     def _next(self) -> Load | None:
         return self._queue.popleft() if self._queue else None
 
@@ -140,7 +144,11 @@ class Roster:
             if one.state is State.BUSY:
                 yield number, TimeoutError(f"within task.reward.timeout_seconds={limits.timeout_seconds:g}")
             elif one.state is State.SENT:
-                yield number, f"a worker did not take it within task.reward.timeout_seconds={limits.timeout_seconds:g}"
+                yield (
+                    number,
+                    f"a worker did not take it within task.reward.timeout_seconds={limits.timeout_seconds:g}; raise "
+                    "that, or give rewards less to read",
+                )
             else:
                 yield (
                     number,

@@ -175,6 +175,7 @@ class Workers:
             return False
         except OSError:  # it has ended, which is heard of next
             pass
+        self._roster.sent(number, time.monotonic())
         return True
 
     def _hear(self, heard: Collection[object]) -> None:

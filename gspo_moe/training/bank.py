@@ -11,6 +11,7 @@ from gspo_moe.data.prompts import PromptSource
 from gspo_moe.errors import ConfigError
 from gspo_moe.observability.progress import Progress
 from gspo_moe.parallel.exchange import exchange_rows
+from gspo_moe.parallel.stop import on_main
 from gspo_moe.rollout.answers import all_rollouts
 from gspo_moe.rollout.bank import SAMPLING, Bank, write_bank
 from gspo_moe.training.session import Plan, Session, open_session
@@ -32,11 +33,11 @@ def make_bank(plan: Plan, path: Path, *, overwrite: bool = False) -> int:
     config, session = plan.config, open_session(plan)
     try:
         kept = _answered(plan, session)
+        sampling = {key: getattr(config.rollout, key) for key in SAMPLING}
+        bank = Bank(tuple(kept), sampling | {"vocab_size": plan.tokenizer.vocab_size})
+        on_main(lambda: write_bank(path, bank))
     finally:
         session.close()
-    if session.groups.is_main:
-        sampling = {key: getattr(config.rollout, key) for key in SAMPLING}
-        write_bank(path, Bank(tuple(kept), sampling | {"vocab_size": plan.tokenizer.vocab_size}))
     return len(kept)
 
 

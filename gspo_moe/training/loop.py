@@ -16,7 +16,7 @@ from gspo_moe.model.hf import export_hf
 from gspo_moe.observability.header import header_rows
 from gspo_moe.observability.progress import Progress, show_header
 from gspo_moe.parallel.signals import StopSignals
-from gspo_moe.parallel.stop import together
+from gspo_moe.parallel.stop import on_main, together
 from gspo_moe.platform import device, peak_rss_gib
 from gspo_moe.training import collapse
 from gspo_moe.training.first_step import tell_first_step
@@ -51,8 +51,8 @@ def train(plan: Plan, stop: StopSignals | None = None) -> bool:
                 _run(trainer, watch)
             if config.checkpoint.export_hf:
                 export_hf(session.model, export, plan.tokenizer)
-        if not config.checkpoint.keep and session.groups.is_main:
-            write_whole(session.run_path / FINISHED_FILE, f"{trainer.progress.step} steps\n")
+        if not config.checkpoint.keep:
+            on_main(lambda: write_whole(session.run_path / FINISHED_FILE, f"{trainer.progress.step} steps\n"))
         return unfinished
     finally:
         session.close()

@@ -121,7 +121,7 @@ def test_a_dead_hosts_folder_is_taken_and_a_live_ones_never(
 def test_a_clean_end_lets_another_host_in_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with another_host(monkeypatch, locks=True):
         hold(tmp_path, "logging.run_dir")
-        lease._release()
+        lease.release()
     lease._held.clear()
     monkeypatch.setattr(lease.time, "sleep", lambda _: pytest.fail("waits"))
     hold(tmp_path, "logging.run_dir")

@@ -35,6 +35,7 @@ def test_figures_are_numpys_on_the_tokens() -> None:
         "phi_token": np.cov(token_b, token_d)[0, 1] / token_d.var(ddof=1),
         "phi_sequence": np.cov(means_b, means_d)[0, 1] / means_d.var(ddof=1),
         "washout": lengths.mean() * means_b.var(ddof=1) / token_b.var(ddof=1),
+        "design_effect": sum((values - token_b.mean()).sum() ** 2 for values in b) / len(token_b) / token_b.var(ddof=1),
     }
     assert {name: values[0] for name, values in found.items()} == pytest.approx(expected, rel=1e-10)
     assert all(low < value < high for value, low, high in found.values())
@@ -56,6 +57,17 @@ def test_washout_tells_independent_noise_from_a_sequences_own(shared: float, exp
     assert value == pytest.approx(expected, rel=0.12)
     assert low < expected < high
     assert high - low < 0.3 * value
+
+
+def test_only_the_design_effect_of_independent_noise_is_1_for_any_lengths() -> None:
+    lengths = np.random.default_rng(1).choice([5, 200], 4000)
+    a, b = drawn(lengths, seed=9)
+    found = attribution(made(a, b))
+    assert found["design_effect"][0] == pytest.approx(1.0, abs=0.08)
+    assert found["washout"][0] == pytest.approx(lengths.mean() * (1 / lengths).mean(), rel=0.08)
+    assert found["washout"][0] > 9
+    a, b = drawn(np.full(2000, 100), seed=6, shared=1.0)
+    assert attribution(made(a, b))["design_effect"][0] == pytest.approx(50.5, rel=0.12)
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
