@@ -37,7 +37,7 @@ _LOADING = threading.Lock()  # transformers changes settings of the process whil
 # "drop" it dies, hangs, or answers 503, as it is to take weights for the `count`th time from then on.
 FAULTS = (
     "no_log_probs", "too_many_log_probs", "nan", "token", "too_long", "garbage", "cut", "error", "hang", "old_version",
-    "unavailable", "no_routes", "load_error", "die", "stall", "drop",
+    "unavailable", "no_routes", "load_error", "no_abandon", "die", "stall", "drop",
 )  # fmt: skip
 SHARED: dict[str, torch.Tensor] = {}  # what stands for a GPU's memory, by the handle that `ipc` sends
 
@@ -173,6 +173,8 @@ class StandIn:
     async def _rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         if body["method"] == "abandon_update":
+            if self._takes("no_abandon"):
+                return web.json_response({"error": {"message": "no such method"}}, status=400)
             self._received = None
             return web.json_response({"results": [None]})
         assert body["method"] == "load_folder"

@@ -21,7 +21,7 @@ from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.folder_sink import FolderSink, write_folder
 from gspo_moe.rollout.servers.probe import Probe, probe_ids
 from gspo_moe.rollout.servers.records import Answer, Ask, Post
-from gspo_moe.rollout.servers.transfers import VllmTransfer
+from gspo_moe.rollout.servers.transfers import ABANDON, VllmTransfer
 from gspo_moe.training.servers import log_probs_of
 from tests.qwen3 import built, layout
 from tests.vllm.conftest import SIZES, Running
@@ -176,6 +176,21 @@ def test_a_broadcast_that_breaks_off_begins_anew(running: Running) -> None:
     (answer,) = check_all(running, Reference(running.folder / "anew"), [ask("anew", prompt(19, seed=2))])
     assert answer.version == version
     running.fleet.expect(version)
+
+
+def test_an_update_in_which_a_worker_failed_is_abandoned_and_the_server_goes_on(running: Running) -> None:
+    version, reference = publish(running, seed=13)
+    running.fleet.everywhere(running.dialect.pause())
+    for _ in range(2):
+        running.fleet.everywhere(Post("/start_weight_update", {}))
+        bucket = {"names": ["lm_head.weight"], "dtypes": [], "shapes": []}
+        with pytest.raises(RolloutError, match="update_weights was answered with HTTP 500"):
+            running.fleet.everywhere(Post("/update_weights", {"update_info": bucket}))
+    for _ in range(2):
+        running.fleet.everywhere(ABANDON)  # the second time there is none
+    running.fleet.everywhere(running.dialect.resume())
+    (answer,) = check_all(running, reference, [ask("abandoned", prompt(19, seed=3))])
+    assert answer.version == version
 
 
 def test_the_probe_tells_of_weights_that_a_server_took_wrongly(running: Running) -> None:

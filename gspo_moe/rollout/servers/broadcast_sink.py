@@ -27,10 +27,9 @@ from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Post, Servers
 from gspo_moe.rollout.servers.syncing import MAIN, on_main
 from gspo_moe.rollout.servers.transfer_group import ROOT, await_broadcast, join_transfer_group, start_broadcast
-from gspo_moe.rollout.servers.transfers import Meeting, Transfer
+from gspo_moe.rollout.servers.transfers import TIMEOUT_SECONDS, Meeting, Transfer
 
 BUCKET_BYTES = 1_000_000_000
-TIMEOUT_SECONDS = 120.0  # until all have come, and for a bucket
 
 _Part = tuple[list[TensorHead], torch.Tensor]
 
@@ -97,7 +96,7 @@ class BroadcastSink:
         """Has a group with the servers that are up, those that waited for weights among them."""
         if self._servers.begin_sync():
             self._leave()
-            self._everywhere(*self._transfer.abandon())  # one may have been lost in the midst of an update
+        self._everywhere(*self._transfer.abandon())  # what was begun and never ended, perhaps by a run that was killed
         while self._joined is None or self._joined.servers != self._servers.up:
             self._leave()
             counts = [self._transfer.worker_count(body) for body in self._servers.everywhere(self._transfer.workers())]
@@ -199,7 +198,6 @@ class BroadcastSink:
         if not self._servers.up or not (lost or self._spare):
             raise failure
         self._spare -= not lost
-        self._everywhere(*self._transfer.abandon())
         return False
 
 

@@ -23,8 +23,10 @@ from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.engine import Ended, Request, SamplingParams, WeightSink
 from gspo_moe.rollout.servers.counters import server_metrics
 from gspo_moe.rollout.servers.fleet import Fleet
+from gspo_moe.rollout.servers.labels import next_label
 from gspo_moe.rollout.servers.pieces import Pieces
 from gspo_moe.rollout.servers.records import Answer, Ask, Servers
+from gspo_moe.rollout.servers.syncing import on_main
 from gspo_moe.types import Rollout
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ LOOK_SECONDS = 1.0  # between two looks at how far the other ranks are
 class ServerEngine:
     """A RolloutEngine, and the WeightSink of all that it asks.
 
-    servers: on the first rank of each copy of the model, None on the others. sink: brings them the weights.
+    servers: on the first rank of each copy of the model, None on the others. sink: brings them weights by their label.
     longest: of a sequence, in tokens, that model, servers and micro-batch take. words: which of them says so.
     """
 
@@ -53,12 +55,14 @@ class ServerEngine:
         self._longest = longest
         self._stop = stop or StopSignals()
         self.version = 0
+        self._label = 0  # of the weights of that version
 
     def publish(self, model: Any, version: int) -> Mapping[str, float]:
-        figures = self._sink.publish(model, version)
+        label = self._label = on_main(lambda: next_label(self._label, version, time.time()))
+        figures = self._sink.publish(model, label)
         self.version = version
         if self._servers is not None:
-            self._servers.expect(version)
+            self._servers.expect(label)
         return figures
 
     def room(self, params: SamplingParams) -> int:

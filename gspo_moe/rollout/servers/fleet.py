@@ -20,6 +20,7 @@ from gspo_moe.config.rollout import ServersConfig
 from gspo_moe.errors import RolloutError
 from gspo_moe.packages import require
 from gspo_moe.rollout.servers.counters import Counters
+from gspo_moe.rollout.servers.labels import policy_version
 from gspo_moe.rollout.servers.link import Link, open_session
 from gspo_moe.rollout.servers.records import Answer, Ask, BadAnswer, Dialect, Post, ServerDown
 
@@ -122,7 +123,7 @@ class Fleet:
                 await self._give_back(link)
             await asyncio.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
         self._counters.came(len(answer.token_ids), time.monotonic() - start)
-        return answer
+        return replace(answer, version=policy_version(answer.version)) if answer.token_ids else answer
 
     async def _asked(self, link: Link, ask: Ask) -> Answer:
         oldest = self._version
@@ -179,7 +180,8 @@ class Fleet:
         found = await asyncio.gather(*map(self._told, links, posts), return_exceptions=True)
         took = any(not isinstance(one, BaseException) for one in found)
         for link, post, one in zip(links, posts, found, strict=True):
-            if isinstance(one, BadAnswer) and post.version is not None and took:  # weights that others could load
+            alone = isinstance(one, BadAnswer) and post.version is not None and took  # others could load the weights
+            if isinstance(one, RolloutError) and (alone or post.or_out):
                 await self._take_out(link, one)
             elif isinstance(one, BaseException) and not isinstance(one, ServerDown):
                 raise one
@@ -210,9 +212,6 @@ class Fleet:
             except RolloutError as fault:
                 await self._take_out(link, fault)
 
-        for link in self._links:
-            if not link.up and self._version is not None and version < self._version:  # the run was taken back
-                link.past = max(link.past, self._version)
         self._version, self._syncing = version, False
         await asyncio.gather(*(check(link) for link in self._links if link.up))
         async with self._changed:
@@ -221,10 +220,9 @@ class Fleet:
     async def _has(self, link: Link, newest: int) -> None:
         """Raises ServerDown where the server has other weights."""
         version = self._dialect.version(await link.send(self._dialect.weights(), HEALTH_SECONDS))
-        if version != newest or newest <= link.past:
+        if version != newest:
             link.waits = True
-            given_up = ", which may be those that the run has given up" if version == newest else ""
-            raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out{given_up}")
+            raise ServerDown(f"{link.url} has weights of version {version}, and {newest} is out")
 
     async def _look_after(self) -> None:
         async def again_and_again(link: Link) -> None:

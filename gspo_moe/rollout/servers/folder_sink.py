@@ -22,6 +22,7 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.hf import file_name, save_tensors, write_config, write_index
 from gspo_moe.model.placement import Joined, Placement, in_runs
 from gspo_moe.parallel.reduce import gather_objects
+from gspo_moe.rollout.servers.labels import policy_version
 from gspo_moe.rollout.servers.probe import Probe
 from gspo_moe.rollout.servers.records import Dialect, Servers
 from gspo_moe.rollout.servers.syncing import MAIN, load_everywhere, on_main
@@ -46,7 +47,7 @@ class FolderSink:
         does not hold these weights afterwards. Collective.
         """
         start = time.perf_counter()
-        folder = self._shared / f"version-{version:08d}"
+        folder = self._shared / f"version-{policy_version(version):08d}"
         nbytes = write_folder(model, folder, self._file_bytes)
 
         def push() -> None:

@@ -74,8 +74,8 @@ class IpcSink:
         return {"sync/seconds": seconds, "sync/bytes": float(nbytes), "sync/probe_difference": difference}
 
     def _begin(self) -> None:
-        if self._servers.begin_sync():
-            self._servers.everywhere(ABANDON)  # one may have been lost in the midst of an update
+        self._servers.begin_sync()
+        self._servers.everywhere(ABANDON)  # what was begun and never ended, perhaps by a run that was killed
         self._servers.everywhere(Post("/init_weight_transfer_engine", {"init_info": {"packed": True}}))
         self._servers.everywhere(self._dialect.pause())
         self._servers.everywhere(Post("/start_weight_update", {}))

@@ -27,7 +27,6 @@ async def open_session() -> aiohttp.ClientSession:
 class Link:
     """up: it is told of what all are told. current: Asks go there, too. waits: it is healthy and has older weights.
 
-    past: versions up to this one may be of weights that the run has given up since it was up.
     under_way: how many Asks. why: of its last fault. gone: set when it goes down. loading: held while it is told.
     """
 
@@ -35,7 +34,6 @@ class Link:
         self.url = url
         self.up = self.current = True
         self.waits = False
-        self.past = -1
         self.under_way = 0
         self.why = ""
         self.gone = asyncio.Event()
@@ -49,7 +47,7 @@ class Link:
         return was
 
     def let_in(self, current: bool = True) -> None:
-        self.up, self.current, self.waits, self.past, self.gone = True, current, False, -1, asyncio.Event()
+        self.up, self.current, self.waits, self.gone = True, current, False, asyncio.Event()
 
     async def send(self, post: Post, seconds: float) -> Any:
         """The JSON, or text, of the answer.

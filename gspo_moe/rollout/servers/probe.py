@@ -11,6 +11,7 @@ from typing import Any
 
 from gspo_moe.errors import RolloutError
 from gspo_moe.rollout.engine import SamplingParams
+from gspo_moe.rollout.servers.labels import policy_version
 from gspo_moe.rollout.servers.records import Answer, Ask, Dialect, Servers
 from gspo_moe.rollout.servers.syncing import on_main
 
@@ -40,7 +41,7 @@ class Probe:
 
         Raises RolloutError, with both log-probs, where one is beyond the tolerance or a server answers badly.
         """
-        ask = probe_ask(self.prompt_ids, version)
+        ask = probe_ask(self.prompt_ids, policy_version(version))
 
         def answers() -> list[Answer]:
             return [self.dialect.answer(ask, body) for body in self.servers.everywhere(self.dialect.ask(ask))]
@@ -58,7 +59,7 @@ class Probe:
             if answer.token_ids not in scores:
                 scored = self.score(model, self.prompt_ids + answer.token_ids)
                 scores[answer.token_ids] = scored[-len(answer.token_ids) :]
-            largest = max(largest, self._difference(number, answer, scores[answer.token_ids], version))
+            largest = max(largest, self._difference(number, answer, scores[answer.token_ids], policy_version(version)))
         return largest
 
     def _difference(self, number: int, answer: Answer, expected: Sequence[float], version: int) -> float:

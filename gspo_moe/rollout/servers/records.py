@@ -49,7 +49,7 @@ class Answer:
     distribution (nats). What was sampled behind a stop string is cut off.
     abort: broken off by the server, so that its weights can change; what is there is good.
     version: of the policy, when the first of these tokens was sampled and when the last one was: the same; -1 where
-    there is no token.
+    there is no token. As a Dialect reads it, the label (`labels`).
     routes: integers [tokens asked + tokens sampled - 1, MoE layers, K], None where they were not asked for.
     """
 
@@ -64,15 +64,17 @@ class Answer:
 class Post:
     """A request to a server: body None is a GET, an empty one a POST without a body.
 
-    version: of the policy whose weights a server has once it has done this; a server that was away is told all such
-    posts of the newest version again before it gets another Ask.
+    version: the label of the weights that a server has once it has done this; a server that was away is told all such
+    posts of the newest weights again before it gets another Ask.
     seconds: for the answer, where that is not to take as long as a whole checkpoint may.
+    or_out: a server that answers it with any fault is out.
     """
 
     path: str
     body: dict[str, Any] | None = None
     version: int | None = None
     seconds: float | None = None
+    or_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Dialect(Protocol):
     def resume(self) -> Post: ...
 
     def weights(self) -> Post:
-        """Asks which version of the weights a server has."""
+        """Asks for the label of the weights that a server has."""
         ...
 
     def version(self, body: Any) -> int | None:
@@ -170,8 +172,8 @@ class Servers(Protocol):
     def everywhere(self, post: Post) -> list[Any]:
         """The same request to every server that is up: their answers.
 
-        One that is down now, or breaks off, is out and has no answer. Raises RolloutError where one refuses, and where
-        none is up.
+        One that is down now, or breaks off, is out and has no answer. Raises RolloutError where one refuses (but
+        `or_out`), and where none is up.
         """
         ...
 
@@ -180,7 +182,10 @@ class Servers(Protocol):
         ...
 
     def expect(self, version: int) -> None:
-        """Of the weights that all servers have that are up; others are out. No older answer to a new Ask counts."""
+        """The label of the weights that all servers have that are up; others are out.
+
+        No older answer to a new Ask counts.
+        """
         ...
 
     def close(self) -> None: ...

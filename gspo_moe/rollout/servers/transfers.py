@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from gspo_moe.rollout.servers.buckets import TensorHead
 from gspo_moe.rollout.servers.records import Post
 
+TIMEOUT_SECONDS = 120.0  # until all have come, and for a bucket
 # Our worker extension's method: vLLM calls an update over only where each of its parts came.
-ABANDON = Post("/collective_rpc", {"method": "abandon_update"})
+ABANDON = Post("/collective_rpc", {"method": "abandon_update"}, seconds=2 * TIMEOUT_SECONDS, or_out=True)
 
 
 @dataclass(frozen=True)

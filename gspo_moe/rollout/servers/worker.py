@@ -63,20 +63,20 @@ class Extension:
     def abandon_update(self) -> None:
         """Ends an update of which not all came, so that another can begin; until then the weights are no policy's.
 
-        Where none is under way it does nothing.
+        Where none is under way it does nothing. For vLLM one is over in which a worker failed, though that
+        worker's layers are still in it.
         """
-        if not getattr(self, "_weight_update_active", False):  # vLLM's
-            return
         with set_current_vllm_config(self.vllm_config):
             finish_update(self.model_runner.get_model(), self.vllm_config.model_config)
-        self._weight_update_active = False
+        self._weight_update_active = False  # vLLM's
 
 
 def begin_update(model: torch.nn.Module) -> None:
     """Makes the model ready to take a whole checkpoint by `load_weights`."""
     if current_platform.is_cpu():
         for method in _expert_methods(model):
-            method.kernel_before, method.moe_kernel = method.moe_kernel, None
+            if method.moe_kernel is not None:
+                method.kernel_before, method.moe_kernel = method.moe_kernel, None
     initialize_layerwise_reload(model)
 
 
@@ -85,7 +85,7 @@ def finish_update(model: torch.nn.Module, config: Any) -> None:
     finalize_layerwise_reload(model, config)
     for method in _expert_methods(model):
         if method.moe_kernel is None:
-            method.moe_kernel = method.kernel_before
+            method.moe_kernel = getattr(method, "kernel_before", None)
 
 
 def _expert_methods(model: torch.nn.Module) -> list[Any]:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch.distributed as dist
 
 from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
+from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.parallel.signals import StopSignals
 from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.rollout.servers.engine import ServerEngine
+from gspo_moe.rollout.servers.labels import policy_version
 from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.types import Rollout
 from tests.launch import launch
@@ -110,9 +113,14 @@ def four_ranks(fault: bool) -> None:
             with pytest.raises(RolloutError, match="train/1/0 cannot be answered"):
                 made.generate(requests(data), params())
             return
-        assert made.publish(None, 3) == {"sync/seconds": 0.5}
         first = groups.model.rank() == 0
-        assert servers.expected == ([3] if first else [])
+        for version in (3, 4, 2, 3, 3):  # taken back, twice
+            assert made.publish(None, version) == {"sync/seconds": 0.5}
+        labels = made._sink.versions  # type: ignore[attr-defined]
+        assert all(one < other for one, other in pairwise(labels))
+        assert [policy_version(label) for label in labels] == [3, 4, 2, 3, 3]
+        assert gather_objects(labels) == [labels] * 4
+        assert servers.expected == (labels if first else [])
 
         def ended(number: int, rollout: Rollout) -> None:
             assert rollout.routes is None

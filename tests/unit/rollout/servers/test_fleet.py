@@ -15,6 +15,7 @@ from gspo_moe.rollout.engine import SamplingParams
 from gspo_moe.rollout.servers.counters import Counters, server_metrics
 from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.records import Ask, Post
+from gspo_moe.rollout.servers.transfers import ABANDON
 from tests.launch import free_port
 from tests.support.stand_in import Running
 from tests.unit.rollout.servers.conftest import TINY
@@ -159,6 +160,17 @@ def test_a_server_that_cannot_load_what_others_can_is_left(
         one.order("load_error", 1)
     with pytest.raises(RolloutError, match="collective_rpc was answered with HTTP 500"):
         publish(both, tiny_models[0], 3)
+
+
+def test_a_server_that_cannot_abandon_an_update_is_left(stand_ins: list[Running], fleet: Make) -> None:
+    both = fleet(stand_ins)
+    stand_ins[1].order("no_abandon", 1)
+    assert len(both.everywhere(ABANDON)) == 1
+    assert "HTTP 400" in both._links[1].why
+    for one in stand_ins:
+        one.order("no_abandon", 1)
+    with pytest.raises(RolloutError, match=r"no rollout server is up any more .*no such method"):
+        both.everywhere(ABANDON)
 
 
 def test_a_server_that_missed_weights_waits_for_the_process_that_has_them(

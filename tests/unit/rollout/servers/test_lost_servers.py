@@ -28,6 +28,7 @@ from gspo_moe.rollout.servers.broadcast_sink import BroadcastSink
 from gspo_moe.rollout.servers.fleet import Fleet
 from gspo_moe.rollout.servers.folder_sink import FolderSink
 from gspo_moe.rollout.servers.ipc_sink import IpcSink
+from gspo_moe.rollout.servers.labels import next_label
 from gspo_moe.rollout.servers.probe import Probe, probe_ids
 from gspo_moe.rollout.servers.records import Answer, Ask
 from gspo_moe.training.servers import log_probs_of
@@ -96,9 +97,8 @@ def probe(fleet: Fleet) -> Probe:
     return Probe(fleet, TINY, probe_ids(SIZES.vocab_size), log_probs_of, 1e-4)
 
 
-def publish(model: Model, sink: WeightSink, fleet: Fleet, version: int, *, again: bool = False) -> None:
-    """again: other weights than those that had the version before."""
-    load_weights(model, RandomSource(SIZES, seed=version + 100 * again))
+def publish(model: Model, sink: WeightSink, fleet: Fleet, version: int) -> None:
+    load_weights(model, RandomSource(SIZES, seed=version))
     assert sink.publish(model, version)["sync/probe_difference"] < 1e-4
     fleet.expect(version)
 
@@ -170,6 +170,7 @@ def test_a_server_that_was_lost_in_the_midst_of_an_update_is_let_in_by_the_next(
 
     here = urls[:2] if sync == "broadcast" else [one.url for one in stand_ins]  # whose memory is this process's
     both = fleet(*here)
+    call(here[0], "/start_weight_update", {})  # by a trainer that was killed then
     sink: WeightSink = BroadcastSink(
         both, TINY, TRANSFER, probe(both), "127.0.0.1", bucket_bytes=20_000, timeout_seconds=4.0
     )
@@ -189,22 +190,36 @@ def test_a_server_that_was_lost_in_the_midst_of_an_update_is_let_in_by_the_next(
 def test_a_server_that_was_away_as_the_run_was_taken_back_waits_though_its_version_is_the_newest(
     model: Model, urls: list[str], fleet: Make
 ) -> None:
-    both = fleet(*urls[:2])
-    sink = BroadcastSink(both, TINY, TRANSFER, probe(both), "127.0.0.1")
+    main, second = fleet(*urls[:2]), fleet(*urls[:2])  # of the rank that gives weights, and of another
+    call(urls[0], "/start_weight_update", {})  # by a trainer that was killed then
+    sink = BroadcastSink(main, TINY, TRANSFER, probe(main), "127.0.0.1")
+    label = next_label(0, 1, now=1.0)
+
+    def publish_next(version: int) -> None:
+        nonlocal label
+        label = next_label(label, version, now=1.0)
+        publish(model, sink, main, label)
+        second.expect(label)
+
     for version in (1, 2, 3):
-        publish(model, sink, both, version)
+        publish_next(version)
         if version == 2:
             order(urls[1], "unavailable", -1)
-            eventually(lambda: both.up == 1)
-    publish(model, sink, both, 1, again=True)
-    publish(model, sink, both, 2, again=True)
+            eventually(lambda: main.up == second.up == 1)
+    publish_next(1)
+    publish_next(2)
     order(urls[1], "unavailable", 0)
     before = asked(urls[1])
     time.sleep(5 * LOOK)
-    assert versions(both) == {2}
-    assert (both.up, asked(urls[1])) == (1, before)
-    publish(model, sink, both, 3, again=True)
-    assert both.up == 2
+    assert versions(main) == versions(second) == {2}
+    assert (main.up, second.up, asked(urls[1])) == (1, 1, before)
+    started = fleet(*urls[:2])  # by a trainer that starts anew
+    started.expect(label)
+    assert started.up == 1
+    publish_next(3)
+    assert main.up == 2
+    eventually(lambda: second.up == 2)
+    assert versions(second) == {3}
 
 
 def test_a_server_that_dies_in_a_broadcast_is_left_and_one_that_comes_back_waits_for_the_next(
