@@ -26,20 +26,20 @@ from gspo_moe.report.palette import COLORS
 
 COLLAPSED = "collapsed"
 TITLES = {
-    "routing/attribution/design_effect": "design effect: 1 where routing noise is independent",
-    "routing/attribution/washout": "W: the same for answers of equal length",
-    "routing/attribution/phi_token": "φ of tokens: share of their log-ratio's variance from routes",
+    "routing/attribution/design_effect": "design effect: 1 for independent routing noise",
+    "routing/attribution/phi_token": "φ of tokens: variance share of routes",
     "routing/attribution/phi_sequence": "φ of sequences",
     "routing/staleness/slot_change": "share of expert slots changed",
-    "ratio/sequence_std": "std of the sequence ratio",
     "ratio/token_std": "std of the token ratio",
+    "ratio/sequence_std": "std of the sequence ratio",
+    "routing/attribution/washout": "W: the design effect where answers are equally long",
     "response/length_mean": "tokens an answer",
     "kl/old_k3": "k3 of old and new policy, nats a token",
     "reward/mean": "reward, mean over the run",
     "clip_fraction/token": "share of tokens clipped",
     COLLAPSED: "share of seeds whose run collapsed",
 }
-DEFAULT = tuple(TITLES)[:7]
+DEFAULT = tuple(TITLES)[:6]
 
 
 @dataclass(frozen=True)
