@@ -23,6 +23,7 @@ from gspo_moe.tasks import make_task, workers
 from gspo_moe.tasks.pool import Item, TaskPool
 from gspo_moe.tasks.protocol import Task, last_answer
 from gspo_moe.tasks.rewards import Reward, Step
+from gspo_moe.tasks.roster import State
 from gspo_moe.tasks.worker import MakeTask, within
 from gspo_moe.types import Conversation, Prompt, Turn
 from tests.turns import answered
@@ -416,6 +417,10 @@ def test_a_worker_that_is_stopped_before_it_has_read_its_items_costs_none_of_the
     reward = RewardConfig(workers=2, timeout_seconds=LIMIT, start_seconds=600.0)
     with TaskPool(TaskConfig(reward=reward), seed=1, make=make_trouble) as pool:
         assert totals(pool.rewards(answers("1", "2"))) == [1.0, 2.0]
+        assert pool._workers is not None
+        members = pool._workers._roster.members
+        while any(one.state is not State.IDLE for one in list(members.values())):
+            time.sleep(0.05)
         before = {one.pid for one in multiprocessing.active_children()} - others
         for pid in before:
             assert pid is not None

@@ -183,7 +183,8 @@ def test_what_a_worker_does_not_take_within_an_items_limit_goes_to_another() -> 
         assert (roster.wait(0.5), list(roster.overdue(1.9))) == (1.5, [])
         ((late, why),) = roster.overdue(2.0)
         roster.lost(late, why, again=False)
-    assert group.future.result() == ["a worker did not take it within task.reward.timeout_seconds=2"] * 2
+    why = "a worker did not take it within task.reward.timeout_seconds=2; raise that, or give rewards less to read"
+    assert group.future.result() == [why] * 2
 
 
 def test_what_nobody_waits_for_is_neither_given_nor_left_with_a_worker() -> None:
