@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def measure(trainer: Trainer, watch: Watch) -> None:
     found = {}
     for name, (call, interval) in safeguards.items():
         call()
-        found[name] = cpu(lambda call=call: [call() for _ in range(CALLS)]) / CALLS, interval  # type: ignore[misc]
+        found[name] = cpu(partial(repeated, call)) / CALLS, interval
     saving.save(trainer, log)
     with summing() as spent:
         for _ in range(SAVES):
@@ -82,6 +83,11 @@ def measure(trainer: Trainer, watch: Watch) -> None:
     if trainer.session.groups.is_main:
         show(step, threads, found)
     log.close()
+
+
+def repeated(call: Callable[[], object]) -> None:
+    for _ in range(CALLS):
+        call()
 
 
 def thread_seconds() -> dict[str, float]:

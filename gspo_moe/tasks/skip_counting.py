@@ -12,25 +12,22 @@ from pydantic import Field, PositiveInt
 from gspo_moe.config.validation import validated
 from gspo_moe.section import Section
 from gspo_moe.tasks.protocol import Task, last_answer
-from gspo_moe.tasks.splits import draw_prompt
+from gspo_moe.tasks.splits import DrawnPrompts
 from gspo_moe.types import Conversation, Prompt
 
 MODULUS = 100
 DIGITS = 2
+LARGEST_STEP = 9
 
 
 class SkipCountingOptions(Section):
-    """How many numbers an answer has: drawn from `steps`, each as likely. n numbers are 3 n tokens with the end.
-
-    The step between them is drawn uniformly from 1 to `largest_step`.
-    """
+    """How many numbers an answer has: drawn from `steps`, each as likely. n numbers are 3 n tokens with the end."""
 
     steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5,)
-    largest_step: Annotated[int, Field(ge=1, lt=MODULUS)] = 9
 
 
-class SkipCounting:
-    """Prompts without end. The reward is the share of right steps, so that answers of any length are told apart.
+class SkipCounting(DrawnPrompts):
+    """Steps of 1 to 9. The reward is the share of right steps, so that answers of any length are told apart.
 
     A step is right where it adds correctly to what the answer says before it: one error costs one step. Steps that are
     missing or too many are wrong.
@@ -39,14 +36,8 @@ class SkipCounting:
     name = "skip_counting"
 
     def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        super().__init__(seed)
         self._options = validated(SkipCountingOptions, options, prefix="task.options.")
-        self._seed = seed
-
-    def prompt(self, split: str, index: int) -> Prompt:
-        return draw_prompt(self.name, self._seed, split, index, self._entry)
-
-    def size(self, split: str) -> None:
-        return None
 
     def demonstration(self, prompt: Prompt) -> str:
         start, added, steps = (prompt.reference[key] for key in ("start", "added", "steps"))
@@ -62,7 +53,7 @@ class SkipCounting:
         return right / max(steps, len(numbers) - 1)
 
     def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
-        start, added = random.randrange(MODULUS), random.randint(1, self._options.largest_step)
+        start, added = random.randrange(MODULUS), random.randint(1, LARGEST_STEP)
         steps = random.choice(self._options.steps)
         reference = {"start": start, "added": added, "steps": steps}
         return f"{_written(start)}+{_written(added)}*{steps}>", reference

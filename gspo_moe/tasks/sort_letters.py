@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from gspo_moe.config.validation import validated
 from gspo_moe.section import Section
 from gspo_moe.tasks.protocol import Task, last_answer
-from gspo_moe.tasks.splits import draw_prompt
+from gspo_moe.tasks.splits import DrawnPrompts
 from gspo_moe.types import Conversation, Prompt
 
 
@@ -27,20 +27,14 @@ class SortLettersOptions(Section):
             yield f"min_length={self.min_length} exceeds max_length={self.max_length}; lower the one or raise the other"
 
 
-class SortLetters:
-    """Prompts without end: random lowercase letters, repeats allowed. The exact answer has reward 1, any other 0."""
+class SortLetters(DrawnPrompts):
+    """Random lowercase letters, repeats allowed. The exact answer has reward 1, any other 0."""
 
     name = "sort_letters"
 
     def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        super().__init__(seed)
         self._options = validated(SortLettersOptions, options, prefix="task.options.")
-        self._seed = seed
-
-    def prompt(self, split: str, index: int) -> Prompt:
-        return draw_prompt(self.name, self._seed, split, index, self._entry)
-
-    def size(self, split: str) -> None:
-        return None
 
     def demonstration(self, prompt: Prompt) -> str:
         return "".join(sorted(prompt.text.removesuffix(">")))

@@ -8,10 +8,11 @@ number of prompts drawn. Train and sft are independent streams that may repeat a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from hashlib import blake2b
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from gspo_moe.errors import ConfigError
 from gspo_moe.types import Prompt
@@ -43,3 +44,22 @@ def draw_prompt(task: str, seed: int, split: str, index: int, make_entry: MakeEn
         f"{MAX_DRAWS} draws of task {task} gave no prompt for {split}: there are too few different ones to hold some "
         "out for evaluation; widen task.options"
     )
+
+
+class DrawnPrompts(ABC):
+    """Prompts without end, as `_entry` makes them of a random stream."""
+
+    name: ClassVar[str]
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        return draw_prompt(self.name, self._seed, split, index, self._entry)
+
+    def size(self, split: str) -> None:
+        return None
+
+    @abstractmethod
+    def _entry(self, random: Random) -> tuple[str, dict[str, Any]]:
+        """Text and reference."""

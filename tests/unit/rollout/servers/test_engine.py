@@ -18,7 +18,7 @@ from gspo_moe.errors import Interrupted, RolloutError
 from gspo_moe.parallel.groups import Groups, initialize, shut_down
 from gspo_moe.parallel.reduce import gather_objects
 from gspo_moe.parallel.signals import StopSignals
-from gspo_moe.rollout.engine import Request, SamplingParams
+from gspo_moe.rollout.engine import Request, SamplingParams, WeightSink
 from gspo_moe.rollout.servers.engine import ServerEngine
 from gspo_moe.rollout.servers.labels import policy_version
 from gspo_moe.rollout.servers.records import Answer, Ask
@@ -99,14 +99,16 @@ def requests(rank: int) -> list[Request]:
     return [Request(f"train/{rank}/{n}", (1, n % 8), samples=2) for n in range(5 - 3 * rank)]
 
 
-def engine(groups: Groups, servers: Rule, stop: StopSignals | None = None) -> ServerEngine:
-    return ServerEngine(servers if groups.model.rank() == 0 else None, Sink(), groups, longest=12, stop=stop)
+def engine(
+    groups: Groups, servers: Rule, stop: StopSignals | None = None, sink: WeightSink | None = None
+) -> ServerEngine:
+    return ServerEngine(servers if groups.model.rank() == 0 else None, sink or Sink(), groups, longest=12, stop=stop)
 
 
 def four_ranks(fault: bool) -> None:
     groups = initialize(layout(4, tensor=2), seed=1)
-    data, servers = groups.data_context.rank(), Rule(fail="train/1/0" if fault else "")
-    made = engine(groups, servers)
+    data, servers, sink = groups.data_context.rank(), Rule(fail="train/1/0" if fault else ""), Sink()
+    made = engine(groups, servers, sink=sink)
     try:
         told: list[tuple[int, int]] = []
         if fault:
@@ -116,7 +118,7 @@ def four_ranks(fault: bool) -> None:
         first = groups.model.rank() == 0
         for version in (3, 4, 2, 3, 3):  # taken back, twice
             assert made.publish(None, version) == {"sync/seconds": 0.5}
-        labels = made._sink.versions  # type: ignore[attr-defined]
+        labels = sink.versions
         assert all(one < other for one, other in pairwise(labels))
         assert [policy_version(label) for label in labels] == [3, 4, 2, 3, 3]
         assert gather_objects(labels) == [labels] * 4
