@@ -125,11 +125,11 @@ def _train(config: Any, model: Any, recorder: Any) -> dict[str, Any]:
     class WatchedOptimizer(Optimizer):
         first = not config.parallel.distributed_optimizer  # which leaves each rank a share of the reduced gradients
 
-        def update(self, *, finite: bool = True) -> Any:
+        def update(self, **given: Any) -> Any:
             if self.first:
                 self.first = False
                 gradients.update((name, t.clone()) for name, t in whole_tensors(model, attrgetter("main_grad")))
-            return super().update(finite=finite)
+            return super().update(**given)
 
     optimizer = WatchedOptimizer(config, model, STEPS)
     minibatches = [pack_share(_samples(step), model.groups, config) for step in range(STEPS)]

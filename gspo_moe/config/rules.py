@@ -151,6 +151,14 @@ def log_ratios_are_there_to_split(config: Config) -> Iterator[str]:
         )
 
 
+def predictions_are_replayed(config: Config) -> Iterator[str]:
+    if config.routing.replay == "predict" and config.algorithm.mini_batches < 2:
+        yield (
+            "routing.replay=predict with algorithm.mini_batches=1: before a step's first update there is nothing to "
+            "foretell and nothing to learn it from; set algorithm.mini_batches to 2 or more, or routing.replay=none"
+        )
+
+
 def there_is_something_to_go_back_to(config: Config) -> Iterator[str]:
     guard, checkpoint = config.guard, config.checkpoint
     if not guard.bounds or guard.action != "roll_back":
@@ -180,6 +188,7 @@ RULES = (
     overlong_buffer_fits,
     numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
+    predictions_are_replayed,
     there_is_something_to_go_back_to,
 )
 SFT_RULES = (
@@ -187,5 +196,6 @@ SFT_RULES = (
     there_are_rollouts_to_measure,
     numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
+    predictions_are_replayed,
     there_is_something_to_go_back_to,
 )

@@ -17,26 +17,35 @@ class PaddingAwareRouter(TopKRouter):
     """megatron-core leaves padding out of the auxiliary loss only; here it is dispatched nowhere either.
 
     observers: called with every choice made, recomputation's included. has_padding: whether the last one left any
-    token without experts. weights_PE: while observers are called, the choice's gate weights [tokens, experts].
+    token without experts. hidden_PH, logits_PE: what is routed, and what the router makes of it, while a choice is made
+    and observers are called; weights_PE: while they are, the choice's gate weights. All [tokens, ...].
     """
 
     observers: tuple[Observer, ...] = ()
     has_padding = False
+    hidden_PH: torch.Tensor | None = None
+    logits_PE: torch.Tensor | None = None
     weights_PE: torch.Tensor | None = None
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        self.hidden_PH = input.detach().reshape(-1, input.shape[-1])
+        logits: torch.Tensor = super().gating(input)
+        return logits
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choice [tokens, experts] of each token; padding_mask: bool, True on padding."""
         self.has_padding = padding_mask is not None
+        self.logits_PE = logits.detach().reshape(-1, logits.shape[-1])
         with _top_k_in_order(self):
             probs, routing_map = super().routing(logits, padding_mask)
         if hasattr(self.router_replay, "gates"):
             probs = self.router_replay.gates(probs)
         self.weights_PE = probs.detach()
         for observer in self.observers:
-            observer(self, logits.detach().view(routing_map.shape), routing_map)
-        self.weights_PE = None
+            observer(self, self.logits_PE, routing_map)
+        self.hidden_PH = self.logits_PE = self.weights_PE = None
         if padding_mask is None:
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)

@@ -163,6 +163,11 @@ METRICS = (
         for name, unit in {"max_violation": "fraction", "cv": "fraction", "entropy": "nats"}.items()
     ),
     *(MetricDoc(f"routing/replay/{name}", unit, words) for name, (unit, words) in REPLAY.items()),
+    MetricDoc(
+        "routing/predictor/kl", "nats", "KL(router ‖ what was foretold), a token and layer, from mini-batch 2 on"
+    ),
+    MetricDoc("routing/predictor/kl_unchanged", "nats", "the same of what the router was in the old policy's pass"),
+    MetricDoc("routing/predictor/changed", "fraction", "expert slots foretold otherwise than the router had them then"),
     MetricDoc("lag/mean", "steps", "steps taken since a token was sampled, mean over response tokens"),
     MetricDoc("lag/max", "steps", "the same, at most"),
     MetricDoc("lag/tokens", "fraction", "response tokens that are older than the step's policy", (LAG,)),

@@ -73,7 +73,7 @@ def replay_sums(
     pack: Microbatch,
     replayed_TLK: torch.Tensor | None,
     live_TLK: torch.Tensor | None,
-    at_rollout: bool,
+    rollout_TLK: torch.Tensor | None,
     layers: StageLayers,
     held_TL: torch.Tensor | None = None,
     both_TL: torch.Tensor | None = None,
@@ -81,8 +81,9 @@ def replay_sums(
     """Of one pack's training forward, over the pipeline's stages. Collective over the pipeline.
 
     replayed_TLK: None where nothing was. live_TLK: what the routers would have picked; None where it was not recorded.
-    at_rollout: its weights are those of the rollout. held_TL: where the routes were replayed, None for everywhere.
-    both_TL: `overlap_TL` of the two, where the caller has it.
+    rollout_TLK: what should be the replayed ones, where the weights are those of the rollout; None where they are not.
+    held_TL: where the routes were replayed, None for everywhere. both_TL: `overlap_TL` of replayed and rollout routes,
+    where the caller has it.
     """
     count = len(layers.indices)
     nothing_L = torch.zeros(count, dtype=torch.float64, device=pack.cu_seqlens.device)
@@ -92,18 +93,20 @@ def replay_sums(
     found |= {f"own_{name}": nothing_L for name in ("before", "after")}
     found |= {"load_replayed": nothing_LE, "load_live": nothing_LE}
     if replayed_TLK is not None and live_TLK is not None:
-        shared_TL = (overlap_TL(replayed_TLK, live_TLK) if both_TL is None else both_TL).double()
-        overlap, slots = shared_TL.sum(dim=0), nothing_L + replayed_TLK.shape[0] * replayed_TLK.shape[2]
+        known_TL = both_TL if rollout_TLK is live_TLK else None
+        shared_TL = (overlap_TL(replayed_TLK, live_TLK) if known_TL is None else known_TL).double()
         missing_TL, here_TL = replayed_TLK.shape[2] - shared_TL, torch.ones_like(shared_TL)
         if held_TL is not None:
             missing_TL, here_TL = missing_TL * held_TL, held_TL.double()
         found |= {"slots": here_TL.sum(dim=0) * replayed_TLK.shape[2], "forced": missing_TL.sum(dim=0)}
-        if at_rollout:
-            found |= {"own": overlap, "own_rows": nothing_L + len(replayed_TLK), "own_slots": slots}
-            found |= _beside(pack, replayed_TLK, live_TLK, shared_TL)
-            experts = layers.architecture.num_experts
-            found |= {"load_replayed": expert_load(replayed_TLK, experts).double()}
-            found |= {"load_live": expert_load(live_TLK, experts).double()}
+    if replayed_TLK is not None and rollout_TLK is not None:
+        both_TL = overlap_TL(replayed_TLK, rollout_TLK) if both_TL is None else both_TL
+        overlap, slots = both_TL.double().sum(dim=0), nothing_L + replayed_TLK.shape[0] * replayed_TLK.shape[2]
+        found |= {"own": overlap, "own_rows": nothing_L + len(replayed_TLK), "own_slots": slots}
+        found |= _beside(pack, replayed_TLK, rollout_TLK, both_TL.double())
+        experts = layers.architecture.num_experts
+        found |= {"load_replayed": expert_load(replayed_TLK, experts).double()}
+        found |= {"load_live": expert_load(rollout_TLK, experts).double()}
     flat = torch.cat([value.reshape(count, -1) for value in found.values()], dim=1)
     whole = layers.spread(flat[None])[0].split([value.reshape(count, -1).shape[1] for value in found.values()], dim=1)
     sums = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -35,6 +36,14 @@ def route_dtype(num_experts: int) -> torch.dtype:
 def routers_of(chunks: Sequence[torch.nn.Module]) -> list[TopKRouter]:
     """This rank's routers in the order of their layers."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+class Watching(Protocol):
+    """What listens in on a pass over packs."""
+
+    def scope(
+        self, index: int, chunk: torch.nn.Module, split: ContextSplit
+    ) -> contextlib.AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)

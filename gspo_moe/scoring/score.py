@@ -12,7 +12,7 @@ from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.context import ContextSplit
-from gspo_moe.routing.recorder import RoutePass
+from gspo_moe.routing.recorder import Watching
 from gspo_moe.routing.replay import Replayed, replay
 from gspo_moe.types import Microbatch
 
@@ -24,7 +24,7 @@ def score(
     microbatches: Sequence[Microbatch],
     *,
     temperature: float = 1.0,
-    record: RoutePass | None = None,
+    record: Watching | None = None,
     routes: Sequence[torch.Tensor | Replayed] | None = None,
     depth: int | None = None,
     responses_only: bool = False,
@@ -47,7 +47,7 @@ def score_with_values(
     microbatches: Sequence[Microbatch],
     *,
     temperature: float = 1.0,
-    record: RoutePass | None = None,
+    record: Watching | None = None,
     routes: Sequence[torch.Tensor | Replayed] | None = None,
     responses_only: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -64,7 +64,7 @@ def _pass(
     microbatches: Sequence[Microbatch],
     read: Callable[[LastStage, torch.Tensor, ContextSplit], T],
     temperature: float,
-    record: RoutePass | None,
+    record: Watching | None,
     routes: Sequence[torch.Tensor | Replayed] | None,
     depth: int | None,
     responses_only: bool,

@@ -138,6 +138,7 @@ def begin_save(
     state = _state(model, optimizer, loading=False)
     state["progress"] = asdict(progress)
     state["adam_steps"] = optimizer.adam_steps
+    state["predictor_steps"] = 0 if optimizer.predictor is None else optimizer.predictor.steps
     state["layout"] = asdict(model.groups.layout)
     state["dtype"] = str(model.config.params_dtype)
     state[MARK] = True
@@ -210,7 +211,8 @@ def load_checkpoint(path: Path, model: Model, optimizer: Optimizer, run: str | N
     for number, parameter in enumerate(weight_shards(model)):
         parameter.copy_(found["weights"][str(number)])
     progress = Progress(**common["progress"])
-    optimizer.restore(found["optimizer"], common["adam_steps"], progress.policy_version)
+    steps = common["adam_steps"], progress.policy_version, common.get("predictor_steps", 0)
+    optimizer.restore(found["optimizer"], *steps)
     if same_layout:
         _set_rng_state(found["rng"])
     elif model.groups.is_main:

@@ -44,6 +44,10 @@ def learn(trainer: Trainer, batch: Batch) -> Figures:
     banked = trainer.session.config.rollout.bank is not None
     equal_weights = not banked and batch.versions == {trainer.progress.policy_version}
     figures.add(replay_figures(trainer, results, equal_weights))
+    if trainer.optimizer.predictor is not None:
+        taught = [one.update.predictor for one in results if one.update.predictor is not None]
+        packs = [one.pack for result in results for one in result.packs]
+        figures.metrics |= trainer.optimizer.predictor.metrics(taught, packs)
     if trainer.recorder is not None:
         trained, model = [result.packs for result in results], trainer.session.model
         figures.add(routing_figures(model, trainer.recorder.layers, trained, equal_weights, Lags.of_step(trainer)))

@@ -14,7 +14,8 @@ import torch
 from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
 from gspo_moe.parallel.stop import raise_everywhere
-from gspo_moe.routing.recorder import Recording
+from gspo_moe.routing.prediction import Foretold, PredictedPass
+from gspo_moe.routing.recorder import Recording, RoutePass
 from gspo_moe.scoring.score import score, score_with_values
 from gspo_moe.training.critic import estimate, value_fault
 from gspo_moe.training.packs import Trained, TrainingPack, microbatches, recordings_of, replay_of, with_each
@@ -49,7 +50,7 @@ def with_old_policy(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[Tra
             later = [one for one in packs if one.minibatch >= first]
             packs = [one for one in packs if one.minibatch < first] + (_scored(trainer, later) if later else [])
     if config.routing.replays_old_pass:
-        packs = with_each(packs, **_own_routes(recordings_of(packs), config.routing))
+        packs = with_each(packs, **_own_routes(packs, config.routing))
     if trainer.reference is not None:
         with timers("reference"):
             temperature = config.rollout.temperature
@@ -58,8 +59,11 @@ def with_old_policy(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[Tra
     return list(packs)
 
 
-def _own_routes(recordings: Sequence[Recording], routing: RoutingConfig) -> dict[str, list[torch.Tensor]]:
+def _own_routes(packs: Sequence[TrainingPack], routing: RoutingConfig) -> dict[str, list[torch.Tensor]]:
     """What the later forwards replay of the old policy's pass, by field of the packs."""
+    if routing.replay == "predict":
+        return {"replay_TLK": [one.foretold.routes_TLK for one in packs if one.foretold is not None]}
+    recordings = recordings_of(packs)
     found = {"replay_TLK": [one.routes_TLK for one in recordings]}
     own = [one.own for one in recordings if one.own is not None]
     if routing.replay == "recall":
@@ -89,19 +93,29 @@ def _against_itself(recording: Recording) -> Recording:
 
 def _scored(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[TrainingPack]:
     config, model = trainer.session.config, trainer.session.model
-    record = None if trainer.recorder is None else trainer.recorder.start()
+    record, predictor = None if trainer.recorder is None else trainer.recorder.start(), trainer.optimizer.predictor
+    predicted = None if predictor is None else predictor.start(record, forced=True)
+    watch = record if predicted is None else predicted
     # R3's ratios compare like with like only where the old policy runs with the engine's routes as well.
     routes, temperature, whole = replay_of(packs), config.rollout.temperature, microbatches(packs)
     if not config.has_value_head:
-        log_probs = score(model, whole, temperature=temperature, record=record, routes=routes, responses_only=True)
-        return with_each(packs, old_log_probs_T=log_probs, recording=[] if record is None else record.recordings())
-    found = score_with_values(model, whole, temperature=temperature, record=record, routes=routes, responses_only=True)
+        log_probs = score(model, whole, temperature=temperature, record=watch, routes=routes, responses_only=True)
+        return with_each(packs, old_log_probs_T=log_probs, **_watched(record, predicted))
+    found = score_with_values(model, whole, temperature=temperature, record=watch, routes=routes, responses_only=True)
     segments = [(one.pack, one.segments) for one in packs]
     estimates = estimate(segments, [values_T for _, values_T in found], config.algorithm.settings, model.groups)
     raise_everywhere(value_fault(estimates))
     return with_each(
         packs,
         old_log_probs_T=[log_probs_T for log_probs_T, _ in found],
-        recording=[] if record is None else record.recordings(),
         estimates=estimates,
+        **_watched(record, predicted),
     )
+
+
+def _watched(record: RoutePass | None, predicted: PredictedPass | None) -> dict[str, Sequence[Recording | Foretold]]:
+    """By field of the packs. Collective over tensor and context ranks."""
+    return {
+        "recording": [] if record is None else record.recordings(),
+        "foretold": [] if predicted is None else predicted.foretold(),
+    }

@@ -24,8 +24,10 @@ from gspo_moe.model.build import Model
 from gspo_moe.model.router import freeze_routers
 from gspo_moe.model.sharded import Shard
 from gspo_moe.platform import adam_of, device, use_torch_kernels
+from gspo_moe.routing.prediction import Lesson
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.training.optimizer_state import optimizer_shards, restore, router_gradients
+from gspo_moe.training.predictor import Predictor, PredictorSums
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,20 @@ class UpdateResult:
     """grad_norm: before clipping, over all ranks. learning_rate: of this update. skipped: it or the loss not finite.
 
     router_grad_norm: the part of grad_norm that is the routers', under Routing Replay; None without, or where they are
-    frozen.
+    frozen. predictor: what predictors of routes were taught, over all ranks; None where nothing.
     """
 
     grad_norm: float
     learning_rate: float
     skipped: bool
     router_grad_norm: float | None = None
+    predictor: PredictorSums | None = None
 
 
 class Optimizer:
     """AdamW over all chunks of a model, with its schedule. One `update` is one optimizer step.
 
+    predictor: what `routing.replay=predict` foretells routes with; None without.
     adam_steps: updates so far that were not skipped. skipped_in_a_row: the latest updates, all of which were.
     lr_factor: of the schedule's learning rates, from the next move of the schedule on.
     """
@@ -59,6 +63,7 @@ class Optimizer:
         self._groups = model.groups
         self._distributed = config.parallel.distributed_optimizer
         self._watched = _router_weights(config, model)
+        self.predictor = Predictor(config, model) if config.routing.replay == "predict" else None
         settings = config.optimizer
         with adam_of(config.model.backend.optimizer):
             self.megatron: Any = get_megatron_optimizer(_settings(config, model), model.chunks)
@@ -84,11 +89,16 @@ class Optimizer:
 
     def shards(self, weights: Mapping[torch.nn.Parameter, Shard], *, loading: bool) -> dict[str, dict[str, Shard]]:
         """Adam's state, to be written or, with `loading`, read for `restore`; weights: `weight_shards`. Collective."""
-        return optimizer_shards(self.megatron.chained_optimizers, weights, loading=loading)
+        found = optimizer_shards(self.megatron.chained_optimizers, weights, loading=loading)
+        return found if self.predictor is None else found | self.predictor.shards(weights)
 
-    def restore(self, found: Mapping[str, Mapping[str, torch.Tensor]], adam_steps: int, updates: int) -> None:
+    def restore(
+        self, found: Mapping[str, Mapping[str, torch.Tensor]], adam_steps: int, updates: int, predictor_steps: int = 0
+    ) -> None:
         """Goes on after `updates` updates, `adam_steps` of which were not skipped; settings stay the config's own."""
         restore(self.megatron.chained_optimizers, found, adam_steps)
+        if self.predictor is not None:
+            self.predictor.restore(found, predictor_steps)
         self.adam_steps, self.skipped_in_a_row = adam_steps, 0
         self.scheduler.num_steps = 0
         self._move_schedule(updates + self._ahead)
@@ -102,6 +112,8 @@ class Optimizer:
         """Whether this rank's part of Adam's state, with the weights that it steps, holds neither NaN nor infinity."""
         optimizers = [each.optimizer for each in self.megatron.chained_optimizers if each.optimizer is not None]
         weights = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
+        optimizers += [] if self.predictor is None else [self.predictor.adam]
+        weights += [] if self.predictor is None else self.predictor.weights
         state = [value for each in optimizers for found in each.state.values() for value in found.values()]
         tensors = [value for value in (*weights, *state) if isinstance(value, torch.Tensor)]
         return not tensors or bool(torch.stack([value.isfinite().all() for value in tensors]).all())
@@ -111,10 +123,11 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def update(self, *, finite: bool = True) -> UpdateResult:
+    def update(self, *, finite: bool = True, lesson: Lesson | None = None) -> UpdateResult:
         """Takes one step with the gradients at hand, or none where one is not finite; the schedule moves on.
 
         finite: whether the loss, log-probs and ratios that they come from are; the same on every rank.
+        lesson: what the predictors learn from, by a step at the same learning rate times theirs.
         """
         learning_rate = float(self.megatron.param_groups[0]["lr"])
         self.megatron.prepare_grads()
@@ -128,7 +141,10 @@ class Optimizer:
             self.adam_steps += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self._move_schedule(1)
-        return UpdateResult(grad_norm, learning_rate, not finite, router_grad_norm)
+        taught = None
+        if self.predictor is not None and lesson is not None and finite:
+            taught = self.predictor.learn(lesson, learning_rate)
+        return UpdateResult(grad_norm, learning_rate, not finite, router_grad_norm, taught)
 
     def _router_grad_norm(self) -> float:
         """Routers are alike on tensor and expert ranks, pieces lie over the others. Collective."""

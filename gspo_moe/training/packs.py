@@ -19,6 +19,7 @@ from gspo_moe.errors import DataError, TrainingError
 from gspo_moe.parallel.context import ContextSplit, sum_over
 from gspo_moe.parallel.groups import Groups
 from gspo_moe.platform import device
+from gspo_moe.routing.prediction import Foretold
 from gspo_moe.routing.recorder import Recording
 from gspo_moe.routing.replay import Replayed
 from gspo_moe.training.critic import Estimates
@@ -36,7 +37,7 @@ class TrainingPack:
     recording: routes of the old policy's pass, with scores; None where it was not recorded. As old_log_probs_T None
         before the training forward where that is the old policy's pass (`old_policy.first_scored`).
     replay_TLK: routes to be replayed, None without replay. gates_TLK, held_TL: what is replayed beside them, and where,
-        as `routing.replay` takes it.
+        as `routing.replay` takes it. foretold: where it is predicted, what by, for the predictors to learn from.
     """
 
     pack: Microbatch
@@ -50,6 +51,7 @@ class TrainingPack:
     replay_TLK: torch.Tensor | None = None
     gates_TLK: torch.Tensor | None = None
     held_TL: torch.Tensor | None = None
+    foretold: Foretold | None = None
     estimates: Estimates | None = None
 
     @property
@@ -75,11 +77,13 @@ class Trained:
     """What the training forward found of a pack.
 
     log_probs_T: on the last stage, 0 off the response. recording: where one was made.
+    foretold_TLK: what predictors foretell of this forward, where that is to be held against what is replayed.
     """
 
     pack: TrainingPack
     log_probs_T: torch.Tensor | None = None
     recording: Recording | None = None
+    foretold_TLK: torch.Tensor | None = None
 
 
 P = TypeVar("P", TrainingPack, Trained)

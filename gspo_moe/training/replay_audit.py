@@ -150,8 +150,11 @@ def _sums(
         for one in result.packs:
             assert one.recording is not None
             pack, replayed, live = one.pack.pack, one.pack.replay_TLK, one.recording.routes_TLK
-            both_TL = overlap_TL(replayed, live) if replayed is not None and live is not None else None
-            sums.append(replay_sums(pack, replayed, live, number == 0, layers, one.pack.held_TL, both_TL))
-            if number == 0 and both_TL is not None:
+            expected = both_TL = None
+            if number == 0:
+                expected = live if one.foretold_TLK is None else one.foretold_TLK
+            if replayed is not None and expected is not None:
+                both_TL = overlap_TL(replayed, expected)
                 first.append((pack, both_TL))
+            sums.append(replay_sums(pack, replayed, live, expected, layers, one.pack.held_TL, both_TL))
     return reduce(ReplaySums.merge, sums), first

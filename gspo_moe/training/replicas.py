@@ -1,6 +1,8 @@
-"""The periodic check that ranks still hold alike what they must: weights, and the copy that rollouts come from."""
+"""The periodic check that ranks still hold alike what they must: weights, predictors, the copy that samples."""
 
 from __future__ import annotations
+
+import torch
 
 from gspo_moe.errors import DivergenceError
 from gspo_moe.model.build import Model
@@ -9,6 +11,7 @@ from gspo_moe.parallel.equality import Difference, SharedTensors
 from gspo_moe.parallel.stop import raise_everywhere
 from gspo_moe.rollout.embedded.engine import MegatronEngine
 from gspo_moe.rollout.engine import RolloutEngine
+from gspo_moe.training.predictor import Predictor
 
 MOST_NAMES = 3
 
@@ -16,8 +19,12 @@ MOST_NAMES = 3
 class ReplicaCheck:
     """Of one model, whose parameters stay the same tensors; collective over all ranks, its making too."""
 
-    def __init__(self, model: Model, engine: RolloutEngine) -> None:
-        self._tensors = named_over_ranks(model) if model.groups.world_size > 1 else {}
+    def __init__(self, model: Model, engine: RolloutEngine, predictor: Predictor | None = None) -> None:
+        named: dict[str, torch.Tensor] = {}
+        if model.groups.world_size > 1:
+            named |= named_over_ranks(model)
+            named |= {} if predictor is None else predictor.named(named)
+        self._tensors = named
         self._shared = SharedTensors(list(self._tensors))
         self._engine = engine
 

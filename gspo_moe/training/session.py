@@ -232,7 +232,7 @@ class Trainer:
     @cached_property
     def replicas(self) -> ReplicaCheck:
         """Its making is collective."""
-        return ReplicaCheck(self.session.model, self.session.answerer.engine)
+        return ReplicaCheck(self.session.model, self.session.answerer.engine, self.optimizer.predictor)
 
     @cached_property
     def prompts(self) -> PromptSource:

@@ -26,10 +26,12 @@ from gspo_moe.model.forward import no_recording, run
 from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
+from gspo_moe.routing.prediction import Lesson, PredictedPass
 from gspo_moe.routing.recorder import RoutePass, RouteRecorder
 from gspo_moe.routing.replay import Ledger, replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.packs import Minibatch, Trained, TrainingPack, recordings_of, replay_of, with_each
+from gspo_moe.training.predictor import Predictor
 from gspo_moe.training.shift import ShiftOf, router_shift
 
 S = TypeVar("S", bound=Statistics)
@@ -78,11 +80,29 @@ def train_minibatch(
         assert recorder is not None
         assert record is not None
         shift_of = router_shift(model, recorder, packs, record)
+    lesson, again = _prediction(optimizer.predictor, packs, record)
     head, ledger = partial(policy_head, minibatch, settings, shift_of), Ledger()
-    statistics, log_probs, update = _step(model, optimizer, packs, head, record, ledger)
+    statistics, log_probs, update = _step(model, optimizer, packs, head, lesson or again or record, ledger)
     recordings = [] if record is None else record.recordings()
-    trained = with_each([Trained(one) for one in packs], log_probs_T=log_probs, recording=recordings)
+    foretold = [] if again is None else [one.routes_TLK for one in again.foretold()]
+    trained = [Trained(one) for one in packs]
+    trained = with_each(trained, log_probs_T=log_probs, recording=recordings, foretold_TLK=foretold)
     return MinibatchResult(statistics, update, trained, ledger)
+
+
+def _prediction(
+    predictor: Predictor | None, packs: Sequence[TrainingPack], record: RoutePass | None
+) -> tuple[Lesson | None, PredictedPass | None]:
+    """What listens in for the predictors' sake: at the old policy's weights there is nothing to learn, but to check.
+
+    Neither where nothing was foretold.
+    """
+    foretold = [(one.foretold, one.pack.route_mask_T) for one in packs if one.foretold is not None]
+    if predictor is None or not foretold:
+        return None, None
+    if packs[0].minibatch == 0:
+        return None, predictor.start(record, forced=False)
+    return predictor.lesson(foretold, record), None
 
 
 def policy_head(
@@ -237,7 +257,7 @@ def _step(
     optimizer: Optimizer,
     packs: Sequence[TrainingPack],
     head: Head[S, K],
-    record: RoutePass | None,
+    watch: RoutePass | PredictedPass | Lesson | None,
     ledger: Ledger | None = None,
 ) -> tuple[S, list[K], UpdateResult]:
     """Statistics over all ranks, what was kept of each pack on the last stage, and the update."""
@@ -253,7 +273,7 @@ def _step(
     inputs = [microbatch_input(one.pack, one.split) for one in packs]
     # Before the pass: in the midst of it the host would wait for all of the pack's forward.
     positions = [response_positions(one.pack, one.split) for one in packs]
-    recording = no_recording if record is None else record.scope
+    recording = no_recording if watch is None else watch.scope
     with replay(model.chunks, model.groups, replay_of(packs), recording, ledger=ledger) as scope:
         kept = run(model, inputs, scaled, backward=True, record=scope)
     statistics = None
@@ -263,5 +283,6 @@ def _step(
             statistics = statistics.merge(other)
         statistics = reduce_statistics(statistics, model.groups.data_context).cpu()
     statistics = from_last_stage(statistics, model.groups)
-    update = optimizer.update(finite=statistics.is_finite())
+    lesson = watch if isinstance(watch, Lesson) else None
+    update = optimizer.update(finite=statistics.is_finite(), lesson=lesson)
     return statistics, [each for _, each in kept], update

@@ -169,7 +169,7 @@ def observe(
     grad_norms = {"grad_norm": result.update.grad_norm, "replayed_grad_norm": replayed.update.grad_norm}
     grad_norms["router_grad_norm"] = replayed.update.router_grad_norm or 0.0
     each = zip(mine, foreign, old_routes, strict=True)
-    audits = [replay_sums(one, held_TLK, live.routes_TLK, True, recorder.layers) for one, held_TLK, live in each]
+    audits = [replay_sums(one, held, live.routes_TLK, live.routes_TLK, recorder.layers) for one, held, live in each]
     audit = reduce_statistics(reduce(ReplaySums.merge, audits), model.groups.data)
     rspo = {f"rspo {name}": value for name, value in shifted.statistics.to_metrics().items()}
     rspo["rspo grad_norm"] = shifted.update.grad_norm

@@ -56,7 +56,7 @@ def noisy(live_TLK: torch.Tensor, every: int = 7) -> torch.Tensor:
 
 
 def sums_of(replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, at_rollout: bool = True) -> ReplaySums:
-    return replay_sums(pack(), replayed_TLK, live_TLK, at_rollout, LAYERS)
+    return replay_sums(pack(), replayed_TLK, live_TLK, live_TLK if at_rollout else None, LAYERS)
 
 
 def faults(replayed_TLK: torch.Tensor, live_TLK: torch.Tensor, equal_weights: bool = True) -> list[str]:
@@ -94,7 +94,7 @@ def test_figures_are_those_of_plain_loops() -> None:
     assert sums["routing/replay/aligned_by_chance"] == pytest.approx(chance, rel=1e-14)
     later = sums_of(replayed, live, at_rollout=False).to_metrics()
     assert later == {"routing/replay/forced": pytest.approx(1 - own / slots, rel=1e-14)}
-    assert replay_sums(one, None, live, True, LAYERS).to_metrics() == {}
+    assert replay_sums(one, None, live, live, LAYERS).to_metrics() == {}
 
 
 @pytest.mark.parametrize(("judged", "count"), [((0, 1, 2), 3), ((1, 2), 1)])
