@@ -47,7 +47,7 @@ IDENTITY = {
     "task.reward": "name options sum failure_reward largest",
     "optimizer": "lr min_lr decay warmup_updates beta1 beta2 eps weight_decay clip_grad",
     "schedule": "sft_batch",
-    "routing": "replay replay_margin frozen_router aux_loss_coeff router_dtype",
+    "routing": "replay replay_margin predictor_lr_factor frozen_router aux_loss_coeff router_dtype",
 }
 
 

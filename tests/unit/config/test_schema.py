@@ -210,6 +210,14 @@ def test_expert_tensor_follows_tensor_unless_set() -> None:
         (["routing.attribution=true", "algorithm.mini_batches=1"], r"algorithm\.mini_batches to 2 or more"),
         (["routing.replay=r3", "stage=sft"], "stage=sft has no rollouts"),
         (["routing.replay=r4"], r"routing\.replay"),
+        (
+            ["routing.replay=predict", "algorithm.mini_batches=1"],
+            r"nothing to foretell.*set algorithm\.mini_batches to 2",
+        ),
+        (
+            ["routing={replay: predict, replay_margin: 0.1}", "algorithm.mini_batches=2"],
+            r"routing\.replay=predict does not replay; set replay=r2 or recall",
+        ),
         (["routing.replay=recall"], r"routing\.replay=recall holds the gate weights.*set routing\.frozen_router=true"),
         (
             ["routing={replay: recall, frozen_router: true, record: false}"],

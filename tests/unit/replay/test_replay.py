@@ -81,7 +81,14 @@ def test_a_broken_weight_is_named_with_all_that_follows_from_it(
     assert told.endswith("reproduced\n")
 
 
-@pytest.mark.parametrize("routes", [("r2",), ("recall", "routing.frozen_router=true", "routing.replay_margin=0.02")])
+@pytest.mark.parametrize(
+    "routes",
+    [
+        ("r2",),
+        ("recall", "routing.frozen_router=true", "routing.replay_margin=0.02"),
+        pytest.param(("predict",), marks=pytest.mark.slow),
+    ],
+)
 def test_an_answer_whose_gradient_overflows_is_named(
     skipped: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str], routes: tuple[str, ...]
 ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import TrainingError
 from gspo_moe.model.build import Model
 from gspo_moe.model.sharded import weight_shards
+from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing.prediction import Foretold, Lesson, Seen, lesson_of
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.scoring.score import score
@@ -23,17 +26,34 @@ from gspo_moe.training.batch import Batch
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.predictor import Predictor
+from gspo_moe.training.preflight import preflight
+from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
+from gspo_moe.training.session import Trainer
 from gspo_moe.types import Microbatch, TrainingSample
+from tests.launch import renew_port
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, random_sequences
-from tests.unit.training.test_old_policy import compare, run
-from tests.unit.training.test_rl import opened
+from tests.unit.training.test_old_policy import SMALL, compare, run
+from tools.synthetic import open_synthetic_session
 
 CONFIG = Config.model_validate(
     {"algorithm": {"mini_batches": 2}, "routing": {"replay": "predict"}, "optimizer": {"lr": 1e-4, "weight_decay": 0.1}}
 )
 FEW = ("algorithm.mini_batches=4", "algorithm.name=grpo", "optimizer.lr=1e-3")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
+    """On random rewards, so that there is something to learn."""
+    config = load_config(None, [*SMALL, f"logging.run_dir={folder}", "routing.replay=predict", *overrides])
+    session = open_synthetic_session(preflight(config), 5)
+    try:
+        yield open_trainer(session)
+        renew_port()
+    finally:
+        session.close()
+        shut_down()
 
 
 def packs() -> list[Microbatch]:
@@ -181,7 +201,7 @@ def test_predictors_that_say_nothing_are_r2_to_the_bit(tmp_path: Path) -> None:
 def test_predictions_far_off_are_no_fault_and_rows_of_other_tokens_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(tmp_path, *FEW, "routing.replay=predict") as trainer:
+    with opened(tmp_path, *FEW) as trainer:
         rl_step(trainer)
         assert trainer.optimizer.predictor is not None
         assert trainer.optimizer.predictor.steps == 3, "the first mini-batch teaches nothing"
@@ -203,7 +223,7 @@ def test_predictions_far_off_are_no_fault_and_rows_of_other_tokens_are(
 
 
 def test_an_update_that_is_skipped_teaches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(tmp_path, *FEW, "routing.replay=predict", "optimizer.max_skipped_updates=9") as trainer:
+    with opened(tmp_path, *FEW, "optimizer.max_skipped_updates=9") as trainer:
         predictor = trainer.optimizer.predictor
         assert predictor is not None
         monkeypatch.setattr(trainer.optimizer.megatron, "get_grad_norm", lambda: math.inf)
@@ -240,7 +260,7 @@ def test_a_checkpoint_holds_the_predictors_and_their_moments(tmp_path: Path) -> 
 
 
 def test_the_batch_of_a_step_may_have_no_sampled_token_with_a_route(tmp_path: Path) -> None:
-    with opened(tmp_path, *FEW, "routing.replay=predict") as trainer:
+    with opened(tmp_path, *FEW) as trainer:
         sampled: list[Batch] = []
 
         def of_one_token(of: Any, batch: Batch) -> Any:
