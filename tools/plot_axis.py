@@ -1,7 +1,8 @@
 """A study along an axis, as a picture and a table: `python tools/plot_axis.py STUDY --x TITLE [--metrics NAME ...]`.
 
 Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve; what is drawn is the mean over seeds
-with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed.
+with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed,
+`collapse_step` for the step that it did at, a run's last one where it did not; the table has these by seed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from matplotlib.figure import Figure
 
 from gspo_moe.cli import USER_ERROR
 from gspo_moe.errors import DataError
+from gspo_moe.observability.comparison import estimate
 from gspo_moe.report.palette import COLORS
 
 COLLAPSED = "collapsed"
+COLLAPSE_STEP = "collapse_step"
 TITLES = {
     "routing/attribution/design_effect": "design effect: 1 for independent routing noise",
     "routing/attribution/phi_token": "φ of tokens: variance share of routes",
@@ -35,23 +38,31 @@ TITLES = {
     "routing/attribution/washout": "W: the design effect where answers are equally long",
     "response/length_mean": "tokens an answer",
     "kl/old_k3": "k3 of old and new policy, nats a token",
-    "reward/mean": "reward, mean over the run",
+    "reward/mean": "reward",
+    "eval/accuracy": "held-out accuracy",
     "clip_fraction/token": "share of tokens clipped",
     COLLAPSED: "share of seeds whose run collapsed",
+    COLLAPSE_STEP: "step of the collapse, the last where none",
 }
 DEFAULT = tuple(TITLES)[:6]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One arm at its place: the mean over seeds, and its interval, None for fewer than two of them."""
+    """One arm at its place: the mean over seeds, and its interval, None for fewer than two of them.
+
+    shown: what the table says of it, where not these.
+    """
 
     x: float
     mean: float
     interval: tuple[float, float] | None
     seeds: int
+    shown: str | None = None
 
     def __str__(self) -> str:
+        if self.shown is not None:
+            return self.shown
         interval = "" if self.interval is None else " [{:.3g}, {:.3g}]".format(*self.interval)
         return f"{self.mean:.3g}{interval}"
 
@@ -59,8 +70,11 @@ class Point:
 Curves = dict[str, list[Point]]  # by what stands before the number
 
 
-def curves(summary: Mapping[str, Any], metric: str) -> Curves:
-    """Raises DataError where no arm's name ends in a number, or none that does has the metric."""
+def curves(summary: Mapping[str, Any], metric: str, kind: str = "mean") -> Curves:
+    """kind: which mean of the metric, as the summary's definitions have them.
+
+    Raises DataError where no arm's name ends in a number, or none that does has the metric.
+    """
     found: Curves = {}
     for arm in summary["arms"].values():
         series, _, number = arm["of"].rpartition("_")
@@ -70,7 +84,7 @@ def curves(summary: Mapping[str, Any], metric: str) -> Curves:
             continue
         if arm["mini_batches"] is not None:
             series += f", N = {arm['mini_batches']}"
-        point = _point(x, arm, metric)
+        point = _point(x, arm, metric, kind)
         if point is not None:
             found.setdefault(series, []).append(point)
     if not found:
@@ -78,11 +92,17 @@ def curves(summary: Mapping[str, Any], metric: str) -> Curves:
     return {series: sorted(points, key=lambda point: point.x) for series, points in found.items()}
 
 
-def _point(x: float, arm: Mapping[str, Any], metric: str) -> Point | None:
+def _point(x: float, arm: Mapping[str, Any], metric: str, kind: str) -> Point | None:
     if metric == COLLAPSED:
         steps = list(arm["collapsed"].values())
         return Point(x, sum(step is not None for step in steps) / len(steps), None, len(steps)) if steps else None
-    figure = arm["metrics"].get(metric, {}).get("mean")
+    if metric == COLLAPSE_STEP:
+        reached = {seed: arm["steps"][seed] if step is None else step for seed, step in arm["collapsed"].items()}
+        shown = ", ".join("none" if step is None else str(step) for step in arm["collapsed"].values())
+        found = estimate(list(reached.values()))
+        interval = (found.low, found.high) if found.seeds > 1 else None
+        return Point(x, found.mean, interval, found.seeds, shown) if reached else None
+    figure = arm["metrics"].get(metric, {}).get(kind)
     if figure is None or figure["mean"] is None:
         return None
     interval = None if figure["low"] is None else (figure["low"], figure["high"])
@@ -138,6 +158,9 @@ def main() -> int:
     parser.add_argument("study", type=Path, help="the study's folder, with summary.json")
     parser.add_argument("--x", required=True, help="what the numbers are")
     parser.add_argument("--metrics", nargs="+", default=DEFAULT)
+    parser.add_argument(
+        "--of", choices=("mean", "final", "before_collapse"), default="mean", help="mean over which steps"
+    )
     parser.add_argument("--output", type=Path, help="default: axis.png in the study's folder")
     options = parser.parse_args()
     try:
@@ -145,7 +168,7 @@ def main() -> int:
             summary = json.loads((options.study / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{options.study}/summary.json cannot be read ({error}); name a study's folder") from error
-        panels = {metric: curves(summary, metric) for metric in options.metrics}
+        panels = {metric: curves(summary, metric, options.of) for metric in options.metrics}
     except DataError as error:
         print(error, file=sys.stderr)
         return USER_ERROR

@@ -55,9 +55,12 @@ class Run:
         """Values of `name` at `steps(name)`, float64; raises KeyError for a metric this run does not have."""
         return self.series[name][1]
 
-    def mean(self, name: str) -> float:
-        """Mean of the finite values of `name` over the whole run; NaN where there is none."""
-        return _finite_mean(self.series[name][1]) if name in self.series else math.nan
+    def mean(self, name: str, before: int | None = None) -> float:
+        """Mean of the finite values of `name` over the run, or its steps before `before`; NaN where there is none."""
+        if name not in self.series:
+            return math.nan
+        steps, values = self.series[name]
+        return _finite_mean(values if before is None else values[steps < before])
 
     def final(self, name: str) -> float:
         """Mean of the finite values among the last tenth (at least one) of those written; NaN where there is none."""

@@ -122,6 +122,18 @@ REPLAY = (
         ),
         optional=True,
     ),
+    CurveFigure(
+        "predictor",
+        "Predicted routes",
+        "Of runs with routing.replay=predict: how far the router went from what was foretold, and from what it was in "
+        "the old policy's pass. Predictors that know something keep the first below the second.",
+        (
+            Measure("routing/predictor/kl", "From what was foretold"),
+            Measure("routing/predictor/kl_unchanged", "From what it was"),
+            Measure("routing/predictor/changed", "Slots foretold otherwise"),
+        ),
+        optional=True,
+    ),
 )
 MACHINE = (
     CurveFigure(

@@ -33,6 +33,7 @@ SHOWN = {
 DEFINITIONS = {
     "mean": "over the run's measured points of each seed, then over seeds",
     "final": "over the last tenth of the run's measured points of each seed, then over seeds",
+    "before_collapse": "over the run's measured points before the step that it collapsed at, then over seeds",
     "interval": f"{LEVEL:.0%} percentile bootstrap of the mean over seeds; null for fewer than two seeds",
     "paired": "arm minus baseline at the same seed, then over seeds",
     "collapse": str(CollapseRule()),
@@ -72,11 +73,14 @@ def _values(study: Study, arm: str, runs: dict[tuple[str, int], Run]) -> dict[tu
     found: dict[tuple[str, str], dict[int, float]] = {}
     for seed in study.seeds:
         run = runs.get((arm, seed))
+        collapsed = None if run is None else _collapse(run)
         for metric in run.names if run is not None else ():
             assert run is not None
             if "/layer_" in metric:
                 continue
-            for kind, value in (("mean", run.mean(metric)), ("final", run.final(metric))):
+            kinds = {"mean": run.mean(metric), "final": run.final(metric)}
+            kinds["before_collapse"] = run.mean(metric, before=collapsed)
+            for kind, value in kinds.items():
                 if math.isfinite(value):
                     found.setdefault((metric, kind), {})[seed] = value
     return found
@@ -97,9 +101,15 @@ def _arm(
         "settings": arm.settings,
         "seeds": present,
         "missing": [seed for seed in study.seeds if seed not in present],
+        "steps": {str(seed): _length(runs[arm.name, seed]) for seed in present},
         "collapsed": {str(seed): _collapse(runs[arm.name, seed]) for seed in present},
         "metrics": metrics,
     }
+
+
+def _length(run: Run) -> int:
+    """Its last step with metrics, 0 without any."""
+    return max((int(steps[-1]) for steps, _ in run.series.values()), default=0)
 
 
 def _collapse(run: Run) -> int | None:

@@ -89,7 +89,11 @@ def test_a_collapse_is_told_with_its_step(plan: Plan) -> None:
     finish(lost, [0.8] * 6 + [0.1] * 20)
     summary = summarise(plan.study, plan.cells)
     # The mean of five steps is below 0.4 once three of them are 0.1: (2 * 0.8 + 3 * 0.1) / 5 = 0.38.
-    assert summary["arms"]["plain"]["collapsed"] == {"1": None, "2": 9}
+    plain = summary["arms"]["plain"]
+    assert plain["collapsed"] == {"1": None, "2": 9}
+    assert plain["steps"] == {"1": 20, "2": 26}
+    before = plain["metrics"]["reward/mean"]["before_collapse"]["by_seed"]
+    assert before == {"1": pytest.approx(0.8), "2": pytest.approx((6 * 0.8 + 2 * 0.1) / 8)}
     assert "50%" in summary["definitions"]["collapse"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gspo_moe.errors import DataError
-from tools.plot_axis import COLLAPSED, curves, table
+from tools.plot_axis import COLLAPSE_STEP, COLLAPSED, curves, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[3]
 def arm(of: str, mean: float, *, collapsed: tuple[int | None, ...] = (), count: int | None = None) -> dict[str, Any]:
     figure = {"mean": mean, "low": mean - 0.25, "high": mean + 0.5, "seeds": 8}
     steps = {str(seed): step for seed, step in enumerate(collapsed)}
-    return {"of": of, "mini_batches": count, "collapsed": steps, "metrics": {"ratio/token_std": {"mean": figure}}}
+    metrics = {"ratio/token_std": {"mean": figure, "before_collapse": figure | {"mean": 2 * mean}}}
+    lengths = dict.fromkeys(steps, 100)
+    return {"of": of, "mini_batches": count, "collapsed": steps, "steps": lengths, "metrics": metrics}
 
 
 SUMMARY = {
@@ -44,6 +46,19 @@ def test_arms_are_points_at_the_number_behind_their_name() -> None:
 
 def test_collapses_are_counted_over_seeds() -> None:
     assert curves(SUMMARY, COLLAPSED)["gspo_r2"][0].mean == 0.5
+
+
+def test_a_run_that_did_not_collapse_counts_with_its_last_step() -> None:
+    found = curves(SUMMARY, COLLAPSE_STEP)
+    (point,) = found["gspo_r2"]
+    assert point.mean == 75
+    assert point.interval is not None
+    assert 40 <= point.interval[0] < 75 < point.interval[1] <= 100
+    assert table({COLLAPSE_STEP: found}).endswith("| gspo_r2 | none, 40, 60, none |")
+
+
+def test_the_mean_may_be_of_the_steps_before_a_collapse() -> None:
+    assert curves(SUMMARY, "ratio/token_std", "before_collapse")["gspo_r2"][0].mean == 4
 
 
 def test_a_metric_that_no_arm_on_the_axis_has_is_named() -> None:
