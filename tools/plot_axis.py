@@ -1,7 +1,7 @@
 """A study along an axis, as a picture and a table: `python tools/plot_axis.py STUDY --x TITLE [--metrics NAME ...]`.
 
-Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve; what is drawn is the mean over seeds
-with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed,
+Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve, or, with --mini-batches, those of one
+name on banks of several N; what is drawn is the mean over seeds with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed,
 `collapse_step` for the step that it did at, a run's last one where it did not; the table has these by seed.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ TITLES = {
     "eval/accuracy": "held-out accuracy",
     "clip_fraction/token": "share of tokens clipped",
     COLLAPSED: "share of seeds whose run collapsed",
-    COLLAPSE_STEP: "step of the collapse, the last where none",
+    COLLAPSE_STEP: "step of the collapse, or more",
 }
 DEFAULT = tuple(TITLES)[:6]
 
@@ -67,29 +67,38 @@ class Point:
         return f"{self.mean:.3g}{interval}"
 
 
-Curves = dict[str, list[Point]]  # by what stands before the number
+Curves = dict[str, list[Point]]
+Place = Callable[[Mapping[str, Any]], tuple[str, float] | None]  # an arm's curve, and where it is on it
 
 
-def curves(summary: Mapping[str, Any], metric: str, kind: str = "mean") -> Curves:
-    """kind: which mean of the metric, as the summary's definitions have them.
+def curves(summary: Mapping[str, Any], metric: str, kind: str = "mean", place: Place | None = None) -> Curves:
+    """kind: which mean of the metric, as the summary's definitions have them. place: default: by the arm's name.
 
-    Raises DataError where no arm's name ends in a number, or none that does has the metric.
+    Raises DataError where no arm has a place on the axis, or none that does has the metric.
     """
     found: Curves = {}
     for arm in summary["arms"].values():
-        series, _, number = arm["of"].rpartition("_")
-        try:
-            x = float(number)
-        except ValueError:
-            continue
-        if arm["mini_batches"] is not None:
-            series += f", N = {arm['mini_batches']}"
-        point = _point(x, arm, metric, kind)
-        if point is not None:
-            found.setdefault(series, []).append(point)
+        at = (place or by_name)(arm)
+        point = None if at is None else _point(at[1], arm, metric, kind)
+        if at is not None and point is not None:
+            found.setdefault(at[0], []).append(point)
     if not found:
-        raise DataError(f"no arm of the study {summary['study']} ends in _NUMBER and has {metric}; name another metric")
+        raise DataError(f"no arm of the study {summary['study']} is on the axis and has {metric}; name another metric")
     return {series: sorted(points, key=lambda point: point.x) for series, points in found.items()}
+
+
+def by_name(arm: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Curve and place of an arm whose name ends in _NUMBER."""
+    series, _, number = arm["of"].rpartition("_")
+    try:
+        x = float(number)
+    except ValueError:
+        return None
+    return series if arm["mini_batches"] is None else f"{series}, N = {arm['mini_batches']}", x
+
+
+def by_mini_batches(arm: Mapping[str, Any]) -> tuple[str, float] | None:
+    return None if arm["mini_batches"] is None else (arm["of"], float(arm["mini_batches"]))
 
 
 def _point(x: float, arm: Mapping[str, Any], metric: str, kind: str) -> Point | None:
@@ -97,6 +106,8 @@ def _point(x: float, arm: Mapping[str, Any], metric: str, kind: str) -> Point | 
         steps = list(arm["collapsed"].values())
         return Point(x, sum(step is not None for step in steps) / len(steps), None, len(steps)) if steps else None
     if metric == COLLAPSE_STEP:
+        if "steps" not in arm:
+            raise DataError("summary.json is of a version that wrote no lengths of runs; run the study's command again")
         reached = {seed: arm["steps"][seed] if step is None else step for seed, step in arm["collapsed"].items()}
         shown = ", ".join("none" if step is None else str(step) for step in arm["collapsed"].values())
         found = estimate(list(reached.values()))
@@ -153,6 +164,13 @@ def table(panels: Mapping[str, Curves]) -> str:
     return "\n".join(lines)
 
 
+def _chosen(found: Curves, names: Sequence[str] | None) -> Curves:
+    missing = set(names or ()) - found.keys()
+    if missing:
+        raise DataError(f"there is no curve {', '.join(sorted(missing))}; there are {', '.join(found)}")
+    return found if names is None else {name: found[name] for name in names}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draws a study's arms along the number their names end in.")
     parser.add_argument("study", type=Path, help="the study's folder, with summary.json")
@@ -161,6 +179,8 @@ def main() -> int:
     parser.add_argument(
         "--of", choices=("mean", "final", "before_collapse"), default="mean", help="mean over which steps"
     )
+    parser.add_argument("--mini-batches", action="store_true", help="the axis is N of the study's banks")
+    parser.add_argument("--curves", nargs="+", help="default: all")
     parser.add_argument("--output", type=Path, help="default: axis.png in the study's folder")
     options = parser.parse_args()
     try:
@@ -168,7 +188,9 @@ def main() -> int:
             summary = json.loads((options.study / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{options.study}/summary.json cannot be read ({error}); name a study's folder") from error
-        panels = {metric: curves(summary, metric, options.of) for metric in options.metrics}
+        place = by_mini_batches if options.mini_batches else by_name
+        panels = {metric: curves(summary, metric, options.of, place) for metric in options.metrics}
+        panels = {metric: _chosen(found, options.curves) for metric, found in panels.items()}
     except DataError as error:
         print(error, file=sys.stderr)
         return USER_ERROR

@@ -152,6 +152,11 @@ def log_ratios_are_there_to_split(config: Config) -> Iterator[str]:
 
 
 def predictions_are_replayed(config: Config) -> Iterator[str]:
+    if config.routing.replay == "predict" and config.parallel.dispatcher == "allgather":
+        yield (
+            "routing.replay=predict with parallel.dispatcher=allgather, which pads a pack to the longest of its pass: "
+            "what predictors learn from would lie in other rows; set parallel.dispatcher=alltoall"
+        )
     if config.routing.replay == "predict" and config.algorithm.mini_batches < 2:
         yield (
             "routing.replay=predict with algorithm.mini_batches=1: before a step's first update there is nothing to "

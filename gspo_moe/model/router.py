@@ -38,14 +38,16 @@ class PaddingAwareRouter(TopKRouter):
         """Weights and choice [tokens, experts] of each token; padding_mask: bool, True on padding."""
         self.has_padding = padding_mask is not None
         self.logits_PE = logits.detach().reshape(-1, logits.shape[-1])
-        with _top_k_in_order(self):
-            probs, routing_map = super().routing(logits, padding_mask)
-        if hasattr(self.router_replay, "gates"):
-            probs = self.router_replay.gates(probs)
-        self.weights_PE = probs.detach()
-        for observer in self.observers:
-            observer(self, self.logits_PE, routing_map)
-        self.hidden_PH = self.logits_PE = self.weights_PE = None
+        try:
+            with _top_k_in_order(self):
+                probs, routing_map = super().routing(logits, padding_mask)
+            if hasattr(self.router_replay, "gates"):
+                probs = self.router_replay.gates(probs)
+            self.weights_PE = probs.detach()
+            for observer in self.observers:
+                observer(self, self.logits_PE, routing_map)
+        finally:
+            self.hidden_PH = self.logits_PE = self.weights_PE = None
         if padding_mask is None:
             return probs, routing_map
         real = ~padding_mask.reshape(-1, 1)

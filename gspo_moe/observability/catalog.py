@@ -164,7 +164,9 @@ METRICS = (
     ),
     *(MetricDoc(f"routing/replay/{name}", unit, words) for name, (unit, words) in REPLAY.items()),
     MetricDoc(
-        "routing/predictor/kl", "nats", "KL(router ‖ what was foretold), a token and layer, from mini-batch 2 on"
+        "routing/predictor/kl",
+        "nats",
+        "KL(router ‖ what predictors foretell by then), a token and layer, from mini-batch 2",
     ),
     MetricDoc("routing/predictor/kl_unchanged", "nats", "the same of what the router was in the old policy's pass"),
     MetricDoc("routing/predictor/changed", "fraction", "expert slots foretold otherwise than the router had them then"),

@@ -32,8 +32,9 @@ step on this rank, where they are fewer) of prompt and `max_response_tokens` (th
 evaluation's), beside the prompts' own rows; logits in fp32 of each answer's last token, twice. It comes at another
 time than the backward pass: the larger of both counts.
 
-Left out: the CUDA context and NCCL's buffers (1 to 3 GiB), fragmentation, CUDA graphs, and on a CPU in fp32 the copy of
-the weights that a batch is decoded with.
+Left out: the CUDA context and NCCL's buffers (1 to 3 GiB), fragmentation, CUDA graphs, on a CPU in fp32 the copy of
+the weights that a batch is decoded with, and what a step keeps of its routers: routes, scores, and for `routing.replay:
+predict` their inputs.
 """
 
 from __future__ import annotations

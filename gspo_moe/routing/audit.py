@@ -36,7 +36,8 @@ class ReplaySums(Statistics):
     """Of any number of packs, by layer, [A] or [A, E].
 
     slots, forced: expert slots that were replayed, and those of them where the router would have picked another
-    expert. For packs that ran at the weights of the rollout: own, own_slots, own_rows: slots that agree with the
+    expert. For packs that ran at the weights of the rollout, against what should be the replayed routes there (the live
+    router's, or what is foretold of it; "live" below): own, own_slots, own_rows: slots that agree with the
     token's own row, all slots, and tokens; beside_before, beside_after, beside_slots: the same with the row of the
     token before and behind it; own_before, own_after: with the own row, of tokens that have such a one; load_replayed,
     load_live: tokens of each expert.
@@ -73,7 +74,7 @@ def replay_sums(
     pack: Microbatch,
     replayed_TLK: torch.Tensor | None,
     live_TLK: torch.Tensor | None,
-    rollout_TLK: torch.Tensor | None,
+    expected_TLK: torch.Tensor | None,
     layers: StageLayers,
     held_TL: torch.Tensor | None = None,
     both_TL: torch.Tensor | None = None,
@@ -81,7 +82,7 @@ def replay_sums(
     """Of one pack's training forward, over the pipeline's stages. Collective over the pipeline.
 
     replayed_TLK: None where nothing was. live_TLK: what the routers would have picked; None where it was not recorded.
-    rollout_TLK: what should be the replayed ones, where the weights are those of the rollout; None where they are not.
+    expected_TLK: what should be the replayed ones, where the weights are those of the rollout; None where they are not.
     held_TL: where the routes were replayed, None for everywhere. both_TL: `overlap_TL` of replayed and rollout routes,
     where the caller has it.
     """
@@ -93,20 +94,20 @@ def replay_sums(
     found |= {f"own_{name}": nothing_L for name in ("before", "after")}
     found |= {"load_replayed": nothing_LE, "load_live": nothing_LE}
     if replayed_TLK is not None and live_TLK is not None:
-        known_TL = both_TL if rollout_TLK is live_TLK else None
+        known_TL = both_TL if expected_TLK is live_TLK else None
         shared_TL = (overlap_TL(replayed_TLK, live_TLK) if known_TL is None else known_TL).double()
         missing_TL, here_TL = replayed_TLK.shape[2] - shared_TL, torch.ones_like(shared_TL)
         if held_TL is not None:
             missing_TL, here_TL = missing_TL * held_TL, held_TL.double()
         found |= {"slots": here_TL.sum(dim=0) * replayed_TLK.shape[2], "forced": missing_TL.sum(dim=0)}
-    if replayed_TLK is not None and rollout_TLK is not None:
-        both_TL = overlap_TL(replayed_TLK, rollout_TLK) if both_TL is None else both_TL
+    if replayed_TLK is not None and expected_TLK is not None:
+        both_TL = overlap_TL(replayed_TLK, expected_TLK) if both_TL is None else both_TL
         overlap, slots = both_TL.double().sum(dim=0), nothing_L + replayed_TLK.shape[0] * replayed_TLK.shape[2]
         found |= {"own": overlap, "own_rows": nothing_L + len(replayed_TLK), "own_slots": slots}
-        found |= _beside(pack, replayed_TLK, rollout_TLK, both_TL.double())
+        found |= _beside(pack, replayed_TLK, expected_TLK, both_TL.double())
         experts = layers.architecture.num_experts
         found |= {"load_replayed": expert_load(replayed_TLK, experts).double()}
-        found |= {"load_live": expert_load(rollout_TLK, experts).double()}
+        found |= {"load_live": expert_load(expected_TLK, experts).double()}
     flat = torch.cat([value.reshape(count, -1) for value in found.values()], dim=1)
     whole = layers.spread(flat[None])[0].split([value.reshape(count, -1).shape[1] for value in found.values()], dim=1)
     sums = {
@@ -146,8 +147,8 @@ class Run:
 def wrong_runs(pack: Microbatch, shared_TL: torch.Tensor, sums: ReplaySums, layers: StageLayers) -> list[Run]:
     """The pack's runs whose routes are not their tokens', in its order. Collective over the pipeline.
 
-    shared_TL: `overlap_TL` of replayed and live routes, which ran at equal weights. sums: over all ranks, on the host.
-    They alone are fetched from the device.
+    shared_TL: `overlap_TL` of replayed and live (or foretold) routes, which ran at equal weights. sums: over all
+    ranks, on the host. They alone are fetched from the device.
     """
     judged = sums.judged()
     if not judged:

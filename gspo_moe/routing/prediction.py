@@ -5,7 +5,8 @@ forwards replay them. What W adds to a router's logits is fitted to where these 
 KL(rho || rho_hat) over sampled tokens (eq. 8), rho the router of a training forward, a constant, and rho_hat what was
 foretold. Its gradient by W is sum (rho_hat - rho) h_old^T, so that no graph is kept.
 
-Invariants: with W = 0 routes are the router's own. Gate weights are the live router's in either pass.
+Invariants: with W = 0 routes are the router's own (but for ties that rounding makes where a router chooses by a softmax
+over all experts in bf16). Gate weights are the live router's in either pass.
 
 Shape letters: T tokens of a pack, P those that this rank routes with padding, L this pipeline stage's MoE layers, K
 experts a token, E experts, H hidden.
@@ -38,15 +39,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Foretold:
-    """Of one pack. routes_TLK: the experts, in the smallest integer type that holds an id. seen: by layer."""
+    """Of one pack. routes_TLK: the experts, in the smallest integer type that holds an id. seen: by layer, or none."""
 
     routes_TLK: torch.Tensor
     seen: tuple[Seen, ...]
 
 
 def foretold_logits(seen: Seen, weight_EH: torch.Tensor) -> torch.Tensor:
-    """p_old + h_old W^T, float32 [P, E]."""
-    return seen.logits_PE.float() + seen.hidden_PH.float() @ weight_EH.T
+    """p_old + h_old W^T [P, E], float32 or what is wider."""
+    return seen.logits_PE + seen.hidden_PH.float() @ weight_EH.T
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PredictedPass:
         self._record = record
         self._forced = forced
         self._dtype = route_dtype(self._layers.architecture.num_experts)
-        self._found: dict[int, dict[int, tuple[torch.Tensor, Seen]]] = {}
+        self._found: dict[int, dict[int, tuple[torch.Tensor, Seen | None]]] = {}
         self._splits: dict[int, ContextSplit] = {}
 
     @contextlib.contextmanager
@@ -88,7 +89,9 @@ class PredictedPass:
             def observe(router: Any, logits_PE: torch.Tensor, picked_PE: torch.Tensor) -> None:
                 seen, topk = Seen(router.hidden_PH, logits_PE), self._layers.architecture.num_experts_per_tok
                 scores_PE = picked_PE.byte() if self._forced else foretold_logits(seen, weight_EH)
-                found[number] = scores_PE.topk(topk, dim=1).indices.to(self._dtype), seen
+                # What a training forward meets is not held through its backward.
+                kept = seen if self._forced else None
+                found[number] = scores_PE.topk(topk, dim=1).indices.to(self._dtype), kept
 
             return observe
 
@@ -111,7 +114,7 @@ class PredictedPass:
         layers = [found[number] for number in range(len(self._layers.indices))]
         routes_PLK = torch.stack([routes for routes, _ in layers], dim=1)
         whole_TLK = split.whole(gather_tokens(routes_PLK, self._layers.groups)[: split.num_local])
-        return Foretold(whole_TLK, tuple(seen for _, seen in layers))
+        return Foretold(whole_TLK, tuple(seen for _, seen in layers if seen is not None))
 
 
 class _Foretelling:
@@ -188,9 +191,10 @@ def lesson_of(
 
     logits_PE: the router's, in the training forward.
     """
-    now_PE = logits_PE.float().log_softmax(dim=1)
-    old_PE = seen.logits_PE.float().log_softmax(dim=1)
-    foretold_PE = foretold_logits(seen, weight_EH).log_softmax(dim=1)
+    assert len(seen.logits_PE) == len(logits_PE), "padded otherwise than in the old policy's pass"
+    now_PE, old_PE, foretold_PE = (
+        logits.float().log_softmax(dim=1) for logits in (logits_PE, seen.logits_PE, foretold_logits(seen, weight_EH))
+    )
     rho_PE = now_PE.exp() * mask_P1
     error_PE = foretold_PE.exp() * mask_P1 - rho_PE
     each = (rho_PE * (now_PE - foretold_PE), rho_PE * (now_PE - old_PE), mask_P1)

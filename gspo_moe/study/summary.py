@@ -33,7 +33,7 @@ SHOWN = {
 DEFINITIONS = {
     "mean": "over the run's measured points of each seed, then over seeds",
     "final": "over the last tenth of the run's measured points of each seed, then over seeds",
-    "before_collapse": "over the run's measured points before the step that it collapsed at, then over seeds",
+    "before_collapse": "as mean, up to the step that a run collapsed at where it did; not paired",
     "interval": f"{LEVEL:.0%} percentile bootstrap of the mean over seeds; null for fewer than two seeds",
     "paired": "arm minus baseline at the same seed, then over seeds",
     "collapse": str(CollapseRule()),
@@ -56,6 +56,7 @@ def summarise(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
             for name, arm in by_name.items()
             if (base := _baseline(study, arm, by_name)) is not None and base.name != name
             for (metric, kind), own in values[name].items()
+            if kind != "before_collapse"  # of other steps in each run
             if (difference := paired_difference(own, values[base.name].get((metric, kind), {}))).seeds
         ],
     }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
+from typing import Any
 
 from gspo_moe.config.routing import RoutingConfig
 from gspo_moe.config.schema import Config
@@ -59,12 +58,15 @@ def with_old_policy(trainer: Trainer, packs: Sequence[TrainingPack]) -> list[Tra
     return list(packs)
 
 
-def _own_routes(packs: Sequence[TrainingPack], routing: RoutingConfig) -> dict[str, list[torch.Tensor]]:
+def _own_routes(packs: Sequence[TrainingPack], routing: RoutingConfig) -> dict[str, Sequence[Any]]:
     """What the later forwards replay of the old policy's pass, by field of the packs."""
     if routing.replay == "predict":
-        return {"replay_TLK": [one.foretold.routes_TLK for one in packs if one.foretold is not None]}
+        foretold = [one.foretold for one in packs if one.foretold is not None]
+        # At the old policy's weights there is nothing to learn.
+        kept = [one if pack.minibatch else replace(one, seen=()) for one, pack in zip(foretold, packs, strict=True)]
+        return {"replay_TLK": [one.routes_TLK for one in foretold], "foretold": kept}
     recordings = recordings_of(packs)
-    found = {"replay_TLK": [one.routes_TLK for one in recordings]}
+    found: dict[str, Sequence[Any]] = {"replay_TLK": [one.routes_TLK for one in recordings]}
     own = [one.own for one in recordings if one.own is not None]
     if routing.replay == "recall":
         found["gates_TLK"] = [one.gates_TLK for one in own if one.gates_TLK is not None]

@@ -114,7 +114,8 @@ class Optimizer:
         weights = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
         optimizers += [] if self.predictor is None else [self.predictor.adam]
         weights += [] if self.predictor is None else self.predictor.weights
-        state = [value for each in optimizers for found in each.state.values() for value in found.values()]
+        found = [each for one in optimizers for each in one.state.values()]
+        state = [value for each in found for name, value in each.items() if name != "step"]  # which may lie elsewhere
         tensors = [value for value in (*weights, *state) if isinstance(value, torch.Tensor)]
         return not tensors or bool(torch.stack([value.isfinite().all() for value in tensors]).all())
 
@@ -142,7 +143,8 @@ class Optimizer:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self._move_schedule(1)
         taught = None
-        if self.predictor is not None and lesson is not None and finite:
+        if lesson is not None and finite:
+            assert self.predictor is not None
             taught = self.predictor.learn(lesson, learning_rate)
         return UpdateResult(grad_norm, learning_rate, not finite, router_grad_norm, taught)
 

@@ -24,15 +24,19 @@ from gspo_moe.routing.prediction import Foretold, Lesson, PredictedPass, Predict
 from gspo_moe.routing.recorder import RoutePass, routers_of
 from gspo_moe.routing.shards import StageLayers
 from gspo_moe.routing.volatility import overlap_TL
+from gspo_moe.training.optimizer_state import MOMENTS
 
 if TYPE_CHECKING:
     from gspo_moe.training.packs import TrainingPack
 
-STORED = ("weight", "exp_avg", "exp_avg_sq")
+STORED = ("weight", *MOMENTS)
 
 
 class PredictorSums(Statistics):
-    """By layer, [A]. kl, kl_unchanged: KL(rho || rho_hat) and KL(rho || rho_old) (nats), summed over tokens."""
+    """By layer, [A]. kl, kl_unchanged: KL(rho || rho_hat) and KL(rho || rho_old) (nats), summed over tokens.
+
+    rho_hat: by the W of that mini-batch; replayed is what the step's first W said.
+    """
 
     def to_metrics(self) -> dict[str, float]:
         """Means over tokens and layers; none where no token was compared, as with answers of one token."""
@@ -57,7 +61,7 @@ class Predictor:
         settings = config.optimizer
         self.adam = torch.optim.Adam(self.weights, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps)
         for weight in self.weights:
-            moments = {name: torch.zeros_like(weight) for name in STORED[1:]}
+            moments = {name: torch.zeros_like(weight) for name in MOMENTS}
             self.adam.state[weight] = {"step": torch.tensor(0.0), **moments}
 
     @property
@@ -127,9 +131,9 @@ class Predictor:
         """Expert slots of sampled tokens that were foretold as the router had them, and all slots. Collective."""
         layers, sums = self._predictors.layers, []
         for one in packs:
-            assert one.foretold is not None
+            assert one.replay_TLK is not None
             assert one.recording is not None
-            routes_TLK, mask_T = one.foretold.routes_TLK, one.pack.route_mask_T
+            routes_TLK, mask_T = one.replay_TLK, one.pack.route_mask_T
             kept_L = (overlap_TL(routes_TLK, one.recording.routes_TLK) * mask_T[:, None]).double().sum(dim=0)
             slots_L = torch.zeros_like(kept_L) + mask_T.sum() * routes_TLK.shape[2]
             sums.append(Mergeable({"kept": kept_L, "slots": slots_L}, {}))

@@ -27,7 +27,7 @@ from gspo_moe.model.inputs import microbatch_input, response_positions
 from gspo_moe.model.last_stage import LastStage
 from gspo_moe.parallel.reduce import from_last_stage, reduce_statistics
 from gspo_moe.routing.prediction import Lesson, PredictedPass
-from gspo_moe.routing.recorder import RoutePass, RouteRecorder
+from gspo_moe.routing.recorder import RoutePass, RouteRecorder, Watching
 from gspo_moe.routing.replay import Ledger, replay
 from gspo_moe.training.optimizer import Optimizer, UpdateResult
 from gspo_moe.training.packs import Minibatch, Trained, TrainingPack, recordings_of, replay_of, with_each
@@ -80,11 +80,11 @@ def train_minibatch(
         assert recorder is not None
         assert record is not None
         shift_of = router_shift(model, recorder, packs, record)
-    lesson, again = _prediction(optimizer.predictor, packs, record)
+    lesson, check = _prediction(optimizer.predictor, packs, record)
     head, ledger = partial(policy_head, minibatch, settings, shift_of), Ledger()
-    statistics, log_probs, update = _step(model, optimizer, packs, head, lesson or again or record, ledger)
+    statistics, log_probs, update = _step(model, optimizer, packs, head, check or lesson or record, ledger)
     recordings = [] if record is None else record.recordings()
-    foretold = [] if again is None else [one.routes_TLK for one in again.foretold()]
+    foretold = [] if check is None else [one.routes_TLK for one in check.foretold()]
     trained = [Trained(one) for one in packs]
     trained = with_each(trained, log_probs_T=log_probs, recording=recordings, foretold_TLK=foretold)
     return MinibatchResult(statistics, update, trained, ledger)
@@ -95,7 +95,7 @@ def _prediction(
 ) -> tuple[Lesson | None, PredictedPass | None]:
     """What listens in for the predictors' sake: at the old policy's weights there is nothing to learn, but to check.
 
-    Neither where nothing was foretold.
+    Neither where nothing was foretold, as in a mini-batch of a dump.
     """
     foretold = [(one.foretold, one.pack.route_mask_T) for one in packs if one.foretold is not None]
     if predictor is None or not foretold:
@@ -257,7 +257,7 @@ def _step(
     optimizer: Optimizer,
     packs: Sequence[TrainingPack],
     head: Head[S, K],
-    watch: RoutePass | PredictedPass | Lesson | None,
+    watch: Watching | None,
     ledger: Ledger | None = None,
 ) -> tuple[S, list[K], UpdateResult]:
     """Statistics over all ranks, what was kept of each pack on the last stage, and the update."""

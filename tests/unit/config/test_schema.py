@@ -215,6 +215,10 @@ def test_expert_tensor_follows_tensor_unless_set() -> None:
             r"nothing to foretell.*set algorithm\.mini_batches to 2",
         ),
         (
+            ["routing.replay=predict", "algorithm.mini_batches=2", "parallel.dispatcher=allgather"],
+            r"pads a pack to the longest of its pass.*set parallel\.dispatcher=alltoall",
+        ),
+        (
             ["routing={replay: predict, replay_margin: 0.1}", "algorithm.mini_batches=2"],
             r"routing\.replay=predict does not replay; set replay=r2 or recall",
         ),

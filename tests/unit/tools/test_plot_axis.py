@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gspo_moe.errors import DataError
-from tools.plot_axis import COLLAPSE_STEP, COLLAPSED, curves, table
+from tools.plot_axis import COLLAPSE_STEP, COLLAPSED, by_mini_batches, curves, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,6 +44,14 @@ def test_arms_are_points_at_the_number_behind_their_name() -> None:
     assert "| ratio/token_std | grpo, N = 8 |  | 1 [0.75, 1.5] | 3 [2.75, 3.5] |" in table({"ratio/token_std": found})
 
 
+def test_banks_are_points_at_their_number_of_mini_batches() -> None:
+    found = curves(SUMMARY, "ratio/token_std", place=by_mini_batches)
+    assert {name: [point.x for point in points] for name, points in found.items()} == {
+        "grpo_256": [8.0],
+        "grpo_16": [8.0],
+    }
+
+
 def test_collapses_are_counted_over_seeds() -> None:
     assert curves(SUMMARY, COLLAPSED)["gspo_r2"][0].mean == 0.5
 
@@ -62,7 +70,7 @@ def test_the_mean_may_be_of_the_steps_before_a_collapse() -> None:
 
 
 def test_a_metric_that_no_arm_on_the_axis_has_is_named() -> None:
-    with pytest.raises(DataError, match="made_up ends in _NUMBER and has kl/old_k3"):
+    with pytest.raises(DataError, match="made_up is on the axis and has kl/old_k3"):
         curves(SUMMARY, "kl/old_k3")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing.prediction import Foretold, Lesson, Seen, lesson_of
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.scoring.score import score
-from gspo_moe.training import learn
+from gspo_moe.training import learn, rl
 from gspo_moe.training.batch import Batch
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.packs import TrainingPack
@@ -54,6 +54,16 @@ def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
     finally:
         session.close()
         shut_down()
+
+
+def cut(batch: Batch, length: Callable[[int], int]) -> Batch:
+    """The same with each answer's first `length(index)` tokens alone."""
+    samples = []
+    for index, one in enumerate(batch.samples):
+        end = one.response_mask.index(1) + length(index)
+        kept, log_probs = (one.token_ids[:end], one.response_mask[:end]), one.rollout_log_probs[: length(index)]
+        samples.append(replace(one, token_ids=kept[0], response_mask=kept[1], rollout_log_probs=log_probs))
+    return replace(batch, samples=tuple(samples))
 
 
 def packs() -> list[Microbatch]:
@@ -261,25 +271,9 @@ def test_a_checkpoint_holds_the_predictors_and_their_moments(tmp_path: Path) -> 
 
 def test_the_batch_of_a_step_may_have_no_sampled_token_with_a_route(tmp_path: Path) -> None:
     with opened(tmp_path, *FEW) as trainer:
-        sampled: list[Batch] = []
-
-        def of_one_token(of: Any, batch: Batch) -> Any:
-            sampled.append(batch)
-            cut = [
-                replace(
-                    one,
-                    token_ids=one.token_ids[: one.response_mask.index(1) + 1],
-                    response_mask=one.response_mask[: one.response_mask.index(1) + 1],
-                    rollout_log_probs=one.rollout_log_probs[:1],
-                )
-                for one in batch.samples
-            ]
-            return learn.learn(of, replace(batch, samples=tuple(cut)))
-
         rl_step(trainer)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gspo_moe.training.rl.learn", of_one_token)
+            patch.setattr(rl, "learn", lambda of, batch: learn.learn(of, cut(batch, lambda index: 1)))
             metrics = rl_step(trainer).metrics
-    assert sampled
     assert not any(name.startswith("routing/predictor/") for name in metrics)
     assert all(one.isfinite().all() for one in trainer.optimizer.predictor.weights)  # type: ignore[union-attr]
