@@ -1,8 +1,9 @@
 """A study along an axis, as a picture and a table: `python tools/plot_axis.py STUDY --x TITLE [--metrics NAME ...]`.
 
-Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve, or, with --mini-batches, those of one
-name on banks of several N; what is drawn is the mean over seeds with its interval from the study's summary.json. `collapsed` stands for the share of seeds whose run collapsed,
-`collapse_step` for the step that it did at, a run's last one where it did not; the table has these by seed.
+Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve, or, with --mini-batches, those of
+one name on banks of several N. Drawn is the mean over seeds with its interval from the study's summary.json.
+`collapsed` stands for the share of seeds whose run collapsed, `collapse_step` for the step that it did at, a run's last
+one where it did not; the table has these by seed.
 """
 
 from __future__ import annotations
