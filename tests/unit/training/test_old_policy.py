@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,18 @@ class Outcome:
     scored: int
 
 
+@contextlib.contextmanager
+def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
+    """On random prompts and rewards, so that there is something to learn from."""
+    session = open_synthetic_session(preflight(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])), 5)
+    try:
+        yield open_trainer(session)
+        renew_port()
+    finally:
+        session.close()
+        shut_down()
+
+
 def run(folder: Path, *overrides: str, always: bool) -> Outcome:
     """Steps on random rewards; always: every mini-batch is scored before the updates."""
     trained: list[list[Trained]] = []
@@ -65,16 +78,10 @@ def run(folder: Path, *overrides: str, always: bool) -> Outcome:
         mismatch_metrics, score = learn._mismatch_metrics, old_policy._scored
         patch.setattr(learn, "_mismatch_metrics", keep)
         patch.setattr(old_policy, "_scored", count)
-        config = load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])
-        session = open_synthetic_session(preflight(config), 5)
-        try:
-            trainer = open_trainer(session)
+        with opened(folder, *overrides) as trainer:
             results = [rl_step(trainer) for _ in range(STEPS)]
-            weights = [one.detach().clone() for chunk in session.model.chunks for one in chunk.parameters()]
-            renew_port()
-        finally:
-            session.close()
-            shut_down()
+            chunks = trainer.session.model.chunks
+            weights = [one.detach().clone() for chunk in chunks for one in chunk.parameters()]
     metrics = [
         {k: v for k, v in one.metrics.items() if not k.startswith(("timing/", "throughput/"))} for one in results
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.config.loading import load_config
 from gspo_moe.config.schema import Config
 from gspo_moe.errors import TrainingError
 from gspo_moe.model.build import Model
 from gspo_moe.model.sharded import weight_shards
-from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing.prediction import Foretold, Lesson, Seen, lesson_of
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.scoring.score import score
@@ -26,16 +24,13 @@ from gspo_moe.training.batch import Batch
 from gspo_moe.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gspo_moe.training.packs import TrainingPack
 from gspo_moe.training.predictor import Predictor
-from gspo_moe.training.preflight import preflight
-from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer
 from gspo_moe.types import Microbatch, TrainingSample
-from tests.launch import renew_port
 from tests.policy import SIZES, packs_of, trained
 from tests.qwen3 import layout, random_sequences
-from tests.unit.training.test_old_policy import SMALL, compare, run
-from tools.synthetic import open_synthetic_session
+from tests.unit.training.test_old_policy import compare, run
+from tests.unit.training.test_old_policy import opened as on_random_rewards
 
 CONFIG = Config.model_validate(
     {"algorithm": {"mini_batches": 2}, "routing": {"replay": "predict"}, "optimizer": {"lr": 1e-4, "weight_decay": 0.1}}
@@ -43,17 +38,8 @@ CONFIG = Config.model_validate(
 FEW = ("algorithm.mini_batches=4", "algorithm.name=grpo", "optimizer.lr=1e-3")
 
 
-@contextlib.contextmanager
-def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
-    """On random rewards, so that there is something to learn."""
-    config = load_config(None, [*SMALL, f"logging.run_dir={folder}", "routing.replay=predict", *overrides])
-    session = open_synthetic_session(preflight(config), 5)
-    try:
-        yield open_trainer(session)
-        renew_port()
-    finally:
-        session.close()
-        shut_down()
+def opened(folder: Path, *overrides: str) -> contextlib.AbstractContextManager[Trainer]:
+    return on_random_rewards(folder, "routing.replay=predict", *overrides)
 
 
 def cut(batch: Batch, length: Callable[[int], int]) -> Batch:

@@ -11,22 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_moe.config.loading import load_config
 from gspo_moe.errors import TrainingError
 from gspo_moe.model.router import PaddingAwareRouter
-from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing import audit
 from gspo_moe.routing.recorder import routers_of
 from gspo_moe.routing.replay import RouterReplay, _PackReplay
 from gspo_moe.training import learn, old_policy
 from gspo_moe.training.packs import TrainingPack
-from gspo_moe.training.preflight import preflight
-from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer
-from tests.launch import renew_port
-from tests.unit.training.test_old_policy import SMALL
-from tools.synthetic import open_synthetic_session
+from tests.unit.training.test_old_policy import opened
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +32,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
         "optimizer.clip_grad=0",
         "optimizer.lr=1e-4",
     )
-    config = load_config(None, [*SMALL, f"logging.run_dir={tmp_path_factory.mktemp('audit')}", *settings])
-    session = open_synthetic_session(preflight(config), 5)
-    try:
-        yield open_trainer(session)
-        renew_port()
-    finally:
-        session.close()
-        shut_down()
+    with opened(tmp_path_factory.mktemp("audit"), *settings) as trainer:
+        yield trainer
 
 
 def test_a_sound_step_is_covered_aligned_and_teaches_the_router(
