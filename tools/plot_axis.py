@@ -3,7 +3,7 @@
 Arms whose names end in a number, as gspo_16 or grpo_3e-4, are points of one curve, or, with --mini-batches, those of
 one name on banks of several N. Drawn is the mean over seeds with its interval from the study's summary.json.
 `collapsed` stands for the share of seeds whose run collapsed, `collapse_step` for the step that it did at, a run's last
-one where it did not; the table has these by seed.
+one where it did not; the table has these by seed. A curve "A - B" is the mean of differences at the same seed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,14 @@ DEFAULT = tuple(TITLES)[:6]
 class Point:
     """One arm at its place: the mean over seeds, and its interval, None for fewer than two of them.
 
-    shown: what the table says of it, where not these.
+    by_seed: what they are of. shown: what the table says of it, where not these.
     """
 
     x: float
     mean: float
     interval: tuple[float, float] | None
     seeds: int
+    by_seed: Mapping[str, float] = field(default_factory=dict)
     shown: str | None = None
 
     def __str__(self) -> str:
@@ -111,14 +112,18 @@ def _point(x: float, arm: Mapping[str, Any], metric: str, kind: str) -> Point | 
             raise DataError("summary.json is of a version that wrote no lengths of runs; run the study's command again")
         reached = {seed: arm["steps"][seed] if step is None else step for seed, step in arm["collapsed"].items()}
         shown = ", ".join("none" if step is None else str(step) for step in arm["collapsed"].values())
-        found = estimate(list(reached.values()))
-        interval = (found.low, found.high) if found.seeds > 1 else None
-        return Point(x, found.mean, interval, found.seeds, shown) if reached else None
+        return _estimated(x, reached, shown)
     figure = arm["metrics"].get(metric, {}).get(kind)
     if figure is None or figure["mean"] is None:
         return None
     interval = None if figure["low"] is None else (figure["low"], figure["high"])
-    return Point(x, figure["mean"], interval, figure["seeds"])
+    return Point(x, figure["mean"], interval, figure["seeds"], figure.get("by_seed", {}))
+
+
+def _estimated(x: float, by_seed: Mapping[str, float], shown: str | None = None) -> Point | None:
+    found = estimate(list(by_seed.values()))
+    interval = (found.low, found.high) if found.seeds > 1 else None
+    return Point(x, found.mean, interval, found.seeds, by_seed, shown) if by_seed else None
 
 
 def draw(panels: Mapping[str, Curves], x_title: str, target: Path) -> None:
@@ -151,7 +156,10 @@ def _panel(axis: Axes, metric: str, found: Curves) -> None:
     axis.minorticks_off()
     if metric.endswith(("/design_effect", "/washout")):
         axis.axhline(1, color="#888888", lw=0.8)
-    axis.set_ylim(bottom=0)
+    if all(low >= 0 for points in found.values() for point in points for low in (point.interval or (point.mean,))):
+        axis.set_ylim(bottom=0)
+    else:
+        axis.axhline(0, color="#888888", lw=0.8)
 
 
 def table(panels: Mapping[str, Curves]) -> str:
@@ -165,11 +173,30 @@ def table(panels: Mapping[str, Curves]) -> str:
     return "\n".join(lines)
 
 
-def _chosen(found: Curves, names: Sequence[str] | None) -> Curves:
-    missing = set(names or ()) - found.keys()
+def chosen(found: Curves, names: Sequence[str]) -> Curves:
+    """Those of the names, of which "A - B" stands for paired differences.
+
+    Raises DataError for one that is not there.
+    """
+    parts = {name: name.split(" - ") for name in names}
+    missing = {part for each in parts.values() for part in each} - found.keys()
     if missing:
         raise DataError(f"there is no curve {', '.join(sorted(missing))}; there are {', '.join(found)}")
-    return found if names is None else {name: found[name] for name in names}
+    return {
+        name: found[each[0]] if len(each) == 1 else _paired(*(found[one] for one in each))
+        for name, each in parts.items()
+    }
+
+
+def _paired(of: Sequence[Point], base: Sequence[Point]) -> list[Point]:
+    pairs = [(one, other) for one in of for other in base if one.x == other.x]
+    found = [
+        _estimated(
+            one.x, {seed: one.by_seed[seed] - other.by_seed[seed] for seed in one.by_seed if seed in other.by_seed}
+        )
+        for one, other in pairs
+    ]
+    return [point for point in found if point is not None]
 
 
 def main() -> int:
@@ -181,7 +208,7 @@ def main() -> int:
         "--of", choices=("mean", "final", "before_collapse"), default="mean", help="mean over which steps"
     )
     parser.add_argument("--mini-batches", action="store_true", help="the axis is N of the study's banks")
-    parser.add_argument("--curves", nargs="+", help="default: all")
+    parser.add_argument("--curves", nargs="+", help='default: all; "A - B": paired differences')
     parser.add_argument("--output", type=Path, help="default: axis.png in the study's folder")
     options = parser.parse_args()
     try:
@@ -191,7 +218,7 @@ def main() -> int:
             raise DataError(f"{options.study}/summary.json cannot be read ({error}); name a study's folder") from error
         place = by_mini_batches if options.mini_batches else by_name
         panels = {metric: curves(summary, metric, options.of, place) for metric in options.metrics}
-        panels = {metric: _chosen(found, options.curves) for metric, found in panels.items()}
+        panels = {metric: chosen(found, options.curves or list(found)) for metric, found in panels.items()}
     except DataError as error:
         print(error, file=sys.stderr)
         return USER_ERROR

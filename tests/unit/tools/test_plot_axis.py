@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gspo_moe.errors import DataError
-from tools.plot_axis import COLLAPSE_STEP, COLLAPSED, by_mini_batches, curves, table
+from tools.plot_axis import COLLAPSE_STEP, COLLAPSED, Point, by_mini_batches, chosen, curves, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,6 +42,18 @@ def test_arms_are_points_at_the_number_behind_their_name() -> None:
         "gspo_r2": [(5e-4, 2.0, (1.75, 2.5))],
     }
     assert "| ratio/token_std | grpo, N = 8 |  | 1 [0.75, 1.5] | 3 [2.75, 3.5] |" in table({"ratio/token_std": found})
+
+
+def test_curves_are_chosen_and_paired_by_seed() -> None:
+    found = {
+        "a": [Point(1.0, 2.0, None, 2, {"1": 1.0, "2": 3.0}), Point(2.0, 5.0, None, 1, {"1": 5.0})],
+        "b": [Point(1.0, 0.5, None, 2, {"2": 1.0, "3": 0.0})],
+    }
+    picked = chosen(found, ["b", "a - b"])
+    assert list(picked) == ["b", "a - b"]
+    assert [(point.x, point.mean, point.interval, point.seeds) for point in picked["a - b"]] == [(1.0, 2.0, None, 1)]
+    with pytest.raises(DataError, match="there is no curve c; there are a, b"):
+        chosen(found, ["a - c"])
 
 
 def test_banks_are_points_at_their_number_of_mini_batches() -> None:
