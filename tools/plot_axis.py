@@ -144,7 +144,7 @@ def draw(panels: Mapping[str, Curves], x_title: str, target: Path) -> None:
 
 def _panel(axis: Axes, metric: str, found: Curves) -> None:
     for number, (series, points) in enumerate(found.items()):
-        color, shift = COLORS[number % len(COLORS)][0], 1 + 0.03 * (number - (len(found) - 1) / 2)
+        color, shift = COLORS[number % len(COLORS)][0], 1 + 0.012 * (number - (len(found) - 1) / 2)
         intervals = [point.interval or (point.mean, point.mean) for point in points]
         below = [point.mean - low for point, (low, _) in zip(points, intervals, strict=True)]
         above = [high - point.mean for point, (_, high) in zip(points, intervals, strict=True)]
