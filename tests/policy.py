@@ -20,6 +20,8 @@ from gspo_moe.rollout.engine import Request, SamplingParams
 from gspo_moe.routing.recorder import Recording, RouteRecorder
 from gspo_moe.scoring.score import score
 from gspo_moe.training.optimizer import Optimizer
+from gspo_moe.training.resuming import open_trainer
+from gspo_moe.training.session import Session, Trainer
 from gspo_moe.types import Microbatch, Rollout, TrainingSample
 from tests.launch import renew_port
 from tests.qwen3 import architecture
@@ -96,6 +98,17 @@ def score_and_record(
     """Log-probs and routes of one scoring pass, recorded with `reference`; options: as `score` takes them."""
     record = recorder.start(reference)
     return score(model, packs, record=record, **options), record.recordings()
+
+
+@contextlib.contextmanager
+def trainer_of(session: Session) -> Iterator[Trainer]:
+    """Of a session in process groups of its own, which go down at the end."""
+    try:
+        yield open_trainer(session)
+        renew_port()
+    finally:
+        session.close()
+        shut_down()
 
 
 @contextlib.contextmanager

@@ -73,22 +73,6 @@ Curves = dict[str, list[Point]]
 Place = Callable[[Mapping[str, Any]], tuple[str, float] | None]  # an arm's curve, and where it is on it
 
 
-def curves(summary: Mapping[str, Any], metric: str, kind: str = "mean", place: Place | None = None) -> Curves:
-    """kind: which mean of the metric, as the summary's definitions have them. place: default: by the arm's name.
-
-    Raises DataError where no arm has a place on the axis, or none that does has the metric.
-    """
-    found: Curves = {}
-    for arm in summary["arms"].values():
-        at = (place or by_name)(arm)
-        point = None if at is None else _point(at[1], arm, metric, kind)
-        if at is not None and point is not None:
-            found.setdefault(at[0], []).append(point)
-    if not found:
-        raise DataError(f"no arm of the study {summary['study']} is on the axis and has {metric}; name another metric")
-    return {series: sorted(points, key=lambda point: point.x) for series, points in found.items()}
-
-
 def by_name(arm: Mapping[str, Any]) -> tuple[str, float] | None:
     """Curve and place of an arm whose name ends in _NUMBER."""
     series, _, number = arm["of"].rpartition("_")
@@ -101,6 +85,22 @@ def by_name(arm: Mapping[str, Any]) -> tuple[str, float] | None:
 
 def by_mini_batches(arm: Mapping[str, Any]) -> tuple[str, float] | None:
     return None if arm["mini_batches"] is None else (arm["of"], float(arm["mini_batches"]))
+
+
+def curves(summary: Mapping[str, Any], metric: str, kind: str = "mean", place: Place = by_name) -> Curves:
+    """kind: which mean of the metric, as the summary's definitions have them. place: whose axis it is.
+
+    Raises DataError where no arm has a place on the axis, or none that does has the metric.
+    """
+    found: Curves = {}
+    for arm in summary["arms"].values():
+        at = place(arm)
+        point = None if at is None else _point(at[1], arm, metric, kind)
+        if at is not None and point is not None:
+            found.setdefault(at[0], []).append(point)
+    if not found:
+        raise DataError(f"no arm of the study {summary['study']} is on the axis and has {metric}; name another metric")
+    return {series: sorted(points, key=lambda point: point.x) for series, points in found.items()}
 
 
 def _point(x: float, arm: Mapping[str, Any], metric: str, kind: str) -> Point | None:

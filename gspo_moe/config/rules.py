@@ -201,6 +201,5 @@ SFT_RULES = (
     there_are_rollouts_to_measure,
     numerics_are_not_the_trainers,
     log_ratios_are_there_to_split,
-    predictions_are_replayed,
     there_is_something_to_go_back_to,
 )

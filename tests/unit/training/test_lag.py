@@ -17,15 +17,13 @@ import pytest
 
 from gspo_moe.config.loading import load_config
 from gspo_moe.observability.catalog import describe
-from gspo_moe.parallel.groups import shut_down
 from gspo_moe.rollout.engine import Request
 from gspo_moe.rollout.servers.records import Answer, Ask, Post
 from gspo_moe.training.preflight import preflight
-from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session
 from gspo_moe.types import Reward
-from tests.launch import renew_port
+from tests.policy import trainer_of
 from tests.unit.training.test_rl import SMALL
 
 
@@ -78,12 +76,8 @@ def opened(folder: Path, max_staleness: int, *overrides: str) -> Iterator[Traine
     session.servers = servers
     pool: Any = session.answerer.pool
     pool.rewards = lambda items: [Reward(sum(map(ord, turns[-1].text)) % 3) for _, turns in items]
-    try:
-        yield open_trainer(session)
-        renew_port()
-    finally:
-        session.close()
-        shut_down()
+    with trainer_of(session) as trainer:
+        yield trainer
 
 
 def test_the_figures_by_lag_tell_engines_that_differ_from_policies_that_moved(tmp_path: Path) -> None:

@@ -12,16 +12,14 @@ import pytest
 import torch
 
 from gspo_moe.config.loading import load_config
-from gspo_moe.parallel.groups import shut_down
 from gspo_moe.routing.recorder import Recording
 from gspo_moe.training import learn, old_policy
 from gspo_moe.training.packs import Trained, TrainingPack
 from gspo_moe.training.preflight import preflight
-from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer
 from gspo_moe.training.step import MinibatchResult
-from tests.launch import renew_port
+from tests.policy import trainer_of
 from tools.synthetic import open_synthetic_session
 
 SMALL = (
@@ -49,12 +47,8 @@ class Outcome:
 def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
     """On random prompts and rewards, so that there is something to learn from."""
     session = open_synthetic_session(preflight(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])), 5)
-    try:
-        yield open_trainer(session)
-        renew_port()
-    finally:
-        session.close()
-        shut_down()
+    with trainer_of(session) as trainer:
+        yield trainer
 
 
 def run(folder: Path, *overrides: str, always: bool) -> Outcome:

@@ -46,9 +46,9 @@ def cut(batch: Batch, length: Callable[[int], int]) -> Batch:
     """The same with each answer's first `length(index)` tokens alone."""
     samples = []
     for index, one in enumerate(batch.samples):
-        end = one.response_mask.index(1) + length(index)
-        kept, log_probs = (one.token_ids[:end], one.response_mask[:end]), one.rollout_log_probs[: length(index)]
-        samples.append(replace(one, token_ids=kept[0], response_mask=kept[1], rollout_log_probs=log_probs))
+        end, log_probs = one.response_mask.index(1) + length(index), one.rollout_log_probs[: length(index)]
+        ids, mask = one.token_ids[:end], one.response_mask[:end]
+        samples.append(replace(one, token_ids=ids, response_mask=mask, rollout_log_probs=log_probs))
     return replace(batch, samples=tuple(samples))
 
 
@@ -257,9 +257,10 @@ def test_a_checkpoint_holds_the_predictors_and_their_moments(tmp_path: Path) -> 
 
 def test_the_batch_of_a_step_may_have_no_sampled_token_with_a_route(tmp_path: Path) -> None:
     with opened(tmp_path, *FEW) as trainer:
+        assert trainer.optimizer.predictor is not None
         rl_step(trainer)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rl, "learn", lambda of, batch: learn.learn(of, cut(batch, lambda index: 1)))
             metrics = rl_step(trainer).metrics
-    assert not any(name.startswith("routing/predictor/") for name in metrics)
-    assert all(one.isfinite().all() for one in trainer.optimizer.predictor.weights)  # type: ignore[union-attr]
+        assert not any(name.startswith("routing/predictor/") for name in metrics)
+        assert all(one.isfinite().all() for one in trainer.optimizer.predictor.weights)

@@ -14,17 +14,15 @@ import torch
 from gspo_moe.config.loading import load_config
 from gspo_moe.config.training import ScheduleConfig
 from gspo_moe.errors import TrainingError
-from gspo_moe.parallel.groups import shut_down
 from gspo_moe.training import learn
 from gspo_moe.training.packs import pack_share
 from gspo_moe.training.preflight import preflight
-from gspo_moe.training.resuming import open_trainer
 from gspo_moe.training.rl import rl_step
 from gspo_moe.training.session import Trainer, open_session
 from gspo_moe.training.sft import demonstration
 from gspo_moe.training.step import train_minibatch
 from gspo_moe.types import Prompt, Rollout, TrainingSample
-from tests.launch import renew_port
+from tests.policy import trainer_of
 
 SMALL = (
     "model=tiny",
@@ -44,12 +42,8 @@ LARGER = ScheduleConfig(micro_batch_tokens=65)
 @contextlib.contextmanager
 def opened(folder: Path, *overrides: str) -> Iterator[Trainer]:
     session = open_session(preflight(load_config(None, [*SMALL, f"logging.run_dir={folder}", *overrides])))
-    try:
-        yield open_trainer(session)
-        renew_port()
-    finally:
-        session.close()
-        shut_down()
+    with trainer_of(session) as trainer:
+        yield trainer
 
 
 def test_the_engine_pair_has_a_floor_at_equal_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
